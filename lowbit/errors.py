@@ -1,0 +1,14 @@
+"""The one exception that reaches a user as a message instead of a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class LowbitError(Exception):
+    """A mistake that the user can mend. Its text says what, on what, expected, got, and what to do next."""
+
+
+def unknown(what: str, got: str, known: Iterable[str]) -> LowbitError:
+    """The error for a name that is not in a table: lists the names that are."""
+    return LowbitError(f"unknown {what} {got!r}; known: {', '.join(sorted(known))}")

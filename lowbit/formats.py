@@ -1,0 +1,111 @@
+"""Every format of the suite, one row each. A new format is one row here and nothing else.
+
+A row names what is stored and computed (activation bits, weight bits, group size), which library does it, and what it
+needs. The library's own file under ``lowbit/backends`` turns the row's ``scheme`` into quantized modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from lowbit.errors import unknown
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The seven linears of a Llama decoder layer: 224 in Llama-3.1-8B. lm_head stays in the base dtype unless a row says so."""
+
+UnmetKind = Literal["capability", "package", "shape", "memory"]
+
+
+class Unmet(NamedTuple):
+    """Why a case can't run here: a fixed kind, and the exact requirement ("needs SM89 (fp8), this is SM80")."""
+
+    kind: UnmetKind
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Format:
+    """One row: what a linear's weight and activation become, by which library.
+
+    ``id`` is ``<name>-<backend>``, e.g. ``a16w4_g128-torchao``: activation bits, weight bits, ``_g`` group size.
+    ``dtypes`` are the base dtypes (activations, norms, head) in order of preference; the first one that the device
+    has is taken. ``inductor`` are Inductor flags that this row's generated kernels need to be fast; they are set
+    for its compile only. ``fast`` is False for a reference row: right, but not a path anybody would serve.
+    """
+
+    name: str
+    backend: str
+    scheme: str
+    activation_bits: int
+    weight_bits: float
+    group_size: int | None = None
+    dtypes: tuple[str, ...] = ("bf16", "fp16")
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    targets: tuple[str, ...] = LINEARS
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    keywords: tuple[str, ...] = ()
+    fast: bool = True
+    note: str = ""
+
+    @property
+    def id(self) -> str:
+        return f"{self.name}-{self.backend}"
+
+    @property
+    def is_baseline(self) -> bool:
+        """True for the unquantized row that speed-ups and quality are taken against."""
+        return self.id == "bf16-torch"
+
+    @property
+    def quantized(self) -> bool:
+        return self.weight_bits < 16
+
+    @property
+    def selectors(self) -> frozenset[str]:
+        """Extra ``-k`` words: the library, ``A16W4`` and vLLM's ``W4A16``, ``int4`` or ``fp8``, the group size."""
+        weight, activation = f"w{self.weight_bits:g}", f"a{self.activation_bits}"
+        words = {self.id, self.name, self.backend, activation + weight, weight + activation, *self.keywords}
+        if self.group_size:
+            words.add(f"g{self.group_size}")
+        return frozenset(words | {word.upper() for word in (activation + weight, weight + activation)})
+
+
+def _row(name: str, backend: str, scheme: str, bits: tuple[int, float], *keywords: str, **fields: Any) -> Format:
+    return Format(name, backend, scheme, bits[0], bits[1], keywords=keywords, **fields)
+
+
+# Dequantize-in-the-epilogue int8 matvecs are only fused into one kernel when Inductor may lower an M=1 product to a
+# reduction, which it does under coordinate descent tuning alone (torch/_inductor/decomposition.py, mm).
+FUSED_MATVEC = {"coordinate_descent_tuning": True}
+
+FORMATS: dict[str, Format] = {
+    row.id: row
+    for row in (
+        _row("bf16", "torch", "cast", (16, 16), "bfloat16", dtypes=("bf16",)),
+        _row("fp16", "torch", "cast", (16, 16), "float16", dtypes=("fp16",)),
+        _row("a16w8", "torchao", "int8_weight_only", (16, 8), "int8", "int8wo", inductor=FUSED_MATVEC),
+        _row("a8w8", "torchao", "int8_dynamic", (8, 8), "int8", "dynamic", inductor=FUSED_MATVEC),
+        _row("a16w4_g128", "torchao", "int4_weight_only", (16, 4), "int4", "int4wo", group_size=128, dtypes=("bf16",)),
+        _row("a16w8_fp8", "torchao", "fp8_weight_only", (16, 8), "fp8", "float8", inductor=FUSED_MATVEC),
+        _row("a8w8_fp8", "torchao", "fp8_dynamic_row", (8, 8), "fp8", "float8", "dynamic", dtypes=("bf16",), devices=("cuda",)),
+        _row("a16w8", "gemlite", "A16W8_INT8", (16, 8), "int8", dtypes=("fp16", "bf16"), devices=("cuda",)),
+        _row("a16w4_g128", "gemlite", "A16W4_HQQ_INT", (16, 4), "int4", "hqq", group_size=128, dtypes=("fp16", "bf16"), devices=("cuda",)),
+        _row("a8w8_fp8", "gemlite", "A8W8_FP8_dynamic", (8, 8), "fp8", "float8", "dynamic", dtypes=("fp16", "bf16"), devices=("cuda",)),
+        _row("a8w8_llmint8", "bitsandbytes", "llm_int8", (8, 8), "int8", "llm.int8", "bnb", dtypes=("fp16", "bf16"), options={"threshold": 6.0}),
+        _row("a16w4_nf4_dq", "bitsandbytes", "nf4", (16, 4), "nf4", "int4", "bnb", group_size=64, options={"double_quant": True}),
+    )
+}
+
+
+def find(format_id: str) -> Format:
+    """The row with this id. Raises LowbitError naming the known ids."""
+    try:
+        return FORMATS[format_id]
+    except KeyError:
+        raise unknown("format", format_id, FORMATS) from None
