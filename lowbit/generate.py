@@ -1,8 +1,8 @@
 """Greedy generation over a static KV cache: prefill, decode_one_token and the dependent loop that decode cases time.
 
 Everything a decode step reads lies at a fixed address (weights, cache, token, position), so that one CUDA graph can
-replay it, and nothing in the loop waits for the device. The model is transformers' LlamaForCausalLM with ``sdpa``
-attention, its linears possibly replaced by a backend's.
+replay it, and nothing in the loop waits for the device. The model is transformers' LlamaForCausalLM, its linears
+possibly replaced by a backend's; cache and masks are transformers' own.
 """
 
 from __future__ import annotations
@@ -36,11 +36,6 @@ def make_cache(model: Any, batch: int, length: int, dtype: torch.dtype | None = 
     because the cache marks its tensors as static addresses for CUDA graphs only outside a compiled region.
     """
     config = model.config
-    if config._attn_implementation != "sdpa":
-        raise LowbitError(
-            f"generation expects a model with attn_implementation 'sdpa', got {config._attn_implementation!r}: "
-            "load it with attn_implementation='sdpa'"
-        )
     if length > config.max_position_embeddings:
         raise LowbitError(
             f"a context of {length} tokens does not fit the model: its config allows {config.max_position_embeddings} "
@@ -61,8 +56,6 @@ def make_cache(model: Any, batch: int, length: int, dtype: torch.dtype | None = 
 
 def prefill(model: Any, cache: Any, ids: Tensor) -> Tensor:
     """Take the prompt into an empty cache. ids: [B, S] -> next token: [B, 1]. The head sees only the last position."""
-    if ids.shape[1] == 1:  # transformers leaves the causal mask out for one query: see decode_logits
-        return decode_one_token(model, ids, torch.zeros(1, dtype=torch.int64, device=ids.device), cache)
     logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits  # [B, 1, V]
     return _pick(logits)
 
@@ -73,21 +66,9 @@ def decode_one_token(model: Any, token: Tensor, position: Tensor, cache: Any) ->
 
 
 def decode_logits(model: Any, token: Tensor, position: Tensor, cache: Any) -> Tensor:
-    """The logits of one step. token: [B, 1], position: [1] int64 on the device -> [B, 1, V].
-
-    The mask is ours. For a single query without one, transformers 5.17 to 5.23 attend in eager mode to the whole
-    static cache, empty places included (masking_utils._ignore_causal_mask_sdpa), and so compute something else than
-    compiled. It is additive, in the cache's dtype, because a boolean one is converted again in every layer.
-    """
-    keys = cache.layers[0].keys  # [B, kv_heads, L, head_dim]
-    seen = torch.arange(keys.shape[2], device=keys.device) <= position  # [L]
-    mask = torch.zeros(keys.shape[2], dtype=keys.dtype, device=keys.device).masked_fill(~seen, float("-inf"))
+    """The logits of one step. token: [B, 1], position: [1] int64 on the device -> [B, 1, V]."""
     logits: Tensor = model(
-        input_ids=token,
-        attention_mask=mask.view(1, 1, 1, -1),
-        position_ids=position.view(1, 1),
-        past_key_values=cache,
-        use_cache=True,
+        input_ids=token, position_ids=position.view(1, 1), past_key_values=cache, use_cache=True
     ).logits
     return logits
 

@@ -180,12 +180,6 @@ def test_a_context_beyond_the_model_is_refused(model: Any) -> None:
         make_cache(model, 1, 129)
 
 
-def test_an_attention_that_would_misread_the_mask_is_refused(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model.config, "_attn_implementation", "eager")
-    with pytest.raises(LowbitError, match="expects a model with attn_implementation 'sdpa', got 'eager'"):
-        make_cache(model, 1, 8)
-
-
 def test_nan_logits_are_named(model: Any) -> None:
     decoder = Decoder(model, 1, 40)
     decoder.prefill(prompt(1))
