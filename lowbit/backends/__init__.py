@@ -1,0 +1,165 @@
+"""Backends: one file per library. Each turns a format row into quantized modules, or says why it can't here.
+
+A backend module has
+
+- ``PACKAGES``: what must be installed, by import name;
+- ``requirement(fmt, device, config) -> Unmet | None``: what only this library needs; it must be cheap and must not import
+  the library, whose import may crash here;
+- ``quantize(module, fmt, dtype) -> None``: in place, every target linear inside ``module``, which is already on its device;
+- ``is_quantized(module) -> bool``: whether this one module holds this library's weights.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+
+import torch
+from torch import nn
+
+from lowbit.errors import LowbitError, unknown
+from lowbit.formats import Format, Unmet
+from lowbit.quiet import quiet_import
+
+if TYPE_CHECKING:
+    from lowbit.device import Device
+
+__all__ = ["BACKENDS", "Backend", "Shape", "Target", "get", "minimum_sm", "quiet_import", "shapes", "targets", "unmet"]
+
+BACKENDS = ("torch", "torchao", "gemlite", "bitsandbytes")
+
+
+class Backend(Protocol):
+    """What every module in this folder offers."""
+
+    PACKAGES: tuple[str, ...]
+
+    def requirement(self, fmt: Format, device: Device, config: Any) -> Unmet | None: ...
+
+    def quantize(self, module: nn.Module, fmt: Format, dtype: torch.dtype) -> None: ...
+
+    def is_quantized(self, module: nn.Module) -> bool: ...
+
+
+def get(name: str) -> Backend:
+    """The backend of this library. Raises LowbitError naming the known ones."""
+    if name not in BACKENDS:
+        raise unknown("backend", name, BACKENDS)
+    return cast(Backend, importlib.import_module(f"lowbit.backends.{name}"))
+
+
+class Shape(NamedTuple):
+    """Of one target linear: weight [n, k]."""
+
+    name: str
+    n: int
+    k: int
+
+
+def shapes(fmt: Format, config: Any) -> list[Shape]:
+    """The weight shapes of the format's target linears in a Llama of this config, one per kind of linear."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    query, key = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    known = {
+        "q_proj": (query, hidden),
+        "k_proj": (key, hidden),
+        "v_proj": (key, hidden),
+        "o_proj": (hidden, query),
+        "gate_proj": (intermediate, hidden),
+        "up_proj": (intermediate, hidden),
+        "down_proj": (hidden, intermediate),
+        "lm_head": (config.vocab_size, hidden),
+    }
+    for name in fmt.targets:
+        if name not in known:
+            raise unknown(f"target linear of {fmt.id}", name, known)
+    return [Shape(name, *known[name]) for name in fmt.targets]
+
+
+class Target(NamedTuple):
+    """A linear to be quantized and where it hangs: ``getattr(parent, name)``."""
+
+    parent: nn.Module
+    name: str
+    linear: nn.Linear
+
+    def replace(self, module: nn.Module) -> None:
+        """Put ``module`` where the linear was, in the same training or evaluation mode."""
+        setattr(self.parent, self.name, module.train(self.linear.training))
+
+
+def targets(module: nn.Module, fmt: Format) -> Iterator[Target]:
+    """Every linear inside ``module`` that the format quantizes, by attribute name, one at a time.
+
+    Safe against replacing the linear while iterating. A linear that already holds quantized weights is an error:
+    quantizing twice breaks silently in some libraries.
+    """
+    for parent in list(module.modules()):
+        for name in fmt.targets:
+            linear = parent._modules.get(name)
+            if linear is None:
+                continue
+            if type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter:
+                raise LowbitError(
+                    f"{fmt.id} expects plain linears, but {name} is a {type(linear).__name__} with a "
+                    f"{type(linear.weight).__name__}: start from a fresh copy of the master for every format"
+                )
+            yield Target(parent, name, linear)
+
+
+def minimum_sm(device: Device, needed: tuple[int, int], why: str) -> Unmet | None:
+    """Unmet if this is a CUDA device below compute capability ``needed``."""
+    if device.kind != "cuda" or device.capability is None or device.capability >= needed:
+        return None
+    return Unmet("capability", f"needs SM{needed[0]}{needed[1]} ({why}), this is {device.sm}")
+
+
+def missing_package(packages: tuple[str, ...]) -> Unmet | None:
+    """Unmet if a package can't be found; does not import it."""
+    for name in packages:
+        if find_spec(name) is None:
+            extra = "[gpu]" if name in ("gemlite", "hqq", "triton") else ""
+            return Unmet("package", f'{name} is not installed; pip install "lowbit{extra}"')
+    return None
+
+
+def indivisible(fmt: Format, config: Any, by: int, what: str) -> Unmet | None:
+    """Unmet naming every target whose K (the linear's input width) ``by`` does not divide."""
+    bad = [f"{shape.name} (K={shape.k})" for shape in shapes(fmt, config) if shape.k % by]
+    return Unmet("shape", f"{what} {by} does not divide {', '.join(bad)}") if bad else None
+
+
+MIB = 1024 * 1024
+
+
+def weights_mib(fmt: Format, config: Any) -> float:
+    """About what the model takes in this format, in MiB: packed linears, the rest in 16 bits. Scales count 1/16."""
+    linears = sum(shape.n * shape.k * (1 if shape.name == "lm_head" else config.num_hidden_layers) for shape in shapes(fmt, config))
+    tied = bool(getattr(config, "tie_word_embeddings", False))
+    tables = 1 if tied or "lm_head" in fmt.targets else 2
+    packed = fmt.weight_bits * (1 + 1 / 16) if fmt.quantized else fmt.weight_bits
+    return (linears * packed / 8 + tables * config.vocab_size * config.hidden_size * 2) / MIB
+
+
+def _too_large(fmt: Format, device: Device, config: Any) -> Unmet | None:
+    needed = weights_mib(fmt, config)
+    if device.total_mib is None or needed <= device.total_mib:
+        return None
+    return Unmet("memory", f"weights take about {needed:,.0f} MiB, {device.name} has {device.total_mib:,.0f} MiB")
+
+
+def unmet(fmt: Format, device: Device, config: Any) -> Unmet | None:
+    """Why this format can't run on this device with a Llama of this config, or None. Imports no library."""
+    backend = get(fmt.backend)
+    if device.kind not in fmt.devices:
+        return Unmet("capability", f"{fmt.id} needs {' or '.join(fmt.devices)}, this is {device.kind}")
+    if device.dtype_for(fmt) is None:
+        needs = "SM80" if fmt.dtypes == ("bf16",) else "another device"
+        return Unmet("capability", f"needs {needs} ({' or '.join(fmt.dtypes)}), this is {device.sm or device.kind}")
+    reason = missing_package(backend.PACKAGES)
+    if reason is None and fmt.group_size is not None:
+        reason = indivisible(fmt, config, fmt.group_size, "group")
+    return reason or backend.requirement(fmt, device, config) or _too_large(fmt, device, config)

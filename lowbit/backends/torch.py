@@ -1,0 +1,34 @@
+"""The unquantized rows: plain casts. The model is built in the row's dtype, so there is nothing left to do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lowbit.backends import targets
+from lowbit.errors import LowbitError
+from lowbit.formats import Format, Unmet
+
+if TYPE_CHECKING:
+    from lowbit.device import Device
+
+PACKAGES: tuple[str, ...] = ("torch",)
+
+
+def requirement(fmt: Format, device: Device, config: Any) -> Unmet | None:
+    """Nothing beyond the dtype, which every row shares."""
+    return None
+
+
+def quantize(module: nn.Module, fmt: Format, dtype: torch.dtype) -> None:
+    """Check that the linears are plain and in the row's dtype. Raises LowbitError if one is not."""
+    for target in targets(module, fmt):
+        if target.linear.weight.dtype != dtype:
+            raise LowbitError(f"{fmt.id} expects {target.name} in {dtype}, got {target.linear.weight.dtype}")
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """True for an untouched linear: what "quantized" means for a row that only casts."""
+    return type(module) is nn.Linear and type(module.weight) is nn.Parameter and module.weight.is_floating_point()

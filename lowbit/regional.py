@@ -1,0 +1,137 @@
+"""The ``regional`` compile mode: one decoder layer is compiled and serves them all; the rest of the step stays eager.
+
+A whole-step compile traces every layer: 32 times the same code. Dynamo would reuse one layer's code for the others but
+for three things that tell layers apart, each of which costs a recompile per layer: the integer ``layer_idx``, the
+list of all layers' caches that it selects from, and the cache tensors' marks as static addresses, which are guarded by
+identity. So each layer is called with a cache of one layer, whose tensors are unmarked aliases of its own, at index 0.
+
+On a GPU an eager step between small compiled ones waits for Python, so the step is captured as one CUDA graph, whose
+replay costs what ``reduce-overhead`` costs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.errors import LowbitError
+
+Fn = TypeVar("Fn", bound=Callable[..., Any])
+
+
+class _LayerCaches:
+    """A KV cache seen one layer at a time: transformers' own cache object, holding one layer."""
+
+    def __init__(self) -> None:
+        self._views: dict[tuple[int, int], tuple[Any, Any]] = {}
+
+    def view(self, cache: Any, index: int) -> Any:
+        """The cache of layer ``index`` alone; the same object every time, its tensors shared with ``cache``."""
+        layer = cache.layers[index]
+        source, view = self._views.get((id(cache), index), (None, None))
+        if source is not layer:
+            if not getattr(layer, "is_initialized", False):
+                raise LowbitError(
+                    "compile mode 'regional' expects a KV cache with memory, got one that is allocated at first use: "
+                    "make it with generate.make_cache()"
+                )
+            alias = copy.copy(layer)
+            for name, value in vars(layer).items():
+                if isinstance(value, Tensor):
+                    setattr(alias, name, value.detach())  # same storage, without the static-address mark
+            view = copy.copy(cache)
+            view.layers = [alias]
+            self._views[id(cache), index] = (layer, view)
+        return view
+
+
+@contextmanager
+def _patched(layers: Sequence[nn.Module], compiled: Callable[..., Any], caches: _LayerCaches) -> Iterator[None]:
+    """Route every layer's call through ``compiled`` while inside, as layer 0 of a cache of its own."""
+    indices = [layer.self_attn.layer_idx for layer in layers]
+
+    def route(layer: nn.Module, index: int) -> Callable[..., Any]:
+        def forward(hidden_states: Tensor, past_key_values: Any = None, **kwargs: Any) -> Any:
+            view = None if past_key_values is None else caches.view(past_key_values, index)
+            return compiled(layer, hidden_states, view, **kwargs)
+
+        return forward
+
+    try:
+        for layer, index in zip(layers, indices, strict=True):
+            layer.self_attn.layer_idx = 0
+            layer.forward = route(layer, index)
+        yield
+    finally:
+        for layer, index in zip(layers, indices, strict=True):
+            layer.self_attn.layer_idx = index
+            layer.__dict__.pop("forward", None)
+
+
+def _run_layer(layer: nn.Module, hidden_states: Tensor, cache: Any, **kwargs: Any) -> Any:
+    return type(layer).forward(layer, hidden_states, past_key_values=cache, **kwargs)
+
+
+def compile_layers(fn: Fn, layers: Sequence[nn.Module], options: Mapping[str, Any], *, graph: bool) -> Fn:
+    """``fn`` with its decoder ``layers`` run through one compiled layer; nothing of it outlasts a call.
+
+    ``options`` are Inductor's. With ``graph`` the whole of ``fn`` is captured as a CUDA graph at its second call.
+    """
+    kinds = {type(layer) for layer in layers}
+    if len(kinds) != 1:
+        raise LowbitError(f"compile mode 'regional' expects layers of one class, got {sorted(k.__name__ for k in kinds)}")
+    compiled = torch.compile(_run_layer, backend="inductor", options=dict(options), fullgraph=True, dynamic=False)
+    caches = _LayerCaches()
+
+    def step(*args: Any) -> Any:
+        with _patched(layers, compiled, caches):
+            return fn(*args)
+
+    return cast(Fn, GraphedCall(step) if graph else step)
+
+
+class GraphedCall:
+    """A function of tensors on one GPU, replayed as a CUDA graph from its second call on.
+
+    The first call runs (and compiles, and lets kernels tune themselves), the second records and replays. Arguments
+    marked as static addresses (``torch._dynamo.mark_static_address``) are read where they are; others are copied in.
+    The result is overwritten by the next call.
+    """
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self._fn = fn
+        self._warm = False
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._key: tuple[object, ...] = ()
+        self._inputs: list[Tensor] = []
+        self._output: Any = None
+
+    def __call__(self, *args: Tensor) -> Any:
+        if not self._warm:
+            self._warm = True
+            return self._fn(*args)
+        key = tuple((arg.shape, arg.dtype, arg.data_ptr() if _is_static(arg) else None) for arg in args)
+        if self._graph is None or key != self._key:
+            self._record(args)
+            self._key = key
+        for mine, theirs in zip(self._inputs, args, strict=True):
+            if mine is not theirs:
+                mine.copy_(theirs)
+        assert self._graph is not None
+        self._graph.replay()
+        return self._output
+
+    def _record(self, args: tuple[Tensor, ...]) -> None:
+        self._inputs = [arg if _is_static(arg) else arg.clone() for arg in args]
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._output = self._fn(*self._inputs)
+
+
+def _is_static(tensor: Tensor) -> bool:
+    return getattr(tensor, "_dynamo_static_input_type", None) is not None
