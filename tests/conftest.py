@@ -1,0 +1,16 @@
+"""Rules that hold for tests/ alone: every warning is an error here, while a night of benches/ must survive one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in item.path.parents:
+            # Not appended: a test's own filterwarnings mark is closer to it and wins.
+            item.add_marker(pytest.mark.filterwarnings("error"), append=False)
