@@ -116,32 +116,25 @@ def check_finite(values: Tensor, source: str) -> None:
 
 
 class Decoder:
-    """A model with its cache, and the prefill and decode steps of one batch size, ready to be timed.
+    """A model with its cache, and the prefill and decode steps of one batch size, ready to be compiled and timed.
 
-    ``compile_step`` and ``compile_prefill`` turn a step into a compiled one (None leaves it eager). Both steps are
-    closures over model and cache with static shapes, fit for ``torch.compile(fullgraph=True, dynamic=False)``; one
-    compile serves every step and every round. A round is ``reset(); prefill(ids); decode(n)``.
+    Both steps are closures over model and cache with static shapes, fit for ``torch.compile(fullgraph=True,
+    dynamic=False)``; one compile serves every step and every round. A round is ``prefill(ids); decode(n)``. Gradients
+    are off inside every method: a caller's own no_grad or inference mode is neither needed nor in the way.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        batch: int,
-        length: int,
-        *,
-        dtype: torch.dtype | None = None,
-        compile_step: Callable[[Step], Step] | None = None,
-        compile_prefill: Callable[[PrefillStep], PrefillStep] | None = None,
-    ) -> None:
+    def __init__(self, model: Any, batch: int, length: int, dtype: torch.dtype | None = None) -> None:
+        """``length`` is the context that a round may reach, ``dtype`` that of the activations (see make_cache)."""
         self.model = model
         self.length = length
-        self.cache = make_cache(model, batch, length, dtype)
-        device = self.cache.layers[0].keys.device
+        self.cache = cache = make_cache(model, batch, length, dtype)
+        device = cache.layers[0].keys.device
         self.token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
         for buffer in (self.token, self.position):
             torch._dynamo.mark_static_address(buffer)  # else every CUDA graph replay copies them first
-        cache = self.cache
+        self._used = 0  # tokens in the cache, counted on the host
+        self._prompt_tokens = 0
 
         def step(token: Tensor, position: Tensor) -> Tensor:
             return decode_one_token(model, token, position, cache)
@@ -149,44 +142,67 @@ class Decoder:
         def prefill_step(ids: Tensor) -> Tensor:
             return prefill(model, cache, ids)
 
-        self.step: Step = compile_step(step) if compile_step else step
-        self.prefill_step: PrefillStep = compile_prefill(prefill_step) if compile_prefill else prefill_step
-        self._used = 0  # tokens in the cache, counted on the host
+        self._step: Step = step
+        self._prefill_step: PrefillStep = prefill_step
 
-    @torch.no_grad()
-    def reset(self) -> None:
-        """Empty the cache, keeping its addresses. Untimed: it writes the whole cache."""
-        self.cache.reset()
-        self._used = 0
+    def compile(self, compiler: Callable[[Step], Step]) -> None:
+        """Decode with ``compiler(step)`` from now on; the prefill stays as it is."""
+        self._step = compiler(self._step)
+
+    def compile_prefill(self, compiler: Callable[[PrefillStep], PrefillStep]) -> None:
+        """Prefill with ``compiler(prefill_step)`` from now on; decode stays as it is."""
+        self._prefill_step = compiler(self._prefill_step)
 
     @torch.no_grad()
     def prefill(self, ids: Tensor) -> Tensor:
-        """ids: [B, S] on the device -> the first token, [B, 1], valid until the next call. Needs an empty cache."""
-        if self._used:
-            raise LowbitError(f"prefill expects an empty cache, got one with {self._used} tokens: call reset() first")
+        """Start a round: ids [B, S] on the device -> the first token [B, 1], valid until the next call."""
+        self._rewind(0)
         self._reserve(ids.shape[1])
         _begin_step(ids)
-        self.token.copy_(self.prefill_step(ids))
-        self.position.fill_(ids.shape[1])
+        self.token.copy_(self._prefill_step(ids))
+        self._prompt_tokens = ids.shape[1]
+        self.position.fill_(self._prompt_tokens)
         return self.token
 
     def decode(self, new_tokens: int, on_step: Callable[[], object] | None = None) -> Tensor:
-        """``new_tokens`` dependent steps from where the cache stands -> [B, new_tokens]."""
+        """``new_tokens`` dependent steps from where the cache stands -> [B, new_tokens]; see the function."""
         self._reserve(new_tokens)
-        return decode(self.step, self.token, self.position, new_tokens, on_step)
+        return decode(self._step, self.token, self.position, new_tokens, on_step)
+
+    def generate(self, ids: Tensor, new_tokens: int) -> Tensor:
+        """A whole round: ids [B, S] -> the first token and the ``new_tokens`` after it, [B, 1 + new_tokens]."""
+        first = self.prefill(ids).clone()
+        return torch.cat([first, self.decode(new_tokens)], dim=1)
 
     @torch.no_grad()
-    def check_finite(self, source: str) -> None:
-        """One eager, untimed step whose logits must be finite; LowbitError names ``source`` otherwise."""
-        self._reserve(1)
-        check_finite(decode_logits(self.model, self.token, self.position, self.cache), source)
-        self.position.add_(1)
+    def again(self, new_tokens: int) -> Tensor:
+        """Decode from the prompt's end once more, without its prefill: [B, new_tokens], from the token at hand."""
+        self._rewind(self._prompt_tokens)
+        self.position.fill_(self._prompt_tokens)
+        return self.decode(new_tokens)
+
+    @torch.no_grad()
+    def check_finite(self, ids: Tensor, source: str) -> None:
+        """An eager prefill and one step: LowbitError naming ``source`` if the step's logits aren't finite. Untimed."""
+        self._rewind(0)
+        self._reserve(ids.shape[1] + 1)
+        token = prefill(self.model, self.cache, ids)
+        self.position.fill_(ids.shape[1])
+        check_finite(decode_logits(self.model, token, self.position, self.cache), source)
+
+    def _rewind(self, tokens: int) -> None:
+        # Only the lengths: what lies behind them is masked, and zeroing all keys and values would be timed as prefill
+        lengths = [layer.cumulative_length for layer in self.cache.layers]
+        torch._foreach_zero_(lengths)
+        if tokens:
+            torch._foreach_add_(lengths, tokens)
+        self._used = tokens
 
     def _reserve(self, tokens: int) -> None:
-        # writing past the end of a static cache is out of bounds: a device-side assert on a GPU
+        # writing past the end of a static cache is out of bounds: on a GPU a fault that poisons the process
         if self._used + tokens > self.length:
             raise LowbitError(
                 f"the KV cache holds {self.length} tokens: {self._used} used, {tokens} more asked; "
-                "make the decoder longer or call reset()"
+                "make the Decoder longer, or start again with prefill()"
             )
         self._used += tokens

@@ -46,12 +46,6 @@ def generate_with_transformers(model: Any, ids: Tensor, new_tokens: int) -> Tens
     return output[:, ids.shape[1] :]
 
 
-def run_round(decoder: Decoder, ids: Tensor, new_tokens: int = NEW) -> Tensor:
-    decoder.reset()
-    first = decoder.prefill(ids).clone()
-    return torch.cat([first, decoder.decode(new_tokens)], dim=1)
-
-
 def compile_with(backend: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     return lambda step: torch.compile(step, fullgraph=True, dynamic=False, backend=backend)
 
@@ -70,14 +64,14 @@ def fresh_dynamo() -> None:
 @pytest.mark.parametrize("length", [PROMPT + NEW, 100])
 def test_greedy_tokens_are_those_of_transformers(model: Any, batch: int, length: int) -> None:
     ids = prompt(batch)
-    tokens = run_round(Decoder(model, batch, length), ids)
+    tokens = Decoder(model, batch, length).generate(ids, NEW)
     assert torch.equal(tokens, generate_with_transformers(model, ids, 1 + NEW))
     assert len(tokens.unique()) > 3  # else agreement would mean little
 
 
 def test_a_one_token_prompt_is_not_attended_with_the_empty_cache(model: Any) -> None:
     ids = prompt(2, tokens=1)
-    tokens = run_round(Decoder(model, 2, 60), ids)
+    tokens = Decoder(model, 2, 60).generate(ids, NEW)
     assert torch.equal(tokens, generate_with_transformers(model, ids, 1 + NEW))
 
 
@@ -93,9 +87,9 @@ def test_step_logits_are_those_of_the_whole_sequence(model: Any) -> None:
 
 def test_rounds_repeat_and_do_not_remember(model: Any) -> None:
     decoder = Decoder(model, 1, 40)
-    first = run_round(decoder, prompt(1, seed=0))
-    other = run_round(decoder, prompt(1, tokens=11, seed=1))
-    assert torch.equal(run_round(decoder, prompt(1, seed=0)), first)
+    first = decoder.generate(prompt(1, seed=0), NEW)
+    other = decoder.generate(prompt(1, tokens=11, seed=1), NEW)
+    assert torch.equal(decoder.generate(prompt(1, seed=0), NEW), first)
     assert not torch.equal(other, first)
 
 
@@ -103,32 +97,35 @@ def test_rounds_repeat_and_do_not_remember(model: Any) -> None:
 @pytest.mark.parametrize("batch", [1, 8])
 def test_one_graph_serves_every_step_and_round(model: Any, batch: int) -> None:
     ids = prompt(batch)
-    expected = run_round(Decoder(model, batch, 40), ids)
-    decoder = Decoder(model, batch, 40, compile_step=compile_with("eager"))
-    assert torch.equal(run_round(decoder, ids), expected)
+    expected = Decoder(model, batch, 40).generate(ids, NEW)
+    decoder = Decoder(model, batch, 40)
+    decoder.compile(compile_with("eager"))
+    assert torch.equal(decoder.generate(ids, NEW), expected)
     assert count_compiles() == 1
     for seed in (1, 2):
-        run_round(decoder, prompt(batch, seed=seed))
-    assert torch.equal(run_round(decoder, ids), expected)
+        decoder.generate(prompt(batch, seed=seed), NEW)
+    assert torch.equal(decoder.generate(ids, NEW), expected)
     assert count_compiles() == 1
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_compiled_prefill_gives_the_same_tokens(model: Any) -> None:
-    expected = run_round(Decoder(model, 2, 40), prompt(2))
-    decoder = Decoder(model, 2, 40, compile_prefill=compile_with("eager"))
+    expected = Decoder(model, 2, 40).generate(prompt(2), NEW)
+    decoder = Decoder(model, 2, 40)
+    decoder.compile_prefill(compile_with("eager"))
     for _ in range(2):
-        assert torch.equal(run_round(decoder, prompt(2)), expected)
+        assert torch.equal(decoder.generate(prompt(2), NEW), expected)
     assert count_compiles() == 1
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.filterwarnings("default")  # Inductor's own
 def test_inductor_gives_the_same_tokens(model: Any) -> None:
-    expected = run_round(Decoder(model, 1, 40), prompt(1))
-    decoder = Decoder(model, 1, 40, compile_step=compile_with("inductor"))
-    assert torch.equal(run_round(decoder, prompt(1)), expected)
+    expected = Decoder(model, 1, 40).generate(prompt(1), NEW)
+    decoder = Decoder(model, 1, 40)
+    decoder.compile(compile_with("inductor"))
+    assert torch.equal(decoder.generate(prompt(1), NEW), expected)
 
 
 def test_addresses_never_change(model: Any) -> None:
@@ -139,8 +136,8 @@ def test_addresses_never_change(model: Any) -> None:
         return [tensor.data_ptr() for tensor in (*layers, decoder.token, decoder.position)]
 
     before = addresses()
-    run_round(decoder, prompt(1))
-    run_round(decoder, prompt(1, seed=1))
+    decoder.generate(prompt(1), NEW)
+    decoder.generate(prompt(1, seed=1), NEW)
     assert addresses() == before
 
 
@@ -168,11 +165,24 @@ def test_a_full_cache_is_refused(model: Any) -> None:
         decoder.decode(1)
 
 
-def test_a_prefill_into_a_used_cache_is_refused(model: Any) -> None:
-    decoder = Decoder(model, 1, 40)
-    decoder.prefill(prompt(1))
-    with pytest.raises(LowbitError, match=r"call reset\(\)"):
-        decoder.prefill(prompt(1))
+def test_again_repeats_the_decode_without_the_prompt(model: Any) -> None:
+    decoder = Decoder(model, 2, 40)
+    first = decoder.prefill(prompt(2)).clone()
+    expected = decoder.decode(NEW)
+    for _ in range(2):
+        decoder.token.copy_(first)
+        assert torch.equal(decoder.again(NEW), expected)
+
+
+def test_inference_mode_around_changes_nothing(model: Any, fresh_dynamo: None) -> None:
+    expected = Decoder(model, 1, 40).generate(prompt(1), NEW)
+    with torch.inference_mode():
+        decoder = Decoder(model, 1, 40)
+        decoder.compile(compile_with("eager"))
+        decoder.compile_prefill(compile_with("eager"))
+        for _ in range(2):
+            assert torch.equal(decoder.generate(prompt(1), NEW), expected)
+    assert count_compiles() == 2  # one step, one prefill
 
 
 def test_a_context_beyond_the_model_is_refused(model: Any) -> None:
@@ -182,14 +192,13 @@ def test_a_context_beyond_the_model_is_refused(model: Any) -> None:
 
 def test_nan_logits_are_named(model: Any) -> None:
     decoder = Decoder(model, 1, 40)
-    decoder.prefill(prompt(1))
-    decoder.check_finite("bf16-torch")
+    decoder.check_finite(prompt(1), "bf16-torch")
     norm = model.model.norm.weight
     kept = norm[0].item()
     norm[0] = float("nan")
     try:
         with pytest.raises(LowbitError, match="NaN/Inf logits from a16w4_g128-torchao"):
-            decoder.check_finite("a16w4_g128-torchao")
+            decoder.check_finite(prompt(1), "a16w4_g128-torchao")
     finally:
         norm[0] = kept
 
