@@ -1,0 +1,65 @@
+"""Case = format × compile mode × workload: which cases a suite has for a model, in the order they run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lowbit import workloads
+from lowbit.errors import unknown
+from lowbit.formats import FORMATS, Format
+from lowbit.record import Kind
+from lowbit.workloads import Workload
+
+SUITE_MODES: dict[str, tuple[str, ...]] = {
+    "quick": ("eager", "reduce-overhead"),
+    "nightly": ("eager", "default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune", "regional"),
+    "full": ("eager", "default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune", "regional"),
+}
+"""Compile modes by suite; lowbit/compilers.py says what each is."""
+
+KINDS: tuple[Kind, ...] = ("quality", "prefill", "decode")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One test. ``mode`` and ``workload`` are None for quality, which is computed once per format."""
+
+    kind: Kind
+    format: Format
+    mode: str | None = None
+    workload: Workload | None = None
+
+    @property
+    def id(self) -> str:
+        """The part of the test's name in brackets: ``a16w4_g128-torchao-reduce-overhead-b1_c0``."""
+        parts = (self.format.id, self.mode, self.workload.id if self.workload else None)
+        return "-".join(part for part in parts if part)
+
+    @property
+    def name(self) -> str:
+        """The case as messages word it: ``decode[a16w4_g128-torchao-reduce-overhead-b1_c0]``."""
+        return f"{self.kind}[{self.id}]"
+
+
+def enumerate_cases(kind: Kind, suite: str, parameters: int, formats: Iterable[Format] | None = None) -> list[Case]:
+    """Every case of one test function for a model of this many parameters. Raises LowbitError on an unknown suite."""
+    if suite not in SUITE_MODES:
+        raise unknown("suite", suite, SUITE_MODES)
+    rows = list(FORMATS.values() if formats is None else formats)
+    if kind == "quality":
+        return [Case("quality", row) for row in rows]
+    return [
+        Case(kind, row, mode, workload)
+        for row in rows
+        for mode in SUITE_MODES[suite]
+        for workload in workloads.select(kind, suite, parameters)
+    ]
+
+
+def run_order(case: Case) -> tuple[int, int, int]:
+    """Sort key: one format is alive at a time; its quality first, then its modes, so that a compile serves nearby cases."""
+    formats = list(FORMATS)
+    modes = list(SUITE_MODES["full"])
+    position = formats.index(case.format.id) if case.format.id in FORMATS else len(formats)
+    return position, -1 if case.mode is None else modes.index(case.mode), KINDS.index(case.kind)

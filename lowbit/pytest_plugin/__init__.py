@@ -1,0 +1,199 @@
+"""lowbit's pytest plugin: the only package that imports pytest. Hooks only; what they do stands in the modules beside.
+
+options.py: the command line; collection.py: cases as tests; session.py: one run's state and its gate; updating.py:
+``--update-baselines``; summary.py: what is printed; xdist.py: one GPU per worker; children.py: fresh processes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lowbit.errors import LowbitError
+from lowbit.pytest_plugin import collection, summary
+from lowbit.pytest_plugin.keys import CASE, RECORD, SESSION, STATS
+from lowbit.pytest_plugin.options import Settings, add_options
+from lowbit.record import Record
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    add_options(parser)
+
+
+def benches_requested(config: pytest.Config) -> bool:
+    """True when an argument lies in a folder ``benches`` or holds one: tests/ alone never pays for a device."""
+    if config.option.help or getattr(config.option, "version", 0):
+        return False
+    for argument in config.args:
+        path = Path(config.invocation_params.dir, str(argument).split("::")[0]).resolve()
+        if "benches" in path.parts[len(config.rootpath.parts) :] or (path / "benches").is_dir():
+            return True
+    return False
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[SESSION] = None
+    if not benches_requested(config):
+        return
+    from lowbit.pytest_plugin import workers
+
+    settings = Settings.from_config(config)
+    try:
+        workers.prepare(config)  # a worker sees its own GPU only; before anything touches CUDA
+        from lowbit import compilers
+
+        compilers.configure_caches()
+        from lowbit.pytest_plugin.session import BenchSession
+
+        session = BenchSession(config, settings, summary.make_progress(config))
+    except LowbitError as error:
+        raise pytest.UsageError(str(error)) from error
+    config.stash[SESSION] = session
+    summary.quiet_pytest_benchmark(config)
+    config.option.benchmark_compare = []  # ours to load, check and judge; shown in its table by the hook below
+    config.pluginmanager.register(ComparisonTable(), "lowbit-comparison")
+
+
+class ComparisonTable:
+    """Hands our checked baseline to pytest-benchmark's table, after that plugin has made its session."""
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionstart(self, session: pytest.Session) -> None:
+        bench = session.config.stash[SESSION]
+        plugin: Any = session.config.pluginmanager.get_plugin("pytest-benchmark")
+        if bench is not None and bench.baseline is not None and hasattr(plugin, "compared_mapping"):
+            plugin.compared_mapping = {bench.baseline.path: bench.baseline.benchmarks_by_fullname()}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any] | None:
+    """The device and every library version instead of the host name and a drifting clock."""
+    bench = config.stash.get(SESSION, None)
+    return None if bench is None else {"device": bench.device.name, "slug": bench.device.slug, **bench.environment}
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    bench = config.stash.get(SESSION, None)
+    return [] if bench is None else summary.header_lines(bench)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    bench = metafunc.config.stash.get(SESSION, None)
+    if collection.is_bench(metafunc):
+        if bench is None:
+            raise pytest.UsageError("benches are measured by `pytest benches`: no path given lies in a folder `benches`")
+        collection.parametrize(metafunc, bench.settings.suite, bench.choice.parameters)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
+    bench = config.stash.get(SESSION, None)
+    if bench is None:
+        return
+    benches = collection.attach_cases(items, bench.settings.suite, bench.choice.parameters)
+    collection.sort_items(items)
+    items.extend(collection.vanished_items(session, bench, benches))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    bench = session.config.stash.get(SESSION, None)
+    if bench is not None and not session.config.option.collectonly:
+        try:
+            bench.open_run([item.nodeid for item in session.items if CASE in item.stash])
+        except LowbitError as error:
+            raise pytest.UsageError(str(error)) from error
+
+
+def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
+    bench = config.stash.get(SESSION, None)
+    return [] if bench is None else summary.expectation_lines(bench, items)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> bool | None:
+    """With enough kept runs of this environment, --update-baselines has nothing left to measure."""
+    bench = session.config.stash.get(SESSION, None)
+    if bench is not None and bench.settings.update_baselines and not session.config.option.collectonly:
+        from lowbit.pytest_plugin import updating
+
+        return updating.nothing_to_measure(bench) or None
+    return None
+
+
+@pytest.fixture
+def measure_case(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[], Record]:
+    """Measure this test's case, keep its record, and judge it against the baseline: all that a bench does."""
+    bench = request.config.stash[SESSION]
+    item = request.node
+
+    def measure() -> Record:
+        case = item.stash[CASE]
+        where = f"{case.name} on {bench.device.slug}"
+        try:
+            record: Record = bench.obtain(item, benchmark)
+        except LowbitError as error:
+            item.stash[RECORD] = bench.records[item.nodeid]
+            pytest.fail(f"{where}: {error}", pytrace=False)
+        stats = benchmark.stats.as_dict(include_data=True) if benchmark.stats is not None else None
+        if benchmark.stats is not None:
+            benchmark.extra_info["lowbit"] = record.to_dict(samples=False)
+        item.stash[RECORD], item.stash[STATS] = record, stats
+        try:
+            bench.keep(record, stats)
+            failures = bench.judge(case, record)
+        except LowbitError as error:
+            pytest.fail(f"{where}: {error}", pytrace=False)
+        if failures:
+            pytest.fail("\n".join(failures), pytrace=False)
+        if record.outcome == "skipped":
+            pytest.skip(str(record.unmet))
+        if record.outcome == "void":
+            pytest.skip(f"void, measured twice: {record.error}")
+        if record.outcome == "failed":
+            pytest.fail(f"{where}: {record.error}", pytrace=False)
+        return record
+
+    return measure
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """A failed test's traceback keeps its model alive through the next format's load; let go of it."""
+    for name in ("last_exc", "last_type", "last_value", "last_traceback"):
+        if hasattr(sys, name):
+            delattr(sys, name)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Iterator[None]:
+    bench = session.config.stash.get(SESSION, None)
+    try:
+        yield
+    finally:
+        if bench is not None:
+            _finish(session, bench, exitstatus)
+
+
+def _finish(session: pytest.Session, bench: Any, exitstatus: int) -> None:
+    from lowbit.pytest_plugin import updating
+
+    try:
+        bench.close(exitstatus)
+        if bench.settings.update_baselines and not session.config.option.collectonly:
+            updating.update(bench, exitstatus)
+    except LowbitError as error:
+        bench.error = str(error)
+        session.exitstatus = pytest.ExitCode.USAGE_ERROR
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    bench = config.stash.get(SESSION, None)
+    if bench is not None:
+        summary.write(terminalreporter, bench)

@@ -1,0 +1,163 @@
+"""Turns the tables of formats, modes and workloads into parametrized tests, in an order that keeps one format alive."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+from lowbit import cases
+from lowbit.cases import KINDS, Case
+from lowbit.pytest_plugin.keys import CASE
+
+PARAMETERS = ("format", "mode", "workload")
+
+
+def kind_of(function_name: str) -> str | None:
+    """``test_decode`` → ``decode``; None for a test that is no bench."""
+    kind = function_name.removeprefix("test_")
+    return kind if function_name.startswith("test_") and kind in KINDS else None
+
+
+def is_bench(metafunc: pytest.Metafunc) -> bool:
+    return "measure_case" in metafunc.fixturenames and kind_of(metafunc.function.__name__) is not None
+
+
+def parametrize(metafunc: pytest.Metafunc, suite: str, parameters: int) -> None:
+    """One parameter set per case: format, mode and workload as strings, so that pytest-benchmark can group by them."""
+    kind: Any = kind_of(metafunc.function.__name__)
+    rows = cases.enumerate_cases(kind, suite, parameters)
+    names = [name for name in PARAMETERS if name in metafunc.fixturenames]
+    values = [[_parameter(case, name) for name in names] for case in rows]
+    metafunc.parametrize(names, values, ids=[case.id for case in rows])
+
+
+def _parameter(case: Case, name: str) -> str | None:
+    if name == "format":
+        return case.format.id
+    if name == "mode":
+        return case.mode
+    return case.workload.id if case.workload else None
+
+
+def attach_cases(items: Iterable[pytest.Item], suite: str, parameters: int) -> list[pytest.Item]:
+    """Give every bench item its Case, its extra keywords and its benchmark options. Returns the bench items."""
+    known = {
+        (case.kind, case.id): case for kind in KINDS for case in cases.enumerate_cases(kind, suite, parameters)
+    }
+    benches = []
+    for item in items:
+        if not isinstance(item, pytest.Function) or "measure_case" not in item.fixturenames:
+            continue
+        kind = kind_of(item.originalname)
+        case = known.get((kind, item.callspec.id)) if kind and hasattr(item, "callspec") else None  # type: ignore[arg-type]
+        if case is None:
+            continue
+        item.stash[CASE] = case
+        item.extra_keyword_matches.update(selectors(case))
+        group = case.kind if case.workload is None else f"{case.kind} {case.workload.id}"
+        item.add_marker(pytest.mark.benchmark(group=group, timer=synchronized_timer, disable_gc=True))
+        benches.append(item)
+    return benches
+
+
+def selectors(case: Case) -> set[str]:
+    """Extra ``-k`` words of a case: its format's (``int4``, ``W4A16``, the library), mode, workload and kind."""
+    words = set(case.format.selectors) | {case.kind}
+    if case.mode is not None:
+        words |= {case.mode, "eager" if case.mode == "eager" else "compiled"}
+    if case.workload is not None:
+        words |= {case.workload.id, f"batch{case.workload.batch}"}
+    return words
+
+
+def synchronized_timer() -> float:
+    """pytest-benchmark's timer: waits for the device, then reads the clock. Imported late: collection needs no torch."""
+    from lowbit.measure import synchronized_time
+
+    return synchronized_time()
+
+
+def sort_items(items: list[pytest.Item]) -> None:
+    """Benches by format, then mode, in place; every other item keeps its place in front."""
+    items.sort(key=lambda item: (1, cases.run_order(item.stash[CASE])) if CASE in item.stash else (0, (0, 0, 0)))
+
+
+def expected_minutes(items: Iterable[pytest.Item], measured_s: dict[str, float], device_kind: str) -> float:
+    """Minutes that the items will take: their last kept wall time on this device, else a typical one of their kind."""
+    seconds = 0.0
+    for item in items:
+        case = item.stash.get(CASE, None)
+        if case is not None:
+            seconds += measured_s.get(item.nodeid, TYPICAL_S[device_kind, _weight(case)])
+    return seconds / 60
+
+
+TYPICAL_S = {
+    ("cpu", "quality"): 5.0,
+    ("cpu", "eager"): 3.0,
+    ("cpu", "compiled"): 20.0,
+    ("cuda", "quality"): 3.0,
+    ("cuda", "eager"): 10.0,
+    ("cuda", "compiled"): 35.0,
+}
+"""Seconds per case before this device has a kept run: a first guess, replaced by the measured ones."""
+
+
+def _weight(case: Case) -> str:
+    return "quality" if case.mode is None else "eager" if case.mode == "eager" else "compiled"
+
+
+class VanishedCase(pytest.Item):
+    """A test that only fails: a case that the baseline holds and that the suite no longer collects."""
+
+    def __init__(self, *, message: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.message = message
+
+    def runtest(self) -> None:
+        pytest.fail(self.message, pytrace=False)
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], *args: Any, **kwargs: Any) -> str:
+        return str(excinfo.value)
+
+    def reportinfo(self) -> tuple[Any, int | None, str]:
+        return self.path, None, self.name
+
+
+def vanished_items(session: pytest.Session, bench: Any, benches: list[pytest.Item]) -> list[VanishedCase]:
+    """A failing test for each case of the baseline that this suite should have and did not collect.
+
+    Only test functions that were collected at all are asked for (``pytest benches/test_decode.py`` says nothing of
+    prefill), and only rows of this suite: a nightly baseline has more than a quick run.
+    """
+    if bench.baseline is None or not benches:
+        return []
+    collected = {item.nodeid for item in benches}
+    functions = {item.nodeid.split("[")[0] for item in benches}
+    whole = all("::" not in str(argument) for argument in session.config.args)
+    missing = [
+        case
+        for case in bench.baseline.cases()
+        if case not in collected and whole and case.split("[")[0] in functions and _belongs(case, bench)
+    ]
+    return [
+        VanishedCase.from_parent(
+            session,
+            name=f"vanished:{case}",
+            message=f"{case} on {bench.device.slug}: in the baseline {bench.baseline.path.name}, no longer collected; "
+            f"restore the case, or accept its absence with: {bench.accept_command()}",
+        )
+        for case in missing
+    ]
+
+
+def _belongs(nodeid: str, bench: Any) -> bool:
+    """False for a case that exists in another suite only; a case no table knows any more does belong: it vanished."""
+    kind: Any = kind_of(nodeid.split("::")[-1].split("[")[0])
+    name = nodeid.partition("[")[2].removesuffix("]")
+    return all(
+        name not in {case.id for case in cases.enumerate_cases(kind, suite, bench.choice.parameters)}
+        for suite in cases.SUITE_MODES
+    )

@@ -1,0 +1,134 @@
+"""lowbit's command line options, and the typed settings that the rest of the plugin reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from lowbit.cases import SUITE_MODES
+
+DEFAULT_BASELINE_RUNS = 5
+DEFAULT_MAX_KLD = 0.05
+
+
+def add_options(parser: pytest.Parser) -> None:
+    group = parser.getgroup("lowbit", "lowbit: low-bit Llama benchmarks (pytest benches)")
+    group.addoption(
+        "--model",
+        default="auto",
+        metavar="NAME|HUB_ID|DIR",
+        help="embedded, llama-3.1-8b, llama-3.2-1b, llama-3.2-3b, a hub id or a folder. auto (default): LOWBIT_MODEL if "
+        "set; on a GPU a Llama-3.1-8B found in the local Hugging Face cache, else the largest preset that fits, with "
+        "dummy weights; without a GPU embedded",
+    )
+    group.addoption(
+        "--load-format",
+        default="auto",
+        choices=("auto", "dummy"),
+        help="dummy: seeded N(0, 0.02) weights of the true shape; speed, VRAM and energy are real, quality is n/a and "
+        "the embedded model's KL under the same format stands in its place, labelled so",
+    )
+    group.addoption(
+        "--suite",
+        default="quick",
+        metavar="|".join(SUITE_MODES),
+        help="quick: every format × (eager, reduce-overhead) × (prefill, decode batch 1 at context 0); nightly: all "
+        "modes and workloads; full: also the optional evaluations",
+    )
+    group.addoption("--text", type=Path, metavar="FILE", help="score perplexity and KL on this text file")
+    group.addoption(
+        "--baselines-dir",
+        type=Path,
+        metavar="DIR",
+        help="where baselines are read and written (default: benches/baselines, one folder per device)",
+    )
+    group.addoption(
+        "--update-baselines",
+        action="store_true",
+        help="accept what is measured as this device's baseline: takes kept runs of the same environment, measures the "
+        "missing ones in fresh processes; with -k only those rows are replaced",
+    )
+    group.addoption(
+        "--baseline-runs",
+        type=int,
+        default=DEFAULT_BASELINE_RUNS,
+        metavar="N",
+        help=f"runs (fresh processes) that a baseline is made of (default {DEFAULT_BASELINE_RUNS})",
+    )
+    group.addoption(
+        "--compare-if-baseline",
+        action="store_true",
+        help="--benchmark-compare where a baseline of this device and model exists, a plain run where none does",
+    )
+    group.addoption("--isolate", action="store_true", help="a fresh process for every case")
+    group.addoption("--resume", action="store_true", help="continue the last run that was killed or interrupted")
+    group.addoption(
+        "--max-kld",
+        type=float,
+        default=DEFAULT_MAX_KLD,
+        metavar="NAT",
+        help=f"the recommendation's limit on mean KL divergence (default {DEFAULT_MAX_KLD})",
+    )
+    group.addoption(
+        "--max-vram", type=float, metavar="MIB", help="the recommendation's limit on VRAM in MiB (default: the card)"
+    )
+    group.addoption("--lowbit-device", type=int, default=None, metavar="INDEX", help="the GPU to measure on (default 0)")
+    group.addoption("--lowbit-child", type=Path, metavar="FILE", help="internal: measure one case for a parent process")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """lowbit's options after parsing."""
+
+    model: str
+    load_format: str
+    suite: str
+    text: Path | None
+    baselines_dir: Path
+    update_baselines: bool
+    baseline_runs: int
+    compare: bool
+    compare_to: str | None
+    compare_if_baseline: bool
+    isolate: bool
+    resume: bool
+    max_kld: float
+    max_vram: float | None
+    device_index: int
+    child: Path | None
+    runs_dir: Path
+
+    @classmethod
+    def from_config(cls, config: pytest.Config) -> Settings:
+        """Raises pytest.UsageError on values that exclude each other."""
+        option = config.option
+        if option.suite not in SUITE_MODES:
+            raise pytest.UsageError(f"--suite: unknown suite {option.suite!r}; known: {', '.join(SUITE_MODES)}")
+        if option.baseline_runs < 1:
+            raise pytest.UsageError(f"--baseline-runs: expected at least 1, got {option.baseline_runs}")
+        if option.text is not None and not option.text.is_file():
+            raise pytest.UsageError(f"--text: no such file: {option.text}")
+        compare = getattr(option, "benchmark_compare", None)
+        if compare and option.update_baselines:
+            raise pytest.UsageError("--benchmark-compare judges a run, --update-baselines accepts it: give one of them")
+        return cls(
+            model=option.model,
+            load_format=option.load_format,
+            suite=option.suite,
+            text=option.text,
+            baselines_dir=(option.baselines_dir or config.rootpath / "benches" / "baselines"),
+            update_baselines=option.update_baselines,
+            baseline_runs=option.baseline_runs,
+            compare=bool(compare),
+            compare_to=compare if isinstance(compare, str) else None,
+            compare_if_baseline=option.compare_if_baseline,
+            isolate=option.isolate,
+            resume=option.resume,
+            max_kld=option.max_kld,
+            max_vram=option.max_vram,
+            device_index=option.lowbit_device or 0,
+            child=option.lowbit_child,
+            runs_dir=config.rootpath / ".lowbit" / "runs",
+        )
