@@ -1,0 +1,312 @@
+"""The gate's decision, pure: values now, a baseline row and the device's spread in; verdicts out. No I/O, no torch.
+
+A metric's limit is ``max(absolute floor, relative floor * |baseline|, k * pooled run-to-run spread)``. A value that is
+worse by more than that is a *suspicion*; it fails only when ``REPEATS`` measurements in fresh processes are all beyond
+the same limit. docs/gate.md has the two figures (false alarms, misses) and ``lowbit.simulation`` prints them.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
+
+from lowbit import metrics
+from lowbit.metrics import Limit, Metric
+from lowbit.record import Record
+
+Status = Literal["ok", "regression", "improvement", "new", "missing", "ungated"]
+
+REPEATS = 2
+"""Fresh processes that must confirm a suspicion: it fails when all ``1 + REPEATS`` runs are beyond the limit."""
+
+K = 4.0
+MIN_CASES_TO_TRIM = 5
+
+
+class Values(NamedTuple):
+    """One metric of one baseline row: the median and the value of each fresh process that it was taken over."""
+
+    median: float
+    runs: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a baseline knows of one case. ``case`` is the pytest node id, ``metrics`` are keyed by stored name."""
+
+    case: str
+    kind: str
+    format: str
+    mode: str | None
+    workload: str | None
+    dtype: str = ""
+    metrics: Mapping[str, Values] = field(default_factory=dict)
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Spread(NamedTuple):
+    """Run-to-run standard deviation in units of ``scale(limit, median)``, and the degrees of freedom it stands on."""
+
+    sigma: float
+    degrees_of_freedom: int
+
+
+NO_SPREAD = Spread(0.0, 0)
+
+
+@dataclass(frozen=True)
+class Spreads:
+    """A device's noise: per (metric, host bound) pooled over its cases, and per (metric, case) where one sticks out."""
+
+    pooled: Mapping[tuple[str, bool], Spread] = field(default_factory=dict)
+    own: Mapping[tuple[str, str], Spread] = field(default_factory=dict)
+
+    def of(self, name: str, row: Row) -> Spread:
+        """The spread that this metric of this case is judged by; ``NO_SPREAD`` (floors only) when nothing is known."""
+        return self.own.get((name, row.case)) or self.pooled.get((name, host_bound(row))) or NO_SPREAD
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One metric of one case. ``limit`` is in the metric's unit; ``beyond`` of ``runs`` measurements passed it.
+
+    ``regression`` and ``missing`` fail. ``improvement`` (better by more than the limit, unexplained) and ``new`` are
+    reported. ``ungated`` metrics have no limit, or none on this kind of device.
+    """
+
+    metric: str
+    status: Status
+    unit: str = ""
+    baseline: float | None = None
+    now: float | None = None
+    limit: float | None = None
+    in_units: bool = False
+    beyond: int = 0
+    runs: int = 1
+    reason: str = ""
+
+    @property
+    def fails(self) -> bool:
+        return self.status in ("regression", "missing")
+
+    @property
+    def change(self) -> float | None:
+        """now - baseline, in the metric's unit."""
+        return None if self.now is None or self.baseline is None else self.now - self.baseline
+
+    @property
+    def change_relative(self) -> float | None:
+        """(now - baseline) / |baseline|; None where the baseline is 0."""
+        return None if self.change is None or not self.baseline else self.change / abs(self.baseline)
+
+    @property
+    def limit_relative(self) -> float | None:
+        """limit / |baseline|; None where the baseline is 0."""
+        return None if self.limit is None or not self.baseline else self.limit / abs(self.baseline)
+
+
+def host_bound(case: Record | Row) -> bool:
+    """True for eager prefill and decode: they wait for Python, so their noise and limits are the host's."""
+    return case.mode == "eager" and case.kind in ("prefill", "decode")
+
+
+def floors(metric: Metric, host_bound: bool) -> Limit | None:
+    """The metric's floors for this sort of case; None when it is never gated."""
+    return metric.host_bound_limit if host_bound and metric.host_bound_limit else metric.limit
+
+
+def scale(limit: Limit, median: float) -> float:
+    """The unit in which a metric's spread is pooled, so that cases of different size can share one.
+
+    Relative metrics: ``|median|``, but no less than where the absolute floor takes over (a kld or compile_s of 0 has
+    no relative spread). Absolute metrics: 1.
+    """
+    return max(abs(median), limit.absolute / limit.relative) if limit.relative else 1.0
+
+
+def spread_factor(degrees_of_freedom: int, runs: int) -> float:
+    """k: how many pooled standard deviations a value may lie from a baseline that is the median of ``runs``.
+
+    With σ known and the median of 5 runs as baseline, 3 of 3 values exceed 2.6 σ by chance once in 20,000 (numerical
+    integration); K = 4 leaves room for cases up to 1.5 times as noisy as their pool. What σ's own uncertainty asks
+    (7.8 at 4 degrees of freedom, 4.1 at 8, 3.0 at 20) lies below K * (1 + 4 / (ν - 2)) for every ν from 3. Fewer runs
+    make the baseline itself less certain: sqrt(1 + 1 / runs), 1.2 being the value of 5 runs. Below 3 degrees of
+    freedom the honest factor is 37 and more, a gate that can't fail: it stays at that of 3 and the floors carry it.
+    """
+    if degrees_of_freedom < 1:
+        return 0.0
+    return K * (1 + 4 / max(degrees_of_freedom - 2, 1)) * math.sqrt((1 + 1 / max(runs, 1)) / 1.2)
+
+
+def limit_for(metric: Metric, baseline: Values, spread: Spread, host_bound: bool) -> float:
+    """How far ``metric`` may move in its worse direction, in its unit. Raises ValueError for an ungated metric."""
+    floor = floors(metric, host_bound)
+    if floor is None:
+        raise ValueError(f"{metric.name} has no limit")
+    noise = spread_factor(spread.degrees_of_freedom, len(baseline.runs)) * spread.sigma * scale(floor, baseline.median)
+    return max(floor.absolute, floor.relative * abs(baseline.median), noise)
+
+
+def outlying_variance_ratio(degrees_of_freedom: int) -> float:
+    """Variance / median variance that one case in a million of a homogeneous pool exceeds (Wilson-Hilferty)."""
+    a = 2 / (9 * degrees_of_freedom)
+    return ((1 - a + 4.75 * math.sqrt(a)) / (1 - a)) ** 3
+
+
+def pool_spread(rows: Iterable[Row]) -> Spreads:
+    """σ per metric over all cases of a device; host-bound cases apart, for their noise is another.
+
+    Five runs of one case say too little, so the variances about each case's mean are pooled. A case that scatters far
+    more than the pool's median is left out of it and judged by its own σ: one freak run must not blind the gate for
+    all the others.
+    """
+    groups: defaultdict[tuple[str, bool], list[tuple[str, float, int]]] = defaultdict(list)
+    for row in rows:
+        for name, values in row.metrics.items():
+            metric = metrics.find(name)
+            floor = floors(metric, host_bound(row)) if metric else None
+            if floor is not None and len(values.runs) > 1:
+                deviations = [run / scale(floor, values.median) for run in values.runs]
+                groups[name, host_bound(row)].append((row.case, statistics.variance(deviations), len(deviations) - 1))
+    pooled, own = {}, {}
+    for (name, bound), cases in groups.items():
+        typical = statistics.median(variance for _, variance, _ in cases)
+        kept = []
+        for case, variance, freedom in cases:
+            if len(cases) >= MIN_CASES_TO_TRIM and variance > outlying_variance_ratio(freedom) * typical:
+                own[name, case] = Spread(math.sqrt(variance), freedom)
+            else:
+                kept.append((variance, freedom))
+        freedom = sum(freedom for _, freedom in kept)
+        pooled[name, bound] = Spread(math.sqrt(sum(variance * f for variance, f in kept) / freedom), freedom)
+    return Spreads(pooled, own)
+
+
+def _beyond(metric: Metric, baseline: float, now: float, limit: float) -> Status:
+    if not math.isfinite(now):  # NaN compares false with everything: it must not pass by that
+        return "regression"
+    worse = baseline - now if metric.better == "higher" else now - baseline
+    if metric.better == "neither":
+        worse = abs(worse)
+    if worse > limit:
+        return "regression"
+    return "improvement" if -worse > limit else "ok"
+
+
+def judge(
+    values: Mapping[str, float],
+    row: Row,
+    spreads: Spreads,
+    device_kind: str,
+    unavailable: Mapping[str, str] | None = None,
+) -> list[Verdict]:
+    """One verdict per metric of the row and of ``values``, in METRICS' order of names as they come.
+
+    ``values`` are a record's metrics, ``unavailable`` its reasons for those it lacks, ``device_kind`` is "cuda" or
+    "cpu". A ``regression`` here is a suspicion until ``confirm``; ``missing`` needs no confirmation.
+    """
+    verdicts = []
+    for name in [*row.metrics, *(name for name in values if name not in row.metrics)]:
+        metric, now = metrics.find(name), values.get(name)
+        unit = metric.unit if metric else ""
+        if name not in row.metrics:
+            verdicts.append(Verdict(name, "new", unit, now=now))
+            continue
+        baseline = row.metrics[name]
+        floor = floors(metric, host_bound(row)) if metric else None
+        if metric is None or floor is None or device_kind not in metric.gated_on:
+            verdicts.append(Verdict(name, "ungated", unit, baseline.median, now))
+            continue
+        limit = limit_for(metric, baseline, spreads.of(name, row), host_bound(row))
+        in_units = not floor.relative or limit <= floor.absolute
+        verdict = Verdict(name, "missing", unit, baseline.median, now, limit, in_units)
+        if now is None:
+            reason = (unavailable or {}).get(name, "not measured, no reason given")
+            verdicts.append(replace(verdict, runs=0, reason=reason))
+            continue
+        status = _beyond(metric, baseline.median, now, limit)
+        verdicts.append(replace(verdict, status=status, beyond=int(status == "regression")))
+    return verdicts
+
+
+def suspicions(verdicts: Iterable[Verdict]) -> list[Verdict]:
+    """Those that a fresh process has to confirm before they fail."""
+    return [verdict for verdict in verdicts if verdict.status == "regression"]
+
+
+def confirm(verdicts: Sequence[Verdict], repeats: Sequence[Mapping[str, float]]) -> list[Verdict]:
+    """The final verdicts, given the metrics that fresh processes measured for the same case.
+
+    A suspicion stays a regression only if every repeat is beyond the same limit too; one within it acquits, so the
+    caller may stop there, and otherwise makes ``REPEATS`` of them. A repeat without the metric does not acquit. The
+    value reported is the median of the runs. Void repeats are no evidence: leave them out and measure again.
+    """
+    final = []
+    for verdict in verdicts:
+        metric = metrics.find(verdict.metric)
+        if verdict.status != "regression" or not repeats or metric is None:
+            final.append(verdict)
+            continue
+        assert verdict.baseline is not None
+        assert verdict.now is not None
+        assert verdict.limit is not None
+        runs = [verdict.now, *(repeat.get(verdict.metric, math.nan) for repeat in repeats)]
+        beyond = sum(_beyond(metric, verdict.baseline, now, verdict.limit) == "regression" for now in runs)
+        finite = [now for now in runs if math.isfinite(now)]
+        final.append(
+            replace(
+                verdict,
+                status="regression" if beyond == len(runs) else "ok",
+                now=statistics.median(finite) if finite else math.nan,
+                beyond=beyond,
+                runs=len(runs),
+                reason="" if beyond == len(runs) else "not confirmed",
+            )
+        )
+    return final
+
+
+def short_name(case: str) -> str:
+    """``benches/test_decode.py::test_decode[a-b]`` → ``decode[a-b]``."""
+    return case.rpartition("::")[2].removeprefix("test_")
+
+
+def _number(value: float, beside: float = 0.0) -> str:
+    """Four significant digits of the larger of the two, so that "268.7 -> 241.0" lines up."""
+    size = max((abs(x) for x in (value, beside) if math.isfinite(x)), default=0.0)
+    if not math.isfinite(value) or size == 0:
+        return f"{value:g}"
+    digits = 3 - math.floor(math.log10(size))
+    return f"{value:.3g}" if digits > 6 else f"{value:.{max(digits, 0)}f}"
+
+
+def message(case: str, device: str, verdict: Verdict) -> str:
+    """One line: ``decode[…] on nvidia-h200: decode_tok_s 268.7 -> 241.0 tok/s (-10.3 %, limit 2.0 %, 3 of 3 runs)``."""
+    head = f"{short_name(case)} on {device}: {verdict.metric}"
+    baseline, now, unit = verdict.baseline, verdict.now, verdict.unit
+    if baseline is None:
+        return f"{head} {_number(now) if now is not None else '?'} {unit} (not in the baseline)"
+    if now is None:
+        return f"{head} {_number(baseline)} {unit} -> missing ({verdict.reason or 'not measured'})"
+    notes = []
+    if not math.isfinite(now):
+        notes.append("not a finite number")
+    elif verdict.change_relative is None:
+        notes.append(f"{verdict.change:+.3g} {unit}")
+    else:
+        small = verdict.limit_relative is not None and verdict.limit_relative < 0.01
+        notes.append(f"{100 * verdict.change_relative:+.{2 if small else 1}f} %")
+    if verdict.limit is not None:
+        relative = None if verdict.in_units else verdict.limit_relative
+        small = relative is not None and relative < 0.01
+        shown = f"{verdict.limit:.3g} {unit}" if relative is None else f"{100 * relative:.{2 if small else 1}f} %"
+        notes.append(f"limit {shown}")
+    if verdict.runs > 1:
+        notes.append(f"{verdict.beyond} of {verdict.runs} runs")
+    if verdict.reason:
+        notes.append(verdict.reason)
+    return f"{head} {_number(baseline, now)} -> {_number(now, baseline)} {unit} ({', '.join(notes)})"
