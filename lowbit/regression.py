@@ -197,18 +197,13 @@ def _beyond(metric: Metric, baseline: float, now: float, limit: float) -> Status
     return "improvement" if -worse > limit else "ok"
 
 
-def judge(
-    values: Mapping[str, float],
-    row: Row,
-    spreads: Spreads,
-    device_kind: str,
-    unavailable: Mapping[str, str] | None = None,
-) -> list[Verdict]:
-    """One verdict per metric of the row and of ``values``, in METRICS' order of names as they come.
+def judge(record: Record, row: Row, spreads: Spreads, device_kind: str) -> list[Verdict]:
+    """One verdict per metric that the row or the record has. ``device_kind`` is "cuda" or "cpu".
 
-    ``values`` are a record's metrics, ``unavailable`` its reasons for those it lacks, ``device_kind`` is "cuda" or
-    "cpu". A ``regression`` here is a suspicion until ``confirm``; ``missing`` needs no confirmation.
+    A ``regression`` here is a suspicion until ``confirm``; ``missing`` (a gated metric that the record lacks, with
+    the record's own reason) needs no confirmation.
     """
+    values = record.metrics
     verdicts = []
     for name in [*row.metrics, *(name for name in values if name not in row.metrics)]:
         metric, now = metrics.find(name), values.get(name)
@@ -225,7 +220,7 @@ def judge(
         in_units = not floor.relative or limit <= floor.absolute
         verdict = Verdict(name, "missing", unit, baseline.median, now, limit, in_units)
         if now is None:
-            reason = (unavailable or {}).get(name, "not measured, no reason given")
+            reason = record.unavailable.get(name, "not measured, no reason given")
             verdicts.append(replace(verdict, runs=0, reason=reason))
             continue
         status = _beyond(metric, baseline.median, now, limit)
@@ -238,23 +233,24 @@ def suspicions(verdicts: Iterable[Verdict]) -> list[Verdict]:
     return [verdict for verdict in verdicts if verdict.status == "regression"]
 
 
-def confirm(verdicts: Sequence[Verdict], repeats: Sequence[Mapping[str, float]]) -> list[Verdict]:
-    """The final verdicts, given the metrics that fresh processes measured for the same case.
+def confirm(verdicts: Sequence[Verdict], repeats: Sequence[Record]) -> list[Verdict]:
+    """The final verdicts, given what fresh processes measured for the same case.
 
     A suspicion stays a regression only if every repeat is beyond the same limit too; one within it acquits, so the
-    caller may stop there, and otherwise makes ``REPEATS`` of them. A repeat without the metric does not acquit. The
-    value reported is the median of the runs. Void repeats are no evidence: leave them out and measure again.
+    caller may stop there, and otherwise makes ``REPEATS`` of them. A repeat without the metric (it failed) does not
+    acquit, a void one is no evidence either way. The value reported is the median of the runs.
     """
+    evidence = [repeat.metrics for repeat in repeats if repeat.outcome != "void"]
     final = []
     for verdict in verdicts:
         metric = metrics.find(verdict.metric)
-        if verdict.status != "regression" or not repeats or metric is None:
+        if verdict.status != "regression" or not evidence or metric is None:
             final.append(verdict)
             continue
         assert verdict.baseline is not None
         assert verdict.now is not None
         assert verdict.limit is not None
-        runs = [verdict.now, *(repeat.get(verdict.metric, math.nan) for repeat in repeats)]
+        runs = [verdict.now, *(values.get(verdict.metric, math.nan) for values in evidence)]
         beyond = sum(_beyond(metric, verdict.baseline, now, verdict.limit) == "regression" for now in runs)
         finite = [now for now in runs if math.isfinite(now)]
         final.append(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,10 +37,18 @@ def row(case: str = CASE, mode: str | None = "reduce-overhead", kind: str = "dec
     return Row(case, kind, "a16w4_g128-torchao", mode, "b1_c0", "bf16", values)
 
 
+def record(metrics: dict[str, float], **fields: Any) -> Record:
+    return Record(CASE, "decode", "a16w4_g128-torchao", None, "b1_c0", "embedded", "auto", metrics=metrics, **fields)
+
+
+def repeats(name: str, *values: float) -> list[Record]:
+    return [record({name: value}) for value in values]
+
+
 def verdict(now: float, device_kind: str = "cuda", spreads: Spreads | None = None, **runs: list[float]) -> Verdict:
     """The verdict of the one metric in ``runs``."""
     baseline = row(**runs)
-    (only,) = judge(dict.fromkeys(runs, now), baseline, spreads or Spreads(), device_kind)
+    (only,) = judge(record(dict.fromkeys(runs, now)), baseline, spreads or Spreads(), device_kind)
     return only
 
 
@@ -72,8 +81,8 @@ def test_direction_and_floors(name: str, baseline: float, now: float, status: st
 
 def test_ttft_is_gated_where_it_is_lower_better() -> None:
     baseline = row(kind="prefill", ttft_ms=[20.0])
-    assert [v.status for v in judge({"ttft_ms": 20.7}, baseline, Spreads(), "cuda")] == ["regression"]
-    assert [v.status for v in judge({"ttft_ms": 20.5}, baseline, Spreads(), "cuda")] == ["ok"]
+    assert [v.status for v in judge(record({"ttft_ms": 20.7}), baseline, Spreads(), "cuda")] == ["regression"]
+    assert [v.status for v in judge(record({"ttft_ms": 20.5}), baseline, Spreads(), "cuda")] == ["ok"]
 
 
 @pytest.mark.parametrize("now", [math.nan, math.inf, -math.inf])
@@ -83,7 +92,7 @@ def test_not_finite_is_a_regression_with_a_clear_text(name: str, now: float) -> 
     assert bad.status == "regression"
     assert bad.fails
     assert "not a finite number" in message(CASE, "nvidia-h200", bad)
-    (confirmed,) = confirm([bad], [{name: now}, {name: now}])
+    (confirmed,) = confirm([bad], repeats(name, now, now))
     assert confirmed.fails
     assert confirmed.beyond == 3
 
@@ -102,14 +111,15 @@ def test_eager_speed_is_the_hosts() -> None:
     assert not host_bound(row(mode="regional"))
     assert not host_bound(row(mode=None, kind="quality"))
     assert host_bound(Record("c", "prefill", "bf16-torch", "eager", "p512", "embedded", "auto"))
-    assert [v.status for v in judge({"decode_tok_s": 91.0}, eager, Spreads(), "cuda")] == ["ok"]
-    assert [v.status for v in judge({"decode_tok_s": 89.0}, eager, Spreads(), "cuda")] == ["regression"]
+    assert [v.status for v in judge(record({"decode_tok_s": 91.0}), eager, Spreads(), "cuda")] == ["ok"]
+    assert [v.status for v in judge(record({"decode_tok_s": 89.0}), eager, Spreads(), "cuda")] == ["regression"]
 
 
 def test_missing_new_and_ungated() -> None:
     baseline = row(energy_j_per_tok=[0.9], mbu=[0.8], weights_mib=[100.0])
     values = {"weights_mib": 100.0, "vram_peak_mib": 200.0}
-    found = {v.metric: v for v in judge(values, baseline, Spreads(), "cuda", {"energy_j_per_tok": "NVML is gone"})}
+    measured = record(values, unavailable={"energy_j_per_tok": "NVML is gone"})
+    found = {v.metric: v for v in judge(measured, baseline, Spreads(), "cuda")}
     assert {name: v.status for name, v in found.items()} == {
         "energy_j_per_tok": "missing",
         "mbu": "ungated",
@@ -123,7 +133,7 @@ def test_missing_new_and_ungated() -> None:
 
 
 def test_message_is_worded_as_promised() -> None:
-    (final,) = confirm([verdict(241.0, decode_tok_s=[268.7])], [{"decode_tok_s": 240.0}, {"decode_tok_s": 243.0}])
+    (final,) = confirm([verdict(241.0, decode_tok_s=[268.7])], repeats("decode_tok_s", 240.0, 243.0))
     assert message(CASE, "nvidia-h200", final) == (
         "decode[a16w4_g128-torchao-reduce-overhead-b1_c0] on nvidia-h200: "
         "decode_tok_s 268.7 -> 241.0 tok/s (-10.3 %, limit 2.0 %, 3 of 3 runs)"
@@ -147,14 +157,16 @@ def test_message_of_other_metrics(name: str, baseline: float, now: float, end: s
 def test_one_run_within_the_limit_acquits() -> None:
     first = verdict(90.0, decode_tok_s=[100.0])
     assert suspicions([first]) == [first]
-    (final,) = confirm([first], [{"decode_tok_s": 99.0}])
+    (final,) = confirm([first], repeats("decode_tok_s", 99.0))
     assert final.status == "ok"
     assert (final.beyond, final.runs) == (1, 2)
     assert "1 of 2 runs, not confirmed" in message(CASE, "nvidia-h200", final)
 
 
 def test_a_repeat_without_the_metric_does_not_acquit() -> None:
-    (final,) = confirm([verdict(90.0, decode_tok_s=[100.0])], [{}, {"decode_tok_s": 89.0}])
+    (final,) = confirm(
+        [verdict(90.0, decode_tok_s=[100.0])], [record({}, outcome="failed"), *repeats("decode_tok_s", 89.0)]
+    )
     assert final.fails
     assert final.now == pytest.approx(89.5)
 
@@ -162,10 +174,11 @@ def test_a_repeat_without_the_metric_does_not_acquit() -> None:
 def test_without_repeats_a_suspicion_stays() -> None:
     first = [verdict(90.0, decode_tok_s=[100.0])]
     assert confirm(first, []) == first
+    assert confirm(first, [record({"decode_tok_s": 99.0}, outcome="void")]) == first
 
 
 def test_an_improvement_is_never_confirmed_or_failed() -> None:
-    (final,) = confirm([verdict(150.0, decode_tok_s=[100.0])], [{"decode_tok_s": 50.0}] * REPEATS)
+    (final,) = confirm([verdict(150.0, decode_tok_s=[100.0])], repeats("decode_tok_s", 50.0) * REPEATS)
     assert final.status == "improvement"
     assert not final.fails
 
@@ -276,8 +289,8 @@ def test_the_simulation_decides_as_the_gate_does(cases: int, floor: float, monke
         rows = [row(str(c), latency=list(map(float, baseline[t, c]))) for c in range(cases)]
         spreads = pool_spread(rows)
         for c, each in enumerate(rows):
-            first = judge({"latency": float(now[t, c, 0])}, each, spreads, "cuda")
-            repeats = [{"latency": float(value)} for value in now[t, c, 1:]]
-            failed[t, c] = confirm(first, repeats)[0].fails
+            first = judge(record({"latency": float(now[t, c, 0])}), each, spreads, "cuda")
+            again = repeats("latency", *map(float, now[t, c, 1:]))
+            failed[t, c] = confirm(first, again)[0].fails
     assert 0.02 < expected.mean() < 0.98  # the comparison means something
     assert (failed == expected).all()
