@@ -1,0 +1,117 @@
+"""The answer below the table: the fastest case within a KL and a VRAM limit, with the command that reproduces it."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from lowbit.formats import FORMATS
+from lowbit.record import Record
+from lowbit.report.rows import Row, join, memory_metric, selection
+
+WIDTH = 100
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A measured row and what stands between it and the recommendation: share by which each limit is passed."""
+
+    row: Row
+    record: Record
+    decode_tok_s: float
+    memory_mib: float | None
+    misses: tuple[tuple[str, float], ...]
+
+    @property
+    def distance(self) -> tuple[float, float]:
+        return sum(excess for _, excess in self.misses), -self.decode_tok_s
+
+
+def recommendation(
+    records: Iterable[Record], *, max_kld: float, max_vram_mib: float | None, arguments: Sequence[str]
+) -> str:
+    """The fastest measured case (decode, batch 1, context ~0) within both limits; else the closest and what it misses.
+
+    ``arguments`` are the options that choose this run's model. bf16 itself qualifies, with KL 0. Void and failed cases
+    never do.
+    """
+    rows = join(records)
+    memory = memory_metric(rows)
+    candidates = [
+        _candidate(row, row.headline, memory, max_kld, max_vram_mib)
+        for row in rows
+        if row.headline is not None and row.headline.outcome == "measured" and row.decode_tok_s
+    ]
+    if not candidates:
+        return "recommendation: none, for no decode case at batch 1 and context 0 was measured"
+    label = "weights" if memory == "weights_mib" else "VRAM"
+    limits = f"KL ≤ {max_kld:g}"
+    if max_vram_mib is not None:
+        limits += f" and {label} ≤ {max_vram_mib:,.0f} MiB"
+    fitting = [candidate for candidate in candidates if not candidate.misses]
+    if not fitting:
+        closest = min(candidates, key=lambda candidate: candidate.distance)
+        missed = "; ".join(text for text, _ in closest.misses)
+        return _fill(
+            f"recommendation: no measured case has {limits}. Closest: {_name(closest)} at "
+            f"{closest.decode_tok_s:.1f} tok/s: {missed}. Raise --max-kld or --max-vram, or measure more formats."
+        )
+    best = max(fitting, key=lambda candidate: candidate.decode_tok_s)
+    facts = [f"{best.decode_tok_s:.1f} tok/s{_against_bf16(best, candidates)}", _divergence(best.row)]
+    if best.memory_mib is not None:
+        facts.append(f"{label} {best.memory_mib:,.0f} MiB")
+    answer = _fill(f"recommendation ({limits}): {_name(best)}: {', '.join(facts)}")
+    return f"{answer}\n  reproduce: {reproduce(best.record.case, arguments)}"
+
+
+def reproduce(case: str, arguments: Sequence[str]) -> str:
+    """The command that runs this case and no other: ``-k`` with the test's whole name, brackets included."""
+    return " ".join(["pytest benches", *arguments, f'-k "{selection(case)}"'])
+
+
+def _candidate(row: Row, record: Record, memory: str, max_kld: float, max_vram_mib: float | None) -> Candidate:
+    misses = []
+    kld, used = row.kld, row.memory(memory)
+    if kld is None:
+        misses.append((f"its KL is not known ({_why_no_kld(row)})", float("inf")))
+    elif not kld <= max_kld:
+        misses.append((f"its KL is {kld:.4g}", (kld - max_kld) / max(max_kld, 1e-9)))
+    if max_vram_mib is not None and used is None:
+        misses.append(("its memory is not known", float("inf")))
+    elif max_vram_mib is not None and used is not None and used > max_vram_mib:
+        over = used - max_vram_mib
+        misses.append((f"it takes {used:,.0f} MiB, {over:,.0f} too many", over / max(max_vram_mib, 1e-9)))
+    return Candidate(row, record, row.decode_tok_s or 0.0, used, tuple(misses))
+
+
+def _why_no_kld(row: Row) -> str:
+    if row.quality is None:
+        return "test_quality of this format did not run"
+    reasons = (reason for name, reason in row.quality.unavailable.items() if name.startswith("kld"))
+    return next(reasons, row.quality.error or row.quality.outcome)
+
+
+def _divergence(row: Row) -> str:
+    if row.kld == 0.0:
+        return "KL 0"
+    embedded = row.quality is not None and row.quality.load_format == "dummy"
+    return f"KL {row.kld:.4g}{' on the embedded model' if embedded else ''}"
+
+
+def _against_bf16(best: Candidate, candidates: Sequence[Candidate]) -> str:
+    base = [c for c in candidates if c.row.format in FORMATS and FORMATS[c.row.format].is_baseline]
+    if not base:
+        return ""
+    fastest = max(base, key=lambda candidate: candidate.decode_tok_s)
+    if fastest is best:
+        return " (the fastest bf16)"
+    return f" ({best.decode_tok_s / fastest.decode_tok_s:.2f}× bf16's best, {fastest.row.mode})"
+
+
+def _name(candidate: Candidate) -> str:
+    return f"{candidate.row.format} · {candidate.row.mode}"
+
+
+def _fill(text: str) -> str:
+    return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
