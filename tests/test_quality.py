@@ -152,6 +152,7 @@ def test_divergence_of_near_equals_is_not_lost_in_rounding() -> None:
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 def test_logits_that_are_not_finite_are_named(model: Any, text: Text, poison: float) -> None:
+    text = Text("without 7", text.ids.masked_fill(text.ids == 7, 8), WINDOW)  # so -inf there touches no target
     broken = copy.deepcopy(model)
     broken.lm_head.register_forward_hook(
         lambda _module, _inputs, logits: logits.index_fill(-1, torch.tensor(7), poison)
