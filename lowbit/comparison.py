@@ -1,0 +1,124 @@
+"""Compares two files, each a kept run or a baseline: what ``python -m lowbit compare OLD NEW`` prints and exits by."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lowbit import baselines, runs
+from lowbit.baselines import Baseline
+from lowbit.errors import LowbitError
+from lowbit.record import Record
+from lowbit.regression import Row, Spreads, Values, Verdict, judge, pool_spread
+from lowbit.runs import Run
+
+Side = Run | Baseline
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """NEW against OLD. ``lost`` are cases measured in OLD without a measurement in NEW, each with the reason;
+    ``new`` those of NEW alone; ``void`` those disturbed in NEW, which are not judged; ``environment`` what changed."""
+
+    device: str
+    verdicts: list[tuple[str, list[Verdict]]] = field(default_factory=list)
+    lost: dict[str, str] = field(default_factory=dict)
+    new: list[str] = field(default_factory=list)
+    void: list[str] = field(default_factory=list)
+    environment: list[str] = field(default_factory=list)
+
+    @property
+    def failed(self) -> bool:
+        """True when a metric regressed or is missing, or a case was lost."""
+        return bool(self.lost) or any(verdict.fails for _, verdicts in self.verdicts for verdict in verdicts)
+
+
+def read(path: Path) -> Side:
+    """A baseline or a kept run (its folder, ``run.json`` or journal). Raises LowbitError for anything else."""
+    if path.is_dir() or path.suffix == ".jsonl":
+        return runs.read(path)
+    return baselines.load(path) if _kind(path) == "baseline" else runs.read(path)
+
+
+def _kind(path: Path) -> Any:
+    """The file's own word for what it is; None where there is none, which its reader then explains."""
+    try:
+        return json.loads(path.read_bytes())["lowbit"]["kind"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def rows_of(side: Side) -> dict[str, Row]:
+    """What OLD holds as baseline rows. A single run's have one value per metric: no spread, so the floors judge."""
+    if isinstance(side, Baseline):
+        return side.rows
+    measured = [record for record in side.records() if record.outcome == "measured"]
+    return {record.case: _row(record) for record in measured}
+
+
+def _row(record: Record) -> Row:
+    metrics = {name: Values(value, (value,)) for name, value in record.metrics.items()}
+    return Row(record.case, record.kind, record.format, record.mode, record.workload, record.dtype, metrics)
+
+
+def records_of(side: Side) -> dict[str, Record]:
+    """What NEW holds as records; a baseline's are its medians."""
+    if isinstance(side, Run):
+        return {record.case: record for record in side.records()}
+    names = {"model": side.header.model, "load_format": side.header.load_format}
+    return {
+        case: Record(
+            case=case,
+            kind=row.kind,  # type: ignore[arg-type]  # checked when the run was made
+            format=row.format,
+            mode=row.mode,
+            workload=row.workload,
+            dtype=row.dtype,
+            metrics={name: values.median for name, values in row.metrics.items()},
+            **names,
+        )
+        for case, row in side.rows.items()
+    }
+
+
+def compare(old: Side, new: Side) -> Comparison:
+    """Judge every case of OLD by NEW, without confirmation: NEW is all there is.
+
+    Cases that NEW's own -k or -m left out are not lost. Raises LowbitError when the two are foreign to each other.
+    """
+    if old.header.subject != new.header.subject:
+        raise LowbitError(
+            f"{old.path} and {new.path} measured different things: expected device, model, load format and protocol "
+            f"{', '.join(old.header.subject)}, got {', '.join(new.header.subject)}"
+        )
+    device = new.header.device
+    kind = "cpu" if device.startswith("cpu") else "cuda"
+    rows, records = rows_of(old), records_of(new)
+    spreads = pool_spread(rows.values()) if isinstance(old, Baseline) else Spreads()
+    result = Comparison(device, environment=baselines.differing(old.header.environment, new.header.environment))
+    for case, row in rows.items():
+        record = records.get(case)
+        if record is None:
+            if not any(new.header.selection.values()):
+                result.lost[case] = _skip_in(new, case) or "not in the new run"
+        elif record.outcome == "measured":
+            result.verdicts.append((case, judge(record, row, spreads, kind)))
+        elif record.outcome == "void":
+            result.void.append(case)
+        else:
+            result.lost[case] = f"{record.outcome}: {record.unmet or record.error}"
+    result.new.extend(case for case, record in records.items() if case not in rows and record.outcome == "measured")
+    return result
+
+
+def _skip_in(side: Side, case: str) -> str | None:
+    if isinstance(side, Baseline) and case in side.skips:
+        return "skipped: " + ": ".join(side.skips[case])
+    return None
+
+
+def compare_runs(old: Path, new: Path) -> Comparison:
+    """``compare`` of two files. Raises LowbitError naming the one that can't be read."""
+    return compare(read(old), read(new))
