@@ -1,7 +1,7 @@
 """Baselines: the medians of several runs of one device, model and load format, as pytest-benchmark's own JSON.
 
 ``<baselines_dir>/<device slug>/NNNN_<model>-<load_format>.json`` is readable by ``pytest-benchmark compare``; each
-benchmark's ``extra_info["lowbit"]`` carries the row that the gate judges by: per metric the median and the runs' values.
+benchmark's ``extra_info["lowbit"]`` carries the row that the gate judges by: a metric's median and the runs' values.
 """
 
 from __future__ import annotations

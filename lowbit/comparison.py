@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,8 @@ def rows_of(side: Side) -> dict[str, Row]:
 
 
 def _row(record: Record) -> Row:
-    metrics = {name: Values(value, (value,)) for name, value in record.metrics.items()}
+    # nothing can be judged by a NaN: such a metric is new in NEW
+    metrics = {name: Values(value, (value,)) for name, value in record.metrics.items() if math.isfinite(value)}
     return Row(record.case, record.kind, record.format, record.mode, record.workload, record.dtype, metrics)
 
 
@@ -67,7 +69,6 @@ def records_of(side: Side) -> dict[str, Record]:
     """What NEW holds as records; a baseline's are its medians."""
     if isinstance(side, Run):
         return {record.case: record for record in side.records()}
-    names = {"model": side.header.model, "load_format": side.header.load_format}
     return {
         case: Record(
             case=case,
@@ -77,7 +78,8 @@ def records_of(side: Side) -> dict[str, Record]:
             workload=row.workload,
             dtype=row.dtype,
             metrics={name: values.median for name, values in row.metrics.items()},
-            **names,
+            model=side.header.model,
+            load_format=side.header.load_format,
         )
         for case, row in side.rows.items()
     }

@@ -187,7 +187,7 @@ def pool_spread(rows: Iterable[Row]) -> Spreads:
 
 
 def _beyond(metric: Metric, baseline: float, now: float, limit: float) -> Status:
-    if not math.isfinite(now):  # NaN compares false with everything: it must not pass by that
+    if not math.isfinite(now - baseline):  # NaN compares false with everything: it must not pass by that
         return "regression"
     worse = baseline - now if metric.better == "higher" else now - baseline
     if metric.better == "neither":
@@ -289,7 +289,7 @@ def message(case: str, device: str, verdict: Verdict) -> str:
     if now is None:
         return f"{head} {_number(baseline)} {unit} -> missing ({verdict.reason or 'not measured'})"
     notes = []
-    if not math.isfinite(now):
+    if not math.isfinite(now - baseline):
         notes.append("not a finite number")
     elif verdict.change_relative is None:
         notes.append(f"{verdict.change:+.3g} {unit}")
