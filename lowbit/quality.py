@@ -9,33 +9,27 @@ formats that look at a whole batch of activations (LLM.int8 outliers) would othe
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowbit import embedded
 from lowbit.errors import LowbitError
 from lowbit.generate import check_finite
 from lowbit.logits_store import LogitsStore
 from lowbit.metrics import Quality
-
-if TYPE_CHECKING:
-    from lowbit.models import Choice, HostModel
 
 REFERENCE_WINDOWS = 16
 """Windows that KL and top-1 are taken over: the reference logits of a whole WikiText-2 would be 74 GB."""
 
 CHUNK_BYTES = 64 * 1024 * 1024
 """Size of one fp32 [positions, vocab] block; the few of them alive at a time are what scoring adds to the model."""
-
-WINDOW = 2048
-"""Tokens per window of every model but the embedded one, which was trained at its own."""
 
 WIKITEXT2_FILE = "wiki.test.raw"
 
@@ -69,27 +63,8 @@ class Text:
         return self.ids[: count * self.window].view(count, self.window)
 
 
-def default_text(host: HostModel, path: Path | None) -> Text:
-    """The text that a model is scored on: the file at ``path``, or the held-out text that ships with the package."""
-    if host.tokenizer is None:
-        raise LowbitError(f"can't score {host.name}: it has no tokenizer; put tokenizer.json beside its weights")
-    if path is not None:
-        return load_text(path, host.tokenizer, _window(host.name))
-    return encode_text("embedded", embedded.heldout_text(), host.tokenizer, _window(host.name))
-
-
-def protocol_name(choice: Choice, path: Path | None) -> str:
-    """``default_text(...).protocol`` without loading anything. Dummy weights are stood in for by the embedded model."""
-    if choice.load_format == "dummy":
-        return f"embedded_{embedded.WINDOW}"
-    return f"{_text_name(path) if path else 'embedded'}_{_window(choice.name)}"
-
-
-def _window(model: str) -> int:
-    return embedded.WINDOW if model == "embedded" else WINDOW
-
-
-def _text_name(path: Path) -> str:
+def name_text(path: Path) -> str:
+    """The name of the text in a file, fit for a metric's name: ``wikitext2`` for ``wiki.test.raw``, else the stem."""
     return "wikitext2" if path.name == WIKITEXT2_FILE else "".join(c if c.isalnum() else "_" for c in path.stem)
 
 
@@ -112,12 +87,12 @@ def load_text(path: Path, tokenizer: Any, window: int) -> Text:
         raise LowbitError(f"can't read the text {path}: {error}; expected a UTF-8 text file") from error
     if path.name == WIKITEXT2_FILE:
         content = join_wikitext(content)
-    return encode_text(_text_name(path), content, tokenizer, window)
+    return encode_text(name_text(path), content, tokenizer, window)
 
 
 def join_wikitext(content: str) -> str:
     """The raw file as ``"\\n\\n".join(dataset["text"])``: the data set keeps line ends and empties blank lines."""
-    return "\n\n".join(line if line.strip() else "" for line in content.splitlines(keepends=True))
+    return "\n\n".join(line if line.strip() else "" for line in io.StringIO(content))
 
 
 class Reference:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -211,6 +210,7 @@ def test_one_bos_stands_at_the_front(tokenizer: Any, tmp_path: Path) -> None:
 
 def test_wikitext2_is_joined_by_blank_lines(tokenizer: Any, tmp_path: Path) -> None:
     assert join_wikitext(" \n = A = \n \n b \n") == "\n\n = A = \n\n\n\n\n b \n"
+    assert join_wikitext("a\u2028b\n") == "a\u2028b\n"  # a line ends at a line feed and nowhere else
     path = tmp_path / "wiki.test.raw"
     path.write_text("a \n \n b\n", encoding="utf-8")
     assert load_text(path, tokenizer, 2).protocol == "wikitext2_2"
@@ -223,30 +223,3 @@ def test_an_unreadable_text_is_refused(tokenizer: Any, tmp_path: Path, content: 
         path.write_bytes(content)
     with pytest.raises(LowbitError, match=r"can't read the text .*text\.txt.*UTF-8"):
         load_text(path, tokenizer, 2)
-
-
-@pytest.mark.parametrize(
-    ("name", "load_format", "path", "expected"),
-    [
-        ("embedded", "auto", None, "embedded_512"),
-        ("llama-3.1-8b", "auto", None, "embedded_2048"),
-        ("llama-3.1-8b", "dummy", Path("x/wiki.test.raw"), "embedded_512"),
-        ("llama-3.1-8b", "auto", Path("x/wiki.test.raw"), "wikitext2_2048"),
-        ("embedded", "auto", Path("x/my.notes.txt"), "my_notes_512"),
-    ],
-)
-def test_protocol_is_known_before_anything_is_loaded(
-    tokenizer: Any, name: str, load_format: str, path: Path | None, expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    choice: Any = SimpleNamespace(name=name, load_format=load_format)
-    assert quality.protocol_name(choice, path) == expected
-    if load_format != "dummy":
-        monkeypatch.setattr(Path, "read_text", lambda *_, **__: "a b c\n" * 1000)
-        host: Any = SimpleNamespace(name=name, tokenizer=tokenizer)
-        assert quality.default_text(host, path).protocol == expected
-
-
-def test_a_model_without_tokenizer_is_refused() -> None:
-    host: Any = SimpleNamespace(name="mine", tokenizer=None)
-    with pytest.raises(LowbitError, match="mine: it has no tokenizer"):
-        quality.default_text(host, None)
