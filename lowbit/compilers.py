@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequenc
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import nn
 
 from lowbit.errors import LowbitError, unknown
-from lowbit.formats import Unmet
+from lowbit.formats import Format, Unmet
 
 if TYPE_CHECKING:
     from lowbit.device import Device
@@ -32,14 +32,14 @@ class Mode:
     """One way to run a decode step.
 
     ``inductor`` is the mode of torch.compile whose options are taken (None: not compiled). ``regional`` compiles the
-    decoder layer once for all layers and leaves the rest eager. ``graph`` captures the whole step as one CUDA graph
-    of our own on a GPU; ``reduce-overhead`` and ``max-autotune`` get theirs from Inductor.
+    decoder layer once for all layers and leaves the rest eager. ``cuda_graph`` says that a GPU replays the whole step
+    as CUDA graphs: Inductor's, or one of our own in ``regional``.
     """
 
     name: str
     inductor: str | None
+    cuda_graph: bool = False
     regional: bool = False
-    graph: bool = False
     note: str = ""
 
 
@@ -48,10 +48,10 @@ MODES: dict[str, Mode] = {
     for mode in (
         Mode("eager", None, note="not compiled"),
         Mode("default", "default", note="whole step"),
-        Mode("reduce-overhead", "reduce-overhead", note="whole step, CUDA graphs"),
+        Mode("reduce-overhead", "reduce-overhead", cuda_graph=True, note="whole step, CUDA graphs"),
         Mode("max-autotune-no-cudagraphs", "max-autotune-no-cudagraphs", note="whole step, kernels searched"),
-        Mode("max-autotune", "max-autotune", note="whole step, kernels searched, CUDA graphs"),
-        Mode("regional", "default", regional=True, graph=True, note="one layer compiled for all, one CUDA graph"),
+        Mode("max-autotune", "max-autotune", cuda_graph=True, note="whole step, kernels searched, CUDA graphs"),
+        Mode("regional", "default", cuda_graph=True, regional=True, note="one layer compiled for all, one CUDA graph"),
     )
 }
 
@@ -64,13 +64,18 @@ def find(mode: str) -> Mode:
         raise unknown("compile mode", mode, MODES) from None
 
 
-def unmet(mode: str, device: Device) -> Unmet | None:
-    """Why this mode can't run on this device, or None: Inductor needs a C++ compiler on a CPU, SM70 on a GPU."""
-    if find(mode).inductor is None:
+def unmet(mode: str, device: Device, fmt: Format) -> Unmet | None:
+    """Why this mode can't run on this device with this format, or None."""
+    row = find(mode)
+    if row.inductor is None:
         return None
     if device.kind == "cuda":
-        if device.capability is not None and device.capability < (7, 0):
-            return Unmet("capability", f"torch.compile needs SM70 (Triton), this is {device.sm}")
+        waits = fmt.options.get("waits_for_host")
+        if row.cuda_graph and waits:
+            # Inductor would leave its CUDA graphs out with a log line, and measure the default mode under this name
+            return Unmet("capability", f"{mode} needs CUDA graphs, which can't hold {waits}: it waits for the host")
+        if device.capability is not None and device.capability < (7, 5):
+            return Unmet("capability", f"torch.compile needs SM75 (Triton), this is {device.sm}")
         return None
     if os.environ.get("CXX") or any(shutil.which(name) for name in ("g++", "clang++", "c++", "cl")):
         return None
@@ -108,7 +113,8 @@ class _Setting(NamedTuple):
 
 def _flags() -> list[_Setting]:
     """Plain attributes that quantizers, compilers and users' code flip: read by getattr, restored by setattr."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
+    matmul: Any = torch.backends.cuda.matmul
     settings = [_Setting(cudnn, name) for name in ("enabled", "benchmark", "deterministic")]
     # fp32_precision stands for allow_tf32 since torch 2.9; reading the old name after the new was set is an error
     settings += [_Setting(owner, "fp32_precision") for owner in (matmul, cudnn.conv, cudnn.rnn)]
@@ -116,7 +122,9 @@ def _flags() -> list[_Setting]:
         _Setting(matmul, name)
         for name in ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
     ]
-    core, config, utils = (sys.modules.get(f"gemlite.{name}") for name in ("core", "triton_kernels.config", "triton_kernels.utils"))
+    core, config, utils = (
+        sys.modules.get(f"gemlite.{name}") for name in ("core", "triton_kernels.config", "triton_kernels.utils")
+    )
     if core is not None:
         names = ("GEMLITE_TRITON_CONFIG_CACHE", "GEMLITE_ACC_DTYPE", "GEMLITE_USE_TMA", "GEMLITE_ENABLE_PTX_FP4_PACK")
         settings += [_Setting(core, name) for name in (*names, "GEMLITE_FAST_NVFP4")]
@@ -138,12 +146,19 @@ def _configs() -> list[Any]:
     return [torch._inductor.config, torch._dynamo.config, torch._functorch.config]
 
 
+# Said by torch while it compiles other libraries' tensors and modules; nothing that a user of lowbit can mend.
+_COMPILE_NOISE = (
+    r".*does not implement _stable_hash_for_caching",
+    r"bf16 and fp16 are mixed in the scheduler node",
+)
+
+
 @contextmanager
 def preserved_state() -> Iterator[None]:
     """Give back, at the end, every process-wide setting that a case may have changed, and forget its compiled code.
 
     Covers Inductor's, Dynamo's and AOTAutograd's configs, default dtype and device, determinism, matmul and cudnn
-    flags, and gemlite's settings if it is loaded by the end. What gemlite's kernels have tuned stays, being a memory of
+    flags, and gemlite's settings if it is loaded. What gemlite's kernels have tuned stays, being a memory of
     measurements and no setting.
     """
     configs = [(config, config.get_config_copy()) for config in _configs()]
@@ -153,7 +168,10 @@ def preserved_state() -> Iterator[None]:
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     reset_counters()
     try:
-        yield
+        with warnings.catch_warnings():
+            for message in _COMPILE_NOISE:
+                warnings.filterwarnings("ignore", message=message)
+            yield
     finally:
         torch._dynamo.reset()
         for config, saved in configs:
@@ -206,8 +224,15 @@ def counters() -> Counters:
     return Counters(sum(dynamo.counters["graph_break"].values()), recompiles)
 
 
+def cudagraph_skips() -> int:
+    """How often, since the last reset, Inductor gave up its CUDA graphs (it only logs that): 0 or the mode is a lie."""
+    import torch._dynamo.utils as dynamo
+
+    return int(dynamo.counters["inductor"]["cudagraph_skips"])
+
+
 def compiled_graphs() -> int:
-    """How many graphs Dynamo has compiled since the last reset: 1 for a whole step, 1 for all layers of ``regional``."""
+    """How many graphs Dynamo has compiled since the last reset: 1 for a whole step, 1 for all ``regional`` layers."""
     import torch._dynamo.utils as dynamo
 
     return int(dynamo.counters["stats"]["unique_graphs"])
@@ -237,6 +262,9 @@ def compile_call(
         from lowbit.regional import compile_layers
 
         if not layers:
-            raise LowbitError("compile mode 'regional' expects the decoder layers (layers=model.model.layers), got none")
-        return compile_layers(fn, layers, options, graph=row.graph and device.kind == "cuda")
-    return torch.compile(fn, backend="inductor", options=options, fullgraph=True, dynamic=False)
+            raise LowbitError(
+                "compile mode 'regional' expects the decoder layers (layers=model.model.layers), got none"
+            )
+        return compile_layers(fn, layers, options, graph=row.cuda_graph and device.kind == "cuda")
+    compiled: Any = torch.compile(fn, backend="inductor", options=options, fullgraph=True, dynamic=False)
+    return cast(Fn, compiled)

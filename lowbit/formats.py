@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 from lowbit.errors import unknown
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The seven linears of a Llama decoder layer: 224 in Llama-3.1-8B. lm_head stays in the base dtype unless a row says so."""
+"""The seven linears of a Llama decoder layer, 224 in Llama-3.1-8B; lm_head stays as it is unless a row names it."""
 
 UnmetKind = Literal["capability", "package", "shape", "memory"]
 
@@ -35,7 +35,9 @@ class Format:
     ``id`` is ``<name>-<backend>``, e.g. ``a16w4_g128-torchao``: activation bits, weight bits, ``_g`` group size.
     ``dtypes`` are the base dtypes (activations, norms, head) in order of preference; the first one that the device
     has is taken. ``inductor`` are Inductor flags that this row's generated kernels need to be fast; they are set
-    for its compile only. ``fast`` is False for a reference row: right, but not a path anybody would serve.
+    for its compile only. ``options`` are the scheme's own; two of them others read: ``pads_k_to`` (the kernel stores K
+    rounded up to it) and ``waits_for_host`` (what in a forward pass waits for the host, so that no CUDA graph can hold
+    it). ``fast`` is False for a reference row: right, but not a path anybody would serve.
     """
 
     name: str
@@ -80,25 +82,51 @@ def _row(name: str, backend: str, scheme: str, bits: tuple[int, float], *keyword
     return Format(name, backend, scheme, bits[0], bits[1], keywords=keywords, **fields)
 
 
-# Dequantize-in-the-epilogue int8 matvecs are only fused into one kernel when Inductor may lower an M=1 product to a
-# reduction, which it does under coordinate descent tuning alone (torch/_inductor/decomposition.py, mm).
+# Dequantize-in-the-epilogue int8 and fp8 matvecs are only fused into one kernel when Inductor may lower an M=1 product
+# to a reduction, which it does under coordinate descent tuning alone (torch/_inductor/decomposition.py, mm).
 FUSED_MATVEC = {"coordinate_descent_tuning": True}
+# Fuses the two scales into the int8 product; torchao sets it process-wide (recommended_inductor_config_setter).
+FUSED_INT8 = {**FUSED_MATVEC, "force_fuse_int_mm_with_mul": True}
+
+BF16: dict[str, Any] = {"dtypes": ("bf16",)}
+CUDA: dict[str, Any] = {"devices": ("cuda",)}
+FP16_FIRST: dict[str, Any] = {"dtypes": ("fp16", "bf16")}
+"""gemlite's and bitsandbytes' int8 kernels work in fp16; in bf16 they cast or accumulate elsewhere."""
 
 FORMATS: dict[str, Format] = {
     row.id: row
     for row in (
-        _row("bf16", "torch", "cast", (16, 16), "bfloat16", dtypes=("bf16",)),
+        _row("bf16", "torch", "cast", (16, 16), "bfloat16", **BF16),
         _row("fp16", "torch", "cast", (16, 16), "float16", dtypes=("fp16",)),
         _row("a16w8", "torchao", "int8_weight_only", (16, 8), "int8", "int8wo", inductor=FUSED_MATVEC),
-        _row("a8w8", "torchao", "int8_dynamic", (8, 8), "int8", "dynamic", inductor=FUSED_MATVEC),
-        _row("a16w4_g128", "torchao", "int4_weight_only", (16, 4), "int4", "int4wo", group_size=128, dtypes=("bf16",)),
-        _row("a16w8_fp8", "torchao", "fp8_weight_only", (16, 8), "fp8", "float8", inductor=FUSED_MATVEC),
-        _row("a8w8_fp8", "torchao", "fp8_dynamic_row", (8, 8), "fp8", "float8", "dynamic", dtypes=("bf16",), devices=("cuda",)),
-        _row("a16w8", "gemlite", "A16W8_INT8", (16, 8), "int8", dtypes=("fp16", "bf16"), devices=("cuda",)),
-        _row("a16w4_g128", "gemlite", "A16W4_HQQ_INT", (16, 4), "int4", "hqq", group_size=128, dtypes=("fp16", "bf16"), devices=("cuda",)),
-        _row("a8w8_fp8", "gemlite", "A8W8_FP8_dynamic", (8, 8), "fp8", "float8", "dynamic", dtypes=("fp16", "bf16"), devices=("cuda",)),
-        _row("a8w8_llmint8", "bitsandbytes", "llm_int8", (8, 8), "int8", "llm.int8", "bnb", dtypes=("fp16", "bf16"), options={"threshold": 6.0}),
-        _row("a16w4_nf4_dq", "bitsandbytes", "nf4", (16, 4), "nf4", "int4", "bnb", group_size=64, options={"double_quant": True}),
+        _row("a8w8", "torchao", "int8_dynamic", (8, 8), "int8", "dynamic", inductor=FUSED_INT8),
+        _row(
+            *("a16w4_g128", "torchao", "int4_weight_only", (16, 4), "int4", "int4wo"),
+            group_size=128,
+            options={"pads_k_to": 1024},
+            note="tile_packed_to_4d on CUDA (K padded to 1024), the prototype's opaque packing on a CPU",
+            **BF16,
+        ),
+        _row(
+            *("a16w8_fp8", "torchao", "fp8_weight_only", (16, 8), "fp8", "float8"),
+            inductor=FUSED_MATVEC,
+            fast=False,
+            note="dequantizes, then a product in the base dtype",
+        ),
+        _row("a8w8_fp8", "torchao", "fp8_dynamic_row", (8, 8), "fp8", "float8", "dynamic", **BF16, **CUDA),
+        _row("a16w8", "gemlite", "A16W8_INT8", (16, 8), "int8", **FP16_FIRST, **CUDA),
+        _row("a16w4_g128", "gemlite", "A16W4_HQQ_INT", (16, 4), "int4", "hqq", group_size=128, **FP16_FIRST, **CUDA),
+        _row("a8w8_fp8", "gemlite", "A8W8_FP8_dynamic", (8, 8), "fp8", "float8", "dynamic", **FP16_FIRST, **CUDA),
+        _row(
+            *("a8w8_llmint8", "bitsandbytes", "llm_int8", (8, 8), "int8", "llm.int8", "bnb"),
+            options={"threshold": 6.0, "waits_for_host": "its search for outlier columns (threshold 6.0)"},
+            **FP16_FIRST,
+        ),
+        _row(
+            *("a16w4_nf4_dq", "bitsandbytes", "nf4", (16, 4), "nf4", "int4", "bnb"),
+            group_size=64,
+            options={"double_quant": True},
+        ),
     )
 }
 

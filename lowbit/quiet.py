@@ -88,7 +88,7 @@ _HUSH: dict[str, Callable[[ModuleType], None]] = {
 
 
 def quiet_import(name: str) -> ModuleType:
-    """Import the module ``name`` in silence: no banners, no deprecation warnings, and for transformers no progress bars.
+    """Import the module ``name`` in silence: no banners, no deprecation warnings, no progress bars.
 
     Raises what the import raises, with a note holding what the library printed.
     """

@@ -51,7 +51,7 @@ class _LayerCaches:
 
 
 @contextmanager
-def _patched(layers: Sequence[nn.Module], compiled: Callable[..., Any], caches: _LayerCaches) -> Iterator[None]:
+def _patched(layers: Sequence[Any], compiled: Callable[..., Any], caches: _LayerCaches) -> Iterator[None]:
     """Route every layer's call through ``compiled`` while inside, as layer 0 of a cache of its own."""
     indices = [layer.self_attn.layer_idx for layer in layers]
 
@@ -77,14 +77,16 @@ def _run_layer(layer: nn.Module, hidden_states: Tensor, cache: Any, **kwargs: An
     return type(layer).forward(layer, hidden_states, past_key_values=cache, **kwargs)
 
 
-def compile_layers(fn: Fn, layers: Sequence[nn.Module], options: Mapping[str, Any], *, graph: bool) -> Fn:
+def compile_layers(fn: Fn, layers: Sequence[Any], options: Mapping[str, Any], *, graph: bool) -> Fn:
     """``fn`` with its decoder ``layers`` run through one compiled layer; nothing of it outlasts a call.
 
     ``options`` are Inductor's. With ``graph`` the whole of ``fn`` is captured as a CUDA graph at its second call.
     """
     kinds = {type(layer) for layer in layers}
     if len(kinds) != 1:
-        raise LowbitError(f"compile mode 'regional' expects layers of one class, got {sorted(k.__name__ for k in kinds)}")
+        raise LowbitError(
+            f"compile mode 'regional' expects layers of one class, got {sorted(k.__name__ for k in kinds)}"
+        )
     compiled = torch.compile(_run_layer, backend="inductor", options=dict(options), fullgraph=True, dynamic=False)
     caches = _LayerCaches()
 
@@ -98,39 +100,40 @@ def compile_layers(fn: Fn, layers: Sequence[nn.Module], options: Mapping[str, An
 class GraphedCall:
     """A function of tensors on one GPU, replayed as a CUDA graph from its second call on.
 
-    The first call runs (and compiles, and lets kernels tune themselves), the second records and replays. Arguments
-    marked as static addresses (``torch._dynamo.mark_static_address``) are read where they are; others are copied in.
-    The result is overwritten by the next call.
+    The first call of a shape runs (and compiles, and lets kernels tune themselves), the second records and replays.
+    Arguments marked as static addresses (``torch._dynamo.mark_static_address``) are read where they are; others are
+    copied in. The result is overwritten by the next call.
     """
 
     def __init__(self, fn: Callable[..., Any]) -> None:
         self._fn = fn
-        self._warm = False
+        self._warm: set[tuple[object, ...]] = set()
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._key: tuple[object, ...] = ()
+        self._recorded: tuple[object, ...] = ()
         self._inputs: list[Tensor] = []
         self._output: Any = None
 
     def __call__(self, *args: Tensor) -> Any:
-        if not self._warm:
-            self._warm = True
+        shapes = tuple((arg.shape, arg.dtype) for arg in args)
+        if shapes not in self._warm:
+            self._warm.add(shapes)
             return self._fn(*args)
-        key = tuple((arg.shape, arg.dtype, arg.data_ptr() if _is_static(arg) else None) for arg in args)
-        if self._graph is None or key != self._key:
-            self._record(args)
-            self._key = key
+        key = (shapes, *(arg.data_ptr() for arg in args if _is_static(arg)))
+        if self._graph is None or key != self._recorded:
+            self._graph = self._record(args)
+            self._recorded = key
         for mine, theirs in zip(self._inputs, args, strict=True):
             if mine is not theirs:
                 mine.copy_(theirs)
-        assert self._graph is not None
         self._graph.replay()
         return self._output
 
-    def _record(self, args: tuple[Tensor, ...]) -> None:
+    def _record(self, args: tuple[Tensor, ...]) -> torch.cuda.CUDAGraph:
         self._inputs = [arg if _is_static(arg) else arg.clone() for arg in args]
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             self._output = self._fn(*self._inputs)
+        return graph
 
 
 def _is_static(tensor: Tensor) -> bool:

@@ -3,9 +3,9 @@
 A backend module has
 
 - ``PACKAGES``: what must be installed, by import name;
-- ``requirement(fmt, device, config) -> Unmet | None``: what only this library needs; it must be cheap and must not import
-  the library, whose import may crash here;
-- ``quantize(module, fmt, dtype) -> None``: in place, every target linear inside ``module``, which is already on its device;
+- ``requirement(fmt, device, config) -> Unmet | None``: what only this library needs; cheap, and without importing the
+  library, whose import may crash here;
+- ``quantize(module, fmt, dtype) -> None``: in place, every target linear inside ``module``, which is on its device;
 - ``is_quantized(module) -> bool``: whether this one module holds this library's weights.
 """
 
@@ -135,17 +135,20 @@ def indivisible(fmt: Format, config: Any, by: int, what: str) -> Unmet | None:
 MIB = 1024 * 1024
 
 
-def weights_mib(fmt: Format, config: Any) -> float:
+def estimate_mib(fmt: Format, config: Any) -> float:
     """About what the model takes in this format, in MiB: packed linears, the rest in 16 bits. Scales count 1/16."""
-    linears = sum(shape.n * shape.k * (1 if shape.name == "lm_head" else config.num_hidden_layers) for shape in shapes(fmt, config))
+    linears = sum(
+        shape.n * shape.k * (1 if shape.name == "lm_head" else config.num_hidden_layers)
+        for shape in shapes(fmt, config)
+    )
     tied = bool(getattr(config, "tie_word_embeddings", False))
     tables = 1 if tied or "lm_head" in fmt.targets else 2
     packed = fmt.weight_bits * (1 + 1 / 16) if fmt.quantized else fmt.weight_bits
-    return (linears * packed / 8 + tables * config.vocab_size * config.hidden_size * 2) / MIB
+    return float(linears * packed / 8 + tables * config.vocab_size * config.hidden_size * 2) / MIB
 
 
 def _too_large(fmt: Format, device: Device, config: Any) -> Unmet | None:
-    needed = weights_mib(fmt, config)
+    needed = estimate_mib(fmt, config)
     if device.total_mib is None or needed <= device.total_mib:
         return None
     return Unmet("memory", f"weights take about {needed:,.0f} MiB, {device.name} has {device.total_mib:,.0f} MiB")

@@ -8,10 +8,9 @@ each storage once.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lowbit.backends import get
@@ -38,6 +37,10 @@ class Coverage:
     bits_per_weight: float
     resident_bytes: int
     streamed_bytes: int
+
+    def to_dict(self) -> dict[str, float]:
+        """For a record's info."""
+        return asdict(self)
 
 
 def tensors_of(owner: object, _seen: set[int] | None = None) -> Iterator[Tensor]:
@@ -81,7 +84,7 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     A tensor may be a window of a larger storage that others share (a memory-mapped checkpoint): then its windows
     count, not the file.
     """
-    windows: dict[tuple[str, int], dict[tuple[int, tuple[int, ...]], int]] = {}
+    windows: dict[tuple[str, int], dict[tuple[object, ...], int]] = {}
     whole: dict[tuple[str, int], int] = {}
     for tensor in tensors:
         if tensor.device.type == "meta" or tensor.numel() == 0:
@@ -89,8 +92,8 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
         storage = tensor.untyped_storage()
         key = (str(tensor.device), storage.data_ptr())
         whole[key] = storage.nbytes()
-        offset = tensor.storage_offset() * tensor.element_size()
-        windows.setdefault(key, {})[offset, tuple(tensor.shape)] = tensor.numel() * tensor.element_size()
+        window = (tensor.storage_offset(), tensor.dtype, tuple(tensor.shape))
+        windows.setdefault(key, {})[window] = tensor.numel() * tensor.element_size()
     return sum(min(whole[key], sum(parts.values())) for key, parts in windows.items())
 
 
@@ -100,8 +103,12 @@ def resident_bytes(model: nn.Module) -> int:
 
 
 def _streamed_bytes(model: nn.Module) -> int:
-    tables = {id(tensor) for module in model.modules() if isinstance(module, nn.Embedding) for tensor in tensors_of(module)}
-    heads = {id(tensor) for module in model.modules() if not isinstance(module, nn.Embedding) for tensor in _own(module)}
+    tables = {
+        id(tensor) for module in model.modules() if isinstance(module, nn.Embedding) for tensor in tensors_of(module)
+    }
+    heads = {
+        id(tensor) for module in model.modules() if not isinstance(module, nn.Embedding) for tensor in _own(module)
+    }
     return storage_bytes(tensor for tensor in tensors_of(model) if id(tensor) not in tables or id(tensor) in heads)
 
 
@@ -159,8 +166,12 @@ def inspect(model: nn.Module, fmt: Format) -> Coverage:
 def _padding(modules: list[nn.Module], fmt: Format) -> float:
     """Stored over logical weights for a kernel that rounds K up to ``pads_k_to`` (matters in small models only)."""
     multiple = int(fmt.options.get("pads_k_to", 1))
-    logical = sum(_weights(module) for module in modules)
-    stored = sum(_weights(m) // int(m.in_features) * -(-int(m.in_features) // multiple) * multiple for m in modules)  # type: ignore[arg-type]
+    logical, stored = 0, 0
+    for module in modules:
+        columns: Any = module.in_features
+        rows = _weights(module) // columns
+        logical += rows * columns
+        stored += rows * (-(-columns // multiple) * multiple)
     return stored / logical
 
 

@@ -1,7 +1,7 @@
 """torchao: quantized tensors behind an ordinary nn.Linear, swapped in by ``quantize_``.
 
-Every config is made with ``set_inductor_config=False``: its default flips Inductor flags for the whole process and leaves
-them so. The flags that a row needs stand in ``Format.inductor`` and are applied to its own compile only.
+Every config is made with ``set_inductor_config=False``: its default flips Inductor flags for the whole process and
+leaves them so. The flags that a row needs stand in ``Format.inductor`` and are applied to its own compile only.
 """
 
 from __future__ import annotations

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lowbit import formats
+from lowbit.backends import BACKENDS
+from lowbit.errors import LowbitError
+from lowbit.formats import FORMATS, Unmet
+
+ROWS = list(FORMATS.values())
+
+
+def test_every_row_is_filed_under_its_own_id():
+    assert [row.id for row in ROWS] == list(FORMATS)
+    assert all(row.id == f"{row.name}-{row.backend}" for row in ROWS)
+
+
+def test_the_formats_of_issue_2_are_there():
+    assert set(FORMATS) >= {
+        "bf16-torch",
+        "fp16-torch",
+        "a16w8-torchao",
+        "a8w8-torchao",
+        "a16w4_g128-torchao",
+        "a16w8_fp8-torchao",
+        "a8w8_fp8-torchao",
+        "a16w8-gemlite",
+        "a16w4_g128-gemlite",
+        "a8w8_fp8-gemlite",
+        "a8w8_llmint8-bitsandbytes",
+        "a16w4_nf4_dq-bitsandbytes",
+    }
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
+def test_a_row_is_consistent(row):
+    assert row.backend in BACKENDS
+    assert set(row.devices) <= {"cpu", "cuda"}
+    assert row.devices
+    assert set(row.dtypes) <= {"bf16", "fp16"}
+    assert row.dtypes
+    if "_g" in row.name:
+        assert row.name.endswith(f"_g{row.group_size}")
+    if row.quantized:
+        assert row.name.startswith(f"a{row.activation_bits}w{row.weight_bits:g}")
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
+def test_inductor_flags_of_a_row_exist_in_this_torch(row):
+    known = torch._inductor.config.get_config_copy()
+    assert set(row.inductor) <= set(known)
+    assert all(isinstance(value, type(known[flag])) for flag, value in row.inductor.items())
+
+
+def test_there_is_one_baseline():
+    assert [row.id for row in ROWS if row.is_baseline] == ["bf16-torch"]
+    assert [row.id for row in ROWS if not row.quantized] == ["bf16-torch", "fp16-torch"]
+
+
+def test_selectors_hold_both_spellings():
+    words = FORMATS["a16w4_g128-torchao"].selectors
+    assert {"int4", "torchao", "a16w4", "w4a16", "W4A16", "A16W4", "g128"} <= words
+    assert "fp8" in FORMATS["a8w8_fp8-gemlite"].selectors
+
+
+def test_an_unknown_format_lists_the_known_ones():
+    with pytest.raises(LowbitError, match=r"unknown format 'int5'; known: .*a16w8-torchao.*bf16-torch"):
+        formats.find("int5")
+    assert formats.find("bf16-torch") is FORMATS["bf16-torch"]
+
+
+def test_unmet_reads_as_kind_and_reason():
+    assert str(Unmet("capability", "needs SM89 (fp8), this is SM80")) == "capability: needs SM89 (fp8), this is SM80"
+
+
+def test_formats_need_no_torch():
+    code = "import sys, lowbit.formats; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
