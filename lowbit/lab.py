@@ -356,7 +356,7 @@ class Lab:
             self.progress(f"{base.id}: reference logits")
             model, _ = self._build(self.quality_host, base)
             with torch.no_grad():
-                self._references[base.id] = quality.Reference.build(model, self.quality_text)
+                self._references[base.id] = quality.Reference.build(model, self.quality_text, source=base.id)
             del model
             self.vram.release()
         return self._references[base.id]
@@ -386,7 +386,7 @@ class Lab:
 
             def target() -> None:
                 with torch.no_grad(), compilers.preserved_state():
-                    scored.append(quality.score(model, text, reference))
+                    scored.append(quality.score(model, text, reference, source=case.name))
 
             rounds(target, rounds=1)
             own = self.quality_host is self.host

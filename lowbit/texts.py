@@ -55,8 +55,7 @@ def choose_source(model: str, load_format: str, max_positions: int, text: Path |
     small = model == "embedded"
     window = min(embedded.WINDOW if small else WINDOW, max_positions)
     if text is not None:
-        name = "wikitext2" if text.name == quality.WIKITEXT2_FILE else "".join(c if c.isalnum() else "_" for c in text.stem)
-        return Source(name, window, text)
+        return Source(quality.name_text(text), window, text)
     if small:
         return Source("embedded", window, None)
     wikitext = find_wikitext2()

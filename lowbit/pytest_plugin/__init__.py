@@ -14,14 +14,16 @@ from typing import Any
 import pytest
 
 from lowbit.errors import LowbitError
-from lowbit.pytest_plugin import collection, summary
+from lowbit.pytest_plugin import children, collection, summary
 from lowbit.pytest_plugin.keys import CASE, RECORD, SESSION, STATS
 from lowbit.pytest_plugin.options import Settings, add_options
+from lowbit.pytest_plugin.xdist import Workers, prepare
 from lowbit.record import Record
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
     add_options(parser)
+    pluginmanager.register(Workers(benches_requested), Workers.NAME)  # early: ``-n auto`` is resolved soon after
 
 
 def benches_requested(config: pytest.Config) -> bool:
@@ -40,11 +42,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[SESSION] = None
     if not benches_requested(config):
         return
-    from lowbit.pytest_plugin import workers
-
     settings = Settings.from_config(config)
+    workers = prepare(config)  # a worker sees its own GPU only; before anything touches CUDA
+    children.watch_parent()
     try:
-        workers.prepare(config)  # a worker sees its own GPU only; before anything touches CUDA
         from lowbit import compilers
 
         compilers.configure_caches()
@@ -54,6 +55,7 @@ def pytest_configure(config: pytest.Config) -> None:
     except LowbitError as error:
         raise pytest.UsageError(str(error)) from error
     config.stash[SESSION] = session
+    workers.on_collected, workers.on_record = session.open_run, session.receive
     summary.quiet_pytest_benchmark(config)
     config.option.benchmark_compare = []  # ours to load, check and judge; shown in its table by the hook below
     config.pluginmanager.register(ComparisonTable(), "lowbit-comparison")
@@ -67,7 +69,8 @@ class ComparisonTable:
         bench = session.config.stash[SESSION]
         plugin: Any = session.config.pluginmanager.get_plugin("pytest-benchmark")
         if bench is not None and bench.baseline is not None and hasattr(plugin, "compared_mapping"):
-            plugin.compared_mapping = {bench.baseline.path: bench.baseline.benchmarks_by_fullname()}
+            rows = {case: {"fullname": case, "stats": stats} for case, stats in bench.baseline.stats.items()}
+            plugin.compared_mapping = {bench.baseline.path: rows}
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -96,6 +99,7 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
     if bench is None:
         return
     benches = collection.attach_cases(items, bench.settings.suite, bench.choice.parameters)
+    bench.collected = [item.nodeid for item in benches]
     collection.sort_items(items)
     items.extend(collection.vanished_items(session, bench, benches))
 
@@ -140,9 +144,9 @@ def measure_case(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[],
         except LowbitError as error:
             item.stash[RECORD] = bench.records[item.nodeid]
             pytest.fail(f"{where}: {error}", pytrace=False)
-        stats = benchmark.stats.as_dict(include_data=True) if benchmark.stats is not None else None
         if benchmark.stats is not None:
-            benchmark.extra_info["lowbit"] = record.to_dict(samples=False)
+            benchmark.stats.extra_info["lowbit"] = record.to_dict(samples=False)
+        stats = benchmark.stats.as_dict(include_data=True) if benchmark.stats is not None else None
         item.stash[RECORD], item.stash[STATS] = record, stats
         try:
             bench.keep(record, stats)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lowbit import cases
+from lowbit import baselines, cases
 from lowbit.cases import KINDS, Case
 from lowbit.pytest_plugin.keys import CASE
 
@@ -139,8 +139,8 @@ def vanished_items(session: pytest.Session, bench: Any, benches: list[pytest.Ite
     whole = all("::" not in str(argument) for argument in session.config.args)
     missing = [
         case
-        for case in bench.baseline.cases()
-        if case not in collected and whole and case.split("[")[0] in functions and _belongs(case, bench)
+        for case in baselines.vanished(bench.baseline, collected)
+        if whole and case.split("[")[0] in functions and belongs_to_no_suite(case, bench.choice.parameters)
     ]
     return [
         VanishedCase.from_parent(
@@ -153,11 +153,13 @@ def vanished_items(session: pytest.Session, bench: Any, benches: list[pytest.Ite
     ]
 
 
-def _belongs(nodeid: str, bench: Any) -> bool:
-    """False for a case that exists in another suite only; a case no table knows any more does belong: it vanished."""
+def belongs_to_no_suite(nodeid: str, parameters: int) -> bool:
+    """True for a case that no table knows any more; one that only another suite has did not vanish."""
     kind: Any = kind_of(nodeid.split("::")[-1].split("[")[0])
+    if kind is None:
+        return True
     name = nodeid.partition("[")[2].removesuffix("]")
     return all(
-        name not in {case.id for case in cases.enumerate_cases(kind, suite, bench.choice.parameters)}
+        name not in {case.id for case in cases.enumerate_cases(kind, suite, parameters)}
         for suite in cases.SUITE_MODES
     )

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lowbit import baselines, models, quality, regression, runs
+from lowbit import baselines, models, regression, runs, texts
 from lowbit.baselines import Baseline
-from lowbit.cases import Case
+from lowbit.cases import KINDS, Case, enumerate_cases
 from lowbit.device import Device, detect, environment
 from lowbit.errors import LowbitError
 from lowbit.lab import Lab
@@ -23,19 +23,17 @@ from lowbit.pytest_plugin.options import Settings
 from lowbit.record import Record
 from lowbit.regression import Verdict
 
-CONFIRMATIONS = 2
-"""Fresh processes that must agree with a suspicion before it fails."""
-
-
 class BenchSession:
     """Everything that bench tests of this process share. Made at configure time; loads no weights until a case needs them."""
 
-    def __init__(self, config: pytest.Config, settings: Settings, progress: Callable[[str], None]) -> None:
+    def __init__(self, config: pytest.Config, settings: Settings, progress: Progress) -> None:
         self.config, self.settings, self.progress = config, settings, progress
         self.started = time.perf_counter()
         self.device: Device = detect(settings.device_index)
         self.choice = models.choose(settings.model, settings.load_format, self.device)
-        self.protocol = quality.protocol_name(self.choice, settings.text)
+        self.source = texts.choose_source(
+            self.choice.name, self.choice.load_format, self.choice.config.max_position_embeddings, settings.text
+        )
         self.environment = environment(self.device)
         self.records: dict[str, Record] = {}
         self.stats: dict[str, dict[str, Any] | None] = {}
@@ -44,7 +42,10 @@ class BenchSession:
         self.writer: runs.RunWriter | None = None
         self.selected: list[str] = []
         self.poisoned: str | None = None
-        self.lab = Lab(self.device, self.choice, settings.text, progress)
+        self.collected: list[str] = []
+        self.accepted: Path | None = None
+        self.error: str | None = None
+        self.lab = Lab(self.device, self.choice, self.source, progress)
         self.baseline: Baseline | None = self._find_baseline()
         self.spreads = regression.pool_spread(self.baseline.rows.values()) if self.baseline else {}
 
@@ -64,7 +65,7 @@ class BenchSession:
                 f"in {settings.baselines_dir / self.device.slug}; make one with: {self.accept_command()}"
             )
         baseline = baselines.load(path)
-        baselines.check(baseline, self.device.slug, self.choice.name, self.choice.load_format, self.protocol)
+        baselines.check(baseline, self.device.slug, self.choice.name, self.choice.load_format, self.source.protocol)
         return baseline
 
     def _baseline_path(self) -> Path | None:
@@ -101,42 +102,57 @@ class BenchSession:
     # -- kept runs ------------------------------------------------------------------------------------------------
 
     def header(self) -> runs.Header:
+        option = self.config.option
+        given = {"-k": option.keyword, "-m": option.markexpr}
         return runs.Header(
             device=self.device.slug,
             device_name=self.device.name,
             model=self.choice.name,
             load_format=self.choice.load_format,
-            protocol=self.protocol,
+            protocol=self.source.protocol,
             suite=self.settings.suite,
             environment=self.environment,
-            argv=list(self.config.invocation_params.args),
+            argv=[str(word) for word in self.config.invocation_params.args],
+            selection={flag: expression for flag, expression in given.items() if expression},
         )
 
     def open_run(self, selected: list[str]) -> None:
         """Start keeping this run (never in a child or an xdist worker), or take up the interrupted one on --resume."""
-        self.selected = selected
-        if self.settings.child is not None or hasattr(self.config, "workerinput") or not selected:
+        self.selected = [nodeid for nodeid in selected if "vanished:" not in nodeid]
+        if self.settings.child is not None or hasattr(self.config, "workerinput") or not self.selected:
             return
         if self.settings.resume:
             self.writer = runs.resume(self.settings.runs_dir, self.header())
-            self.resumed = dict(self.writer.entries)
+            self.resumed = {case: entry for case, entry in self.writer.entries.items() if entry.record.outcome == "measured"}
         else:
             self.writer = runs.start(self.settings.runs_dir, self.header())
 
+    @property
+    def everything_selected(self) -> bool:
+        """True when no case of this suite was left out by a path, ``-k``, ``-m`` or ``--lf``."""
+        every = sum(len(enumerate_cases(kind, self.settings.suite, self.choice.parameters)) for kind in KINDS)
+        return len(self.selected) == every
+
     def keep(self, record: Record, stats: dict[str, Any] | None) -> None:
-        """Put a finished record on disk before the next case starts."""
+        """Put a finished record on disk before the next case starts. ``stats`` as pytest-benchmark's ``as_dict``."""
         self.records[record.case] = record
         self.stats[record.case] = stats
         if self.writer is not None and record.case not in self.resumed:
-            self.writer.append(record, stats)
+            self.writer.append(record, stats["stats"] if stats else None)
+
+    def receive(self, record: Record, stats: dict[str, Any] | None) -> None:
+        """A worker's result, already judged there: keep it."""
+        self.verdicts[record.case] = [Verdict(**verdict) for verdict in record.info.pop("verdicts", [])]
+        self.keep(record, stats)
 
     def close(self, exit_status: int) -> None:
         """Close the kept run and free the device. A child leaves its one record for its parent instead."""
         if self.settings.child is not None:
             children.write_result(self.settings.child, self.records, self.stats)
         elif self.writer is not None:
-            complete = exit_status in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and set(self.selected) <= set(self.records)
-            self.writer.close(exit_status=int(exit_status), complete=complete, regressed=self.regressed)
+            ended = exit_status in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
+            complete = ended and set(self.selected) <= set(self.records)
+            self.writer.close(int(exit_status), complete=complete, regressed=self.regressed)
         self.lab.close()
 
     @property
@@ -150,7 +166,7 @@ class BenchSession:
         case: Case = item.stash[CASE]
         entry = self.resumed.get(item.nodeid)
         if entry is not None:
-            self._present(item, benchmark, entry.record, entry.stats)
+            self._present(item, benchmark, entry.record, _nested(entry.stats))
             return entry.record
         unmet = self.lab.unmet(case)
         if unmet is not None:
@@ -223,32 +239,32 @@ class BenchSession:
                 f"{self.accept_command(case.id)}"
             ]
         verdicts = regression.judge(record, row, self.spreads, self.device.kind)
-        suspicious = [verdict for verdict in verdicts if verdict.fails]
-        if suspicious:
-            self.progress(f"{case.name}: {', '.join(v.metric for v in suspicious)} beyond the limit; confirming in fresh processes")
-            repeats = self._repeat(record.case)
-            verdicts = regression.confirm(verdicts, repeats, row)
+        if regression.suspicions(verdicts):
+            verdicts = self._confirm(case, record, verdicts)
         self.verdicts[record.case] = verdicts
+        if hasattr(self.config, "workerinput"):  # travels to the controller with the record
+            record.info["verdicts"] = [asdict(verdict) for verdict in verdicts if verdict.status != "ungated"]
         return [regression.message(case.name, self.device.slug, verdict) for verdict in verdicts if verdict.fails]
 
-    def _repeat(self, nodeid: str) -> list[Record]:
+    def _confirm(self, case: Case, record: Record, verdicts: list[Verdict]) -> list[Verdict]:
+        """Measure again in fresh processes, the device freed for them, until one acquits or all have spoken."""
         started = time.perf_counter()
-        try:
-            return [self.run_child(nodeid)[0] for _ in range(CONFIRMATIONS)]
-        finally:
-            self.lab.spent.confirm += time.perf_counter() - started
+        repeats: list[Record] = []
+        for turn in range(regression.REPEATS):
+            names = ", ".join(verdict.metric for verdict in regression.suspicions(verdicts))
+            self.progress(f"{case.name}: {names} beyond the limit; confirming in fresh process {turn + 1} of {regression.REPEATS}")
+            repeats.append(self.run_child(record.case)[0])
+            confirmed = regression.confirm(verdicts, repeats)
+            if not regression.suspicions(confirmed):
+                break
+        self.lab.spent.confirm += time.perf_counter() - started
+        return confirmed
 
     def _word_new_skip(self, case: Case, record: Record) -> str:
         return (
             f"{case.name} on {self.device.slug}: measured in the baseline, skipped now ({record.unmet}); "
             f"mend the environment, or accept the skip with: {self.accept_command(case.id)}"
         )
-
-    def vanished(self, collected: list[str], complete: Callable[[str], bool]) -> list[str]:
-        """Cases of the baseline that this suite should have and did not collect."""
-        if self.baseline is None:
-            return []
-        return [case for case in baselines.vanished(self.baseline, collected) if complete(case)]
 
 
 def is_device_fault(error: BaseException) -> bool:
@@ -261,6 +277,9 @@ def is_device_fault(error: BaseException) -> bool:
     return "CUDA error" in text or "cudaError" in text or "CUDA driver error" in text
 
 
-def describe(record: Record) -> str:
-    """One JSON line of a record without samples, for logs."""
-    return json.dumps(record.to_dict(samples=False), default=str)
+def _nested(columns: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A kept run's columns in the form of pytest-benchmark's ``as_dict``; the item they are shown for names the rest."""
+    if columns is None:
+        return None
+    blank = dict.fromkeys(("fullname", "name", "group", "param", "params"))
+    return {**blank, "extra_info": {}, "options": {}, "stats": columns}

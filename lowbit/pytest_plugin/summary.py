@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import shlex
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -14,14 +12,15 @@ from lowbit import runs
 from lowbit.lab import host_peak_mib
 from lowbit.pytest_plugin import collection
 from lowbit.pytest_plugin.keys import CASE
-from lowbit.report import terminal
+from lowbit.report import recommendation, terminal
+from lowbit.report.progress import Progress
 
 
-def make_progress(config: pytest.Config) -> Callable[[str], None]:
+def make_progress(config: pytest.Config) -> Progress:
     """Where long steps say what they wait for; silent in xdist workers and children, whose parent speaks."""
     if hasattr(config, "workerinput") or config.option.lowbit_child is not None or config.option.verbose < 0:
-        return lambda text: None
-    return terminal.Progress(config.get_terminal_writer()._file).step
+        return Progress(None)
+    return Progress(config.get_terminal_writer()._file)
 
 
 def quiet_pytest_benchmark(config: pytest.Config) -> None:
@@ -58,7 +57,7 @@ def write(reporter: Any, bench: Any) -> None:
     """The final section of the run."""
     if bench.settings.child is not None:
         return
-    if getattr(bench, "error", None):
+    if bench.error:
         reporter.write_line(f"ERROR: {bench.error}", red=True)
     records = list(bench.records.values())
     if not records:
@@ -69,7 +68,7 @@ def write(reporter: Any, bench: Any) -> None:
     parts = [
         terminal.table(records, bench.verdicts, gated=bench.baseline is not None, color=color),
         terminal.notes(records, bench.verdicts, accept=bench.accept_command),
-        terminal.recommendation(
+        recommendation.recommendation(
             records, max_kld=bench.settings.max_kld, max_vram_mib=vram, arguments=bench.model_arguments()
         ),
         terminal.footer(
@@ -78,16 +77,10 @@ def write(reporter: Any, bench: Any) -> None:
     ]
     if bench.writer is not None:
         parts.append(f"run kept in {bench.writer.path}")
-    if bench.baseline is None and not bench.settings.update_baselines:
+    if bench.accepted is not None:
+        parts.append(f"baseline written: {bench.accepted}")
+    elif bench.baseline is None and not bench.settings.update_baselines:
         parts.append(f"not compared with a baseline; accept this machine's figures with: {bench.accept_command()}")
     for part in parts:
         if part:
             reporter.write_line(part)
-
-
-def quote(words: Iterable[str]) -> str:
-    return " ".join(shlex.quote(word) for word in words)
-
-
-def record_line(record: Any) -> str:
-    return json.dumps(record.to_dict(samples=False), default=str)

@@ -11,6 +11,7 @@ import pytest
 from lowbit import baselines, runs
 from lowbit.errors import LowbitError
 from lowbit.pytest_plugin import children
+from lowbit.pytest_plugin.collection import belongs_to_no_suite
 
 
 def usable_runs(bench: Any) -> list[runs.Run]:
@@ -37,12 +38,21 @@ def update(bench: Any, exitstatus: int) -> None:
                 f"--update-baselines: a further run did not become usable ({len(usable)} of "
                 f"{bench.settings.baseline_runs}): a case failed or was disturbed; nothing was accepted"
             )
-    fresh = baselines.build(usable)
-    settings = bench.settings
-    path = baselines.find(settings.baselines_dir, bench.device.slug, bench.choice.name, bench.choice.load_format)
-    if path is not None and not bench.everything_selected:
-        fresh = baselines.replace_rows(baselines.load(path), fresh, bench.selected)
-    bench.accepted = baselines.save(fresh, settings.baselines_dir)
+    bench.accepted = baselines.save(_merge(bench, baselines.build(usable)), bench.settings.baselines_dir)
+
+
+def _merge(bench: Any, fresh: baselines.Baseline) -> baselines.Baseline:
+    """The rows that were selected, into the accepted baseline; rows of cases that no suite has any more go."""
+    path = baselines.find(bench.settings.baselines_dir, bench.device.slug, bench.choice.name, bench.choice.load_format)
+    if path is None:
+        return fresh
+    old = baselines.load(path)
+    if bench.everything_selected:
+        if old.header.subject != fresh.header.subject:
+            return fresh  # another quality protocol: nothing of it can stay beside the new rows
+        gone = [case for case in old.rows if belongs_to_no_suite(case, bench.choice.parameters)]
+        return baselines.replace_rows(old, fresh, [*bench.selected, *gone])
+    return baselines.replace_rows(old, fresh, bench.selected)
 
 
 def _measure_once_more(bench: Any) -> None:
