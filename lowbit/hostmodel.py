@@ -1,0 +1,156 @@
+"""HostModel: one model's weights in host memory, read once a session, and the fresh device copies made from them."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.hostmemory import Arena, PinningFailed, worker_count
+
+Progress = Callable[[str], None]
+
+PIECE = 32 * 2**20
+"""Bytes that one thread hashes at a time."""
+
+
+def silent(text: str) -> None:
+    """The progress callback that shows nothing."""
+
+
+@dataclass(eq=False)
+class HostModel:
+    """The master: weights in host memory, in the type of their file (bf16 for dummy weights), never written again.
+
+    ``master`` is a LlamaForCausalLM over those bytes; call ``build`` or ``skeleton`` for one to work with.
+    ``checkpoint_bytes`` is the size of its tensors as files hold them. ``tokenizer`` is None for dummy weights and for
+    a folder without tokenizer.json. ``notes`` say what did not go as planned (page-locking refused).
+    """
+
+    name: str
+    load_format: str
+    config: Any
+    master: Any
+    arenas: list[Arena]
+    checkpoint_bytes: int
+    tokenizer: Any = None
+    load_s: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def parameters(self) -> int:
+        """How many; a tied head counts once."""
+        return sum(parameter.numel() for parameter in self.master.parameters())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that the embedding is stored in."""
+        dtype: torch.dtype = self.master.model.embed_tokens.weight.dtype
+        return dtype
+
+    @property
+    def pinned(self) -> bool:
+        return all(arena.pinned for arena in self.arenas)
+
+    def checksum(self) -> str:
+        """A digest of the master's every name, type, shape and byte (1 s for 8B on 16 cores)."""
+        digest = hashlib.blake2b(digest_size=16)
+        named = [*self.master.named_parameters(remove_duplicate=False), *self.master.named_buffers()]
+        with ThreadPoolExecutor(worker_count()) as workers:
+            for name, tensor in named:
+                digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} {tensor.device}".encode())
+                data = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
+                pieces = (data[low : low + PIECE] for low in range(0, len(data), PIECE))
+                for part in workers.map(lambda piece: hashlib.blake2b(piece, digest_size=16).digest(), pieces):
+                    digest.update(part)
+        return digest.hexdigest()
+
+    def skeleton(self) -> Any:
+        """A LlamaForCausalLM with modules, Parameters and config of its own whose tensors share the master's memory.
+
+        Replacing or converting its parameters is safe. Writing into them is not: that needs ``build``.
+        """
+        memo: dict[int, Any] = {id(p): nn.Parameter(p.data, requires_grad=False) for p in self.master.parameters()}
+        memo |= {id(b): b for b in self.master.buffers()}
+        return copy.deepcopy(self.master, memo)
+
+    def build(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        transform: Callable[[nn.Module], None] | None = None,
+        *,
+        transform_head: bool = False,
+        progress: Progress = silent,
+    ) -> Any:
+        """A fresh LlamaForCausalLM on ``device`` with weights in ``dtype``, in eval mode, without gradients.
+
+        Each decoder layer is copied and then given to ``transform``, which quantizes it in place, before the next one
+        is copied: the peak is what is quantized so far plus one layer. ``transform_head`` gives it lm_head too, as the
+        only child of a module. A tied head is tied on the device as well, until a transform replaces it. Buffers
+        (RoPE's inverse frequencies) keep fp32.
+        """
+        if device.type == "cuda":
+            self.pin(device)
+        model = self.skeleton()
+        model.config.dtype = dtype
+        layers = model.model.layers
+        with torch.no_grad():
+            for index, layer in enumerate(layers):
+                _move(layer.modules(), device, dtype)
+                if transform is not None:
+                    transform(layer)
+                progress(f"{self.name}: {index + 1} of {len(layers)} layers on {device}")
+            inside = {module for layer in layers for module in layer.modules()}
+            _move((module for module in model.modules() if module not in inside), device, dtype)
+            if transform is not None and transform_head:
+                holder = nn.ModuleDict({"lm_head": model.lm_head})
+                transform(holder)
+                model.lm_head = holder["lm_head"]
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return model.eval()
+
+    def pin(self, device: torch.device) -> None:
+        """Page-lock the weights for fast copies, once. A refusal is noted, and copies are made from pageable memory."""
+        if self.pinned or self.notes:
+            return
+        with ThreadPoolExecutor(worker_count()) as workers:
+            self.note_pinning([workers.submit(arena.pin, device) for arena in self.arenas])
+
+    def note_pinning(self, pinning: list[Future[None]]) -> None:
+        """Wait for the arenas that are being page-locked and keep in ``notes`` why some were not."""
+        refusals = [error for future in pinning if isinstance(error := future.exception(), PinningFailed)]
+        for future in pinning:
+            if future.exception() not in refusals:
+                future.result()
+        if refusals:
+            self.notes.append(
+                f"{len(refusals)} of {len(pinning)} pieces of host memory are not page-locked, so copies to the "
+                f"device are slow: {refusals[0]}"
+            )
+
+
+def _move(modules: Iterable[nn.Module], device: torch.device, dtype: torch.dtype) -> None:
+    """Give these modules copies of their own direct parameters and buffers; a shared parameter stays shared."""
+    moved: dict[int, nn.Parameter] = {}
+    for module in modules:
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if id(parameter) not in moved:
+                moved[id(parameter)] = nn.Parameter(_copy(parameter.data, device, dtype), requires_grad=False)
+            setattr(module, name, moved[id(parameter)])
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            setattr(module, name, _copy(buffer, device, buffer.dtype))
+
+
+def _copy(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    if device.type == "cpu":
+        return tensor.to(dtype, copy=True)
+    # Cast on the device: a cast on the way would be done on the host, in one thread.
+    return tensor.to(device, non_blocking=True).to(dtype)
