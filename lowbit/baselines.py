@@ -64,7 +64,9 @@ def build(runs: Sequence[Run]) -> Baseline:
     for run in runs:
         _refuse_foreign(run.path, run.header, newest.header.subject)
     cases = dict.fromkeys(case for run in runs for case in run.entries)
-    rows, stats, skips = {}, {}, {}
+    rows: dict[str, Row] = {}
+    stats: dict[str, dict[str, Any]] = {}
+    skips: dict[str, tuple[str, str]] = {}
     for case in cases:
         entries = [run.entries[case] for run in runs if case in run.entries]
         measured = [entry for entry in entries if entry.record.outcome == "measured"]
