@@ -15,26 +15,30 @@ ROOT = Path(lowbit.__file__).parent
 
 STAGES = (
     {"errors"},
-    {"formats", "workloads", "quiet", "documents", "gpu_libraries"},
+    {"formats", "workloads", "quiet", "documents", "gpu_libraries", "dummy", "hostmemory"},
     {"record", "metrics"},
     {"cases"},
     {"roofline", "regression"},
     {"simulation"},
     {"device", "nvml"},
-    {"models", "embedded"},
+    {"embedded", "checkpoint"},
+    {"hub"},
+    {"models"},
     {"backends"},
     {"regional", "logits_store"},
     {"compilers", "generate"},
     {"measure", "quality"},
     {"texts"},
     {"lab"},
-    {"runs", "baselines"},
+    {"runs"},
+    {"baselines"},
+    {"comparison"},
     {"report"},
     {"pytest_plugin", "__main__"},
 )
 """Each stage may import those before it. A package counts as one module."""
 
-PURE = ("formats", "workloads", "record", "metrics", "cases", "regression", "runs", "baselines", "report.terminal")
+PURE = ("formats", "workloads", "record", "metrics", "cases", "regression", "baselines", "comparison", "report")
 """Must not bring torch in: the command line and the collection of tests are fast without it."""
 
 STAGE_OF = {module: number for number, stage in enumerate(STAGES) for module in stage}

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 from lowbit.formats import FORMATS
 from lowbit.record import Record
+from lowbit.report.layout import WIDTH
 from lowbit.report.rows import Row, join, memory_metric, selection
-
-WIDTH = 100
 
 
 @dataclass(frozen=True)

@@ -11,39 +11,21 @@ from lowbit import regression
 from lowbit.formats import FORMATS
 from lowbit.record import Record
 from lowbit.regression import Verdict
+from lowbit.report.layout import NONE, WIDTH, Heading, divergence, lay_out, number
 from lowbit.report.progress import Progress
 from lowbit.report.recommendation import recommendation
 from lowbit.report.rows import HEADLINE, Row, join, memory_metric, selection, state, workloads_of
 
 __all__ = ["WIDTH", "Progress", "footer", "notes", "recommendation", "table"]
 
-WIDTH = 100
-NONE = "–"
 BASE = next(row.id for row in FORMATS.values() if row.is_baseline)
-
-SHORT = (("max-autotune-no-cudagraphs", "max-auto-no-cg"), ("max-autotune", "max-auto"), ("bitsandbytes", "bnb"))
-"""What is shortened, in this order, while a table is wider than WIDTH."""
-
-COLORS = {
-    "REGRESSED": 31,
-    "MISSING": 31,
-    "failed": 31,
-    "void": 33,
-    "new": 33,
-    "skipped": 33,
-    "faster": 32,
-    "better": 32,
-}
-BOLD = 1
 
 
 class Column(NamedTuple):
-    """A heading over its unit, and the cell of a row. Numbers are set to the right."""
+    """A heading and the cell of a row."""
 
-    heading: str
-    unit: str
+    heading: Heading
     cell: Callable[[Row], str]
-    right: bool = True
 
 
 def table(
@@ -56,7 +38,7 @@ def table(
     rows = [row for row in join(records) if any(record.metrics for record in row.records)]
     if not rows:
         return "no case was measured"
-    verdict = Column("verdict", "", lambda row: state(row, verdicts, gated), right=False)
+    verdict = Column(Heading("verdict", right=False), lambda row: state(row, verdicts, gated))
     parts = [_render([*_main_columns(rows), verdict], rows, color), _legend(rows)]
     further = _further_columns(rows)
     if further:
@@ -67,8 +49,8 @@ def table(
 
 def _names() -> list[Column]:
     return [
-        Column("format", "", lambda row: row.format, right=False),
-        Column("mode", "", lambda row: row.mode or NONE, right=False),
+        Column(Heading("format", right=False), lambda row: row.format),
+        Column(Heading("mode", right=False), lambda row: row.mode or NONE),
     ]
 
 
@@ -96,13 +78,15 @@ def _main_columns(rows: Sequence[Row]) -> list[Column]:
 
     return [
         *_names(),
-        Column("decode ", "tok/s ", decode),
-        Column("×bf16", "", speed_up),
-        Column("TTFT", "ms", lambda row: number(row.value("prefill", prefill, "ttft_ms"))),
-        Column("weights" if memory == "weights_mib" else "VRAM", "MiB", lambda row: number(row.memory(memory))),
-        Column("ppl", "", perplexity),
-        Column("KL", "(embedded)" if embedded else "", lambda row: divergence(row.kld)),
-        Column("MBU", "", mbu),
+        Column(Heading("decode ", "tok/s "), decode),
+        Column(Heading("×bf16"), speed_up),
+        Column(Heading("TTFT", "ms"), lambda row: number(row.value("prefill", prefill, "ttft_ms"))),
+        Column(
+            Heading("weights" if memory == "weights_mib" else "VRAM", "MiB"), lambda row: number(row.memory(memory))
+        ),
+        Column(Heading("ppl"), perplexity),
+        Column(Heading("KL", "(embedded)" if embedded else ""), lambda row: divergence(row.kld)),
+        Column(Heading("MBU"), mbu),
     ]
 
 
@@ -115,7 +99,7 @@ def _further_columns(rows: Sequence[Row]) -> list[Column]:
         return lambda row: number(row.value(kind, workload, f"{kind}_tok_s"))
 
     return [
-        Column(f"{kind}", workload, cell(kind, workload))
+        Column(Heading(kind, workload), cell(kind, workload))
         for kind, workloads in (("decode", decodes), ("prefill", prefills))
         for workload in workloads
     ]
@@ -151,53 +135,7 @@ def _protocol(names: Sequence[str], family: str) -> str:
 
 def _render(columns: Sequence[Column], rows: Sequence[Row], color: bool) -> str:
     cells = [[column.cell(row) for column in columns] for row in rows]
-    lines = _lay_out(columns, cells)
-    for old, new in SHORT:
-        if len(lines[0]) <= WIDTH:
-            break
-        cells = [[cell.replace(old, new) if i < 2 else cell for i, cell in enumerate(line)] for line in cells]
-        lines = _lay_out(columns, cells)
-    head = [line for line in lines[:2] if line.strip()]
-    body = lines[2:]
-    if color:
-        head = [_paint(line, BOLD) for line in head]
-        body = [
-            _paint(line, COLORS[cell[-1]]) if cell[-1] in COLORS else line
-            for line, cell in zip(body, cells, strict=True)
-        ]
-    return "\n".join([*head, *body])
-
-
-def _lay_out(columns: Sequence[Column], cells: Sequence[Sequence[str]]) -> list[str]:
-    lines = [[column.heading for column in columns], [column.unit for column in columns], *cells]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    gap = "  " if sum(widths) + 2 * (len(widths) - 1) <= WIDTH else " "
-    padded = [
-        gap.join(
-            text.rjust(width) if column.right else text.ljust(width)
-            for text, width, column in zip(line, widths, columns, strict=True)
-        )
-        for line in lines
-    ]
-    return padded
-
-
-def _paint(text: str, code: int) -> str:
-    return f"\x1b[{code}m{text}\x1b[0m"
-
-
-def number(value: float | None) -> str:
-    """Four significant digits at most, thousands whole: 59.8, 268.7, 1204, 16131; a dash for None."""
-    if value is None:
-        return NONE
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
-
-
-def divergence(value: float | None) -> str:
-    """A KL divergence with four decimals; the small ones (8 bits) by their magnitude: 0.0312, 4.2e-05, 0."""
-    if value is None:
-        return NONE
-    return f"{value:.4f}" if value >= 0.001 else f"{value:.1e}" if value else "0"
+    return "\n".join(lay_out([column.heading for column in columns], cells, color=color))
 
 
 def notes(

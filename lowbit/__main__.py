@@ -1,0 +1,192 @@
+"""``python -m lowbit`` and the ``lowbit`` command: what runs here (formats, models), and compare two runs offline.
+
+Exit codes: 0 fine, 1 NEW is worse than OLD (compare), 2 unusable input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowbit import __version__
+from lowbit.errors import LowbitError
+from lowbit.formats import FORMATS, Format, Unmet
+
+if TYPE_CHECKING:
+    from lowbit.device import Device
+
+OK, WORSE, UNUSABLE = 0, 1, 2
+MIB = 1024 * 1024
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lowbit",
+        description="Low-bit Llama formats on this machine. The measuring itself is `pytest benches`.",
+        epilog="exit codes: 0 fine, 1 NEW is worse than OLD (compare), 2 unusable input",
+    )
+    parser.add_argument("--version", action="version", version=f"lowbit {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    formats = commands.add_parser("formats", help="what runs here, what doesn't, and why")
+    formats.add_argument("--model", default="auto", help="for this model's shapes, as in `pytest benches --model`")
+    formats.add_argument("--json", action="store_true", help="one object per format")
+    formats.set_defaults(run=list_formats)
+
+    models = commands.add_parser("models", help="the presets: shape, size, whether they fit this device, cached or not")
+    models.add_argument("--json", action="store_true", help="one object per preset")
+    models.set_defaults(run=list_models)
+
+    compare = commands.add_parser("compare", help="judge NEW by OLD; exit code 1 when it is worse")
+    compare.add_argument("old", type=Path, metavar="OLD", help="a kept run (.lowbit/runs/...) or a baseline")
+    compare.add_argument("new", type=Path, metavar="NEW", help="a kept run or a baseline")
+    compare.set_defaults(run=compare_files)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. A LowbitError becomes one line on standard error and exit code 2, as argparse's own errors do."""
+    options = make_parser().parse_args(arguments)
+    try:
+        exit_code: int = options.run(options)
+        sys.stdout.flush()
+    except LowbitError as error:
+        print(f"lowbit: error: {error}", file=sys.stderr)
+        return UNUSABLE
+    except BrokenPipeError:  # `lowbit formats | head`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    return exit_code
+
+
+def list_formats(options: argparse.Namespace) -> int:
+    from lowbit import backends, device, models
+    from lowbit.report.layout import Heading, lay_out
+
+    here = device.detect()
+    choice = models.choose(options.model, "auto", here)
+    rows = [(fmt, backends.unmet(fmt, here, choice.config)) for fmt in FORMATS.values()]
+    if options.json:
+        print(json.dumps([describe_format(fmt, unmet, here) for fmt, unmet in rows], indent=1))
+        return OK
+    runs = [fmt for fmt, unmet in rows if unmet is None]
+    print(f"{here.name}, {choice.name}: {len(runs)} of {len(rows)} formats run here\n")
+    titles = ("format", "activations", "weights", "group", "dtype", "select with -k")
+    table = [
+        [
+            fmt.id,
+            f"{fmt.activation_bits} bit",
+            f"{fmt.weight_bits:g} bit",
+            str(fmt.group_size or ""),
+            here.dtype_for(fmt) or "",
+            ", ".join(dict.fromkeys((*fmt.keywords, fmt.backend))),
+        ]
+        for fmt in runs
+    ]
+    print("\n".join(lay_out([Heading(title, right=title == "group") for title in titles], table)))
+    groups: dict[str, list[str]] = {}
+    for fmt, unmet in rows:
+        if unmet is not None:
+            groups.setdefault(str(unmet), []).append(fmt.id)
+    if groups:
+        print("\nnot here:")
+    for reason, ids in groups.items():
+        print(f"  {', '.join(ids)}\n    {reason}")
+    return OK
+
+
+def describe_format(fmt: Format, unmet: Unmet | None, here: Device) -> dict[str, Any]:
+    """One object of ``formats --json``: the row, and whether and in which base dtype it runs on this device."""
+    return {
+        "id": fmt.id,
+        "name": fmt.name,
+        "backend": fmt.backend,
+        "activation_bits": fmt.activation_bits,
+        "weight_bits": fmt.weight_bits,
+        "group_size": fmt.group_size,
+        "dtype": here.dtype_for(fmt),
+        "runs": unmet is None,
+        "kind": unmet.kind if unmet else None,
+        "reason": unmet.reason if unmet else None,
+        "selectors": sorted(fmt.selectors),
+    }
+
+
+def list_models(options: argparse.Namespace) -> int:
+    from lowbit import device, models
+    from lowbit.report.layout import Heading, lay_out
+
+    here = device.detect()
+    rows = [describe_model(name, here) for name in models.PRESETS]
+    if options.json:
+        print(json.dumps(rows, indent=1))
+        return OK
+    titles = ("model", "parameters", "bf16 MiB", "layers", "hidden", "heads", "bf16 fits", "weights")
+    table = [
+        [
+            row["name"],
+            f"{row['parameters']:,}",
+            f"{row['bf16_mib']:,.0f}",
+            str(row["layers"]),
+            str(row["hidden"]),
+            f"{row['heads']}/{row['kv_heads']}",
+            "yes" if row["fits"] else "no",
+            row["weights"],
+        ]
+        for row in rows
+    ]
+    print("\n".join(lay_out([Heading(title, right=title not in ("model", "weights")) for title in titles], table)))
+    choice = models.choose("auto", "auto", here)
+    print(f"\nauto takes {choice.name}, load format {choice.load_format}: {choice.why}")
+    return OK
+
+
+def describe_model(name: str, here: Device) -> dict[str, Any]:
+    """One object of ``models --json``. ``fits``: bf16 weights within the card's memory, or the host's without one."""
+    from lowbit import hub, models
+
+    preset = models.PRESETS[name]
+    choice = models.choose(name, "dummy", here)
+    config, total = choice.config, here.total_mib or host_mib()
+    mib = 2 * choice.parameters / MIB
+    if preset.hub_id is None:
+        weights = "in the package"
+    elif hub.find_cached((preset.hub_id,), hub.cache_folder(os.environ)):
+        weights = f"{preset.hub_id}, in the local cache"
+    else:
+        weights = f"{preset.hub_id}, not cached"
+    return {
+        "name": name,
+        "hub_id": preset.hub_id,
+        "parameters": choice.parameters,
+        "bf16_mib": mib,
+        "layers": config.num_hidden_layers,
+        "hidden": config.hidden_size,
+        "heads": config.num_attention_heads,
+        "kv_heads": config.num_key_value_heads,
+        "fits": mib + (models.ROOM_MIB if here.kind == "cuda" else 0) <= total,
+        "weights": weights,
+    }
+
+
+def host_mib() -> float:
+    """This machine's memory in MiB."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / MIB
+
+
+def compare_files(options: argparse.Namespace) -> int:
+    from lowbit.comparison import compare_runs
+    from lowbit.report.difference import difference
+
+    comparison = compare_runs(options.old, options.new)
+    print(difference(comparison, color=sys.stdout.isatty()))
+    return WORSE if comparison.failed else OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""Columns of text: widths, numbers and colours that every table of the report shares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+WIDTH = 100
+NONE = "–"
+
+SHORT = (("max-autotune-no-cudagraphs", "max-auto-no-cg"), ("max-autotune", "max-auto"), ("bitsandbytes", "bnb"))
+"""What is shortened in names, in this order, while a table is wider than WIDTH."""
+
+COLORS = {"REGRESSED": 31, "MISSING": 31, "LOST": 31, "failed": 31, "void": 33, "new": 33, "skipped": 33, "faster": 32}
+BOLD = 1
+
+
+class Heading(NamedTuple):
+    """A column's title over its unit. Numbers are set to the right; the others are names, which may be shortened."""
+
+    title: str
+    unit: str = ""
+    right: bool = True
+
+
+def lay_out(headings: Sequence[Heading], cells: Sequence[Sequence[str]], *, color: bool = False) -> list[str]:
+    """The lines of a table: one or two of headings, one per row of cells. The last column colours its line."""
+    rows = [list(row) for row in cells]
+    lines = _pad(headings, rows)
+    for old, new in SHORT:
+        if len(lines[0]) <= WIDTH:
+            break
+        rows = [
+            [cell if heading.right else cell.replace(old, new) for cell, heading in zip(row, headings, strict=True)]
+            for row in rows
+        ]
+        lines = _pad(headings, rows)
+    head, body = [line.rstrip() for line in lines[:2] if line.strip()], [line.rstrip() for line in lines[2:]]
+    if color:
+        head = [paint(line, BOLD) for line in head]
+        body = [paint(line, COLORS.get(row[-1])) for line, row in zip(body, rows, strict=True)]
+    return [*head, *body]
+
+
+def _pad(headings: Sequence[Heading], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [[heading.title for heading in headings], [heading.unit for heading in headings], *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(headings))]
+    gap = "  " if sum(widths) + 2 * (len(widths) - 1) <= WIDTH else " "
+    return [
+        gap.join(
+            text.rjust(width) if heading.right else text.ljust(width)
+            for text, width, heading in zip(line, widths, headings, strict=True)
+        )
+        for line in lines
+    ]
+
+
+def paint(text: str, code: int | None) -> str:
+    return text if code is None else f"\x1b[{code}m{text}\x1b[0m"
+
+
+def number(value: float | None) -> str:
+    """Four significant digits at most, thousands whole: 59.8, 268.7, 1204, 16131; a dash for None."""
+    if value is None:
+        return NONE
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def divergence(value: float | None) -> str:
+    """A KL divergence with four decimals; the small ones (8 bits) by their magnitude: 0.0312, 4.2e-05, 0."""
+    if value is None:
+        return NONE
+    return f"{value:.4f}" if value >= 0.001 else f"{value:.1e}" if value else "0"
