@@ -16,11 +16,12 @@ from typing import Any, TypeVar
 
 from lowbit import documents
 from lowbit.errors import LowbitError
+from lowbit.metrics import find as find_metric
 from lowbit.record import Record
 from lowbit.regression import Row, Values
 from lowbit.runs import Header, Run
 
-SIGNIFICANT = 11  # digits kept of a metric: more than its finest limit (1e-9) needs, and a file well below 1 MB
+DIGITS, EXACT_DIGITS = 6, 11  # significant, of noisy metrics and of those held to 1e-9: 300 cases fit in 1 MB
 INFO_CHARACTERS = 200
 
 T = TypeVar("T")
@@ -93,14 +94,24 @@ def _make_row(records: list[Record]) -> Row:
         values = [record.metrics[name] for record in records if name in record.metrics]
         if not all(map(math.isfinite, values)):
             raise LowbitError(f"{records[0].case}: {name} is not finite ({values}): such a run can't become a baseline")
-        metrics[name] = Values(_rounded(statistics.median(values)), tuple(map(_rounded, values)))
+        digits = _digits(name)
+        metrics[name] = Values(
+            _rounded(statistics.median(values), digits), tuple(_rounded(value, digits) for value in values)
+        )
     last = records[-1]
     info = {key: value for key, value in last.info.items() if _is_small(value)}
     return Row(last.case, last.kind, last.format, last.mode, last.workload, last.dtype, metrics, info)
 
 
-def _rounded(value: float) -> float:
-    return float(f"{value:.{SIGNIFICANT}g}")
+def _digits(name: str) -> int:
+    """Enough that rounding stays far below the metric's relative limit."""
+    metric = find_metric(name)
+    fine = metric is None or (metric.limit is not None and 0 < metric.limit.relative < 1e-4)
+    return EXACT_DIGITS if fine else DIGITS
+
+
+def _rounded(value: float, digits: int) -> float:
+    return float(f"{value:.{digits}g}")
 
 
 def _is_small(value: Any) -> bool:

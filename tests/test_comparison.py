@@ -1,0 +1,110 @@
+"""`compare OLD NEW`: runs and baselines in every combination, lost cases, exit status."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lowbit import baselines, comparison, runs
+from lowbit.errors import LowbitError
+from lowbit.formats import Unmet
+from lowbit.record import Record
+from lowbit.runs import Header
+
+STATS = {"min": 1.0, "max": 1.2, "mean": 1.1, "stddev": 0.1, "rounds": 2, "median": 1.1}
+
+
+def record(case: str, tok_s: float, **fields: Any) -> Record:
+    fields.setdefault("metrics", {"decode_tok_s": tok_s})
+    name = f"benches/test_decode.py::test_decode[{case}]"
+    return Record(name, "decode", "bf16-torch", "default", "b1_c0", "embedded", "auto", **fields)
+
+
+def keep(root: Path, *records: Record, device: str = "nvidia-h200", **header: Any) -> Path:
+    made = Header(device, device, "embedded", "auto", "embedded_512", "quick", header.pop("environment", {}), **header)
+    with runs.start(root, made) as writer:
+        for each in records:
+            writer.append(each, STATS)
+        writer.close(0)
+    return writer.path
+
+
+def accept(root: Path, *paths: Path) -> Path:
+    return baselines.save(baselines.build([runs.read(path) for path in paths]), root)
+
+
+def test_two_runs_are_judged_by_the_floors(tmp_path: Path) -> None:
+    old = keep(tmp_path, record("a", 100.0), record("b", 100.0), environment={"torch": "2.11.0"})
+    new = keep(tmp_path, record("a", 99.0), record("b", 97.0), environment={"torch": "2.13.0"})
+    result = comparison.compare_runs(old, new / "run.json")
+    assert [(case[-2], [v.status for v in verdicts]) for case, verdicts in result.verdicts] == [
+        ("a", ["ok"]),
+        ("b", ["regression"]),
+    ]
+    assert result.failed
+    assert result.environment == ["torch 2.11.0 -> 2.13.0"]
+    assert not comparison.compare_runs(new, old).failed
+
+
+def test_a_baselines_spread_widens_the_limit(tmp_path: Path) -> None:
+    noisy = [keep(tmp_path / "runs", record("a", value)) for value in (94.0, 97.0, 100.0, 103.0, 106.0)]
+    old = accept(tmp_path / "baselines", *noisy)
+    new = keep(tmp_path / "runs", record("a", 90.0))
+    assert not comparison.compare_runs(old, new).failed
+    assert comparison.compare_runs(noisy[2], new).failed
+    back = comparison.compare_runs(new, old)
+    assert [v.status for _, verdicts in back.verdicts for v in verdicts] == ["improvement"]
+
+
+def test_lost_cases_fail_unless_they_were_left_out(tmp_path: Path) -> None:
+    old = keep(tmp_path, record("a", 1.0), record("b", 1.0), record("c", 1.0), record("d", 1.0))
+    skipped = record("b", 0, outcome="skipped", unmet=Unmet("package", "needs gemlite"), metrics={})
+    failed = record("c", 0, outcome="failed", error="CUDA error", metrics={})
+    void = record("d", 0.1, outcome="void")
+    new = keep(tmp_path, skipped, failed, void, record("e", 1.0))
+    result = comparison.compare_runs(old, new)
+    assert result.lost == {
+        record("a", 0).case: "not in the new run",
+        skipped.case: "skipped: package: needs gemlite",
+        failed.case: "failed: CUDA error",
+    }
+    assert result.void == [void.case]
+    assert result.new == [record("e", 0).case]
+    assert result.failed
+    selected = keep(tmp_path, record("b", 1.0), selection={"-k": "b"})
+    assert not comparison.compare_runs(old, selected).failed
+    unselected = keep(tmp_path, record("b", 1.0), selection={"-k": ""})
+    assert len(comparison.compare_runs(old, unselected).lost) == 3
+
+
+def test_a_case_that_the_new_baseline_skips_is_lost(tmp_path: Path) -> None:
+    old = keep(tmp_path, record("a", 1.0))
+    skipped = record("a", 0, outcome="skipped", unmet=Unmet("memory", "needs 20 GiB"), metrics={})
+    new = accept(tmp_path / "baselines", keep(tmp_path, skipped))
+    assert comparison.compare_runs(old, new).lost == {skipped.case: "skipped: memory: needs 20 GiB"}
+
+
+def test_not_a_number_never_passes(tmp_path: Path) -> None:
+    good, bad = keep(tmp_path, record("a", 1.0)), keep(tmp_path, record("a", float("nan")))
+    assert comparison.compare_runs(good, bad).failed
+    ((_, verdicts),) = comparison.compare_runs(bad, good).verdicts
+    assert [v.status for v in verdicts] == ["new"]
+
+
+def test_a_cpus_wall_clock_is_not_gated(tmp_path: Path) -> None:
+    old, new = (keep(tmp_path, record("a", value), device="cpu-epyc-2c") for value in (100.0, 10.0))
+    assert not comparison.compare_runs(old, new).failed
+
+
+def test_foreign_and_broken_files_are_refused(tmp_path: Path) -> None:
+    old, new = keep(tmp_path, record("a", 1.0)), keep(tmp_path, record("a", 1.0), device="nvidia-a100")
+    with pytest.raises(LowbitError, match=r"measured different things.*nvidia-h200.*got nvidia-a100"):
+        comparison.compare_runs(old, new)
+    plain = tmp_path / "plain.json"
+    plain.write_text('{"benchmarks": []}')
+    with pytest.raises(LowbitError, match="without lowbit's part"):
+        comparison.compare_runs(old, plain)
+    with pytest.raises(LowbitError, match="no such lowbit run"):
+        comparison.compare_runs(old, tmp_path / "absent.json")
