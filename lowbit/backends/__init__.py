@@ -158,7 +158,7 @@ def unmet(fmt: Format, device: Device, config: Any) -> Unmet | None:
     """Why this format can't run on this device with a Llama of this config, or None. Imports no library."""
     backend = get(fmt.backend)
     if device.kind not in fmt.devices:
-        return Unmet("capability", f"{fmt.id} needs {' or '.join(fmt.devices)}, this is {device.kind}")
+        return Unmet("capability", f"needs {' or '.join(fmt.devices)}, this is {device.kind}")
     if device.dtype_for(fmt) is None:
         needs = "SM80" if fmt.dtypes == ("bf16",) else "another device"
         return Unmet("capability", f"needs {needs} ({' or '.join(fmt.dtypes)}), this is {device.sm or device.kind}")
