@@ -85,15 +85,17 @@ _HUSH: dict[str, Callable[[ModuleType], None]] = {
     "transformers": _hush_transformers,
     "bitsandbytes": _hush_bitsandbytes,
 }
+_hushed: set[str] = set()
 
 
 def quiet_import(name: str) -> ModuleType:
     """Import the module ``name`` in silence: no banners, no deprecation warnings, no progress bars.
 
-    Raises what the import raises, with a note holding what the library printed.
+    Libraries that would go on talking are hushed as well, even if somebody imported them before. Raises what the
+    import raises, with a note holding what the library printed.
     """
     loaded = sys.modules.get(name)
-    if loaded is not None:
+    if loaded is not None and (name in _hushed or name not in _HUSH):
         return loaded
     with captured_output() as output, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -101,6 +103,7 @@ def quiet_import(name: str) -> ModuleType:
             module = importlib.import_module(name)
             if hush := _HUSH.get(name):
                 hush(module)
+                _hushed.add(name)
         except BaseException as error:
             if printed := output().strip():
                 error.add_note(f"{name} printed while it was imported:\n{printed}")

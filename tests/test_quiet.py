@@ -6,6 +6,7 @@ import textwrap
 
 import pytest
 
+from lowbit import quiet
 from lowbit.quiet import captured_output, quiet_import
 
 NOISY = """
@@ -71,3 +72,17 @@ def test_streams_come_back(capsys):
     assert (sys.stdout, sys.stderr) == before
     print("outside")
     assert capsys.readouterr().out == "outside\n"
+
+
+def test_a_library_that_was_loaded_before_is_hushed_once(library, monkeypatch):
+    calls = []
+    name = library("noisy_loaded", "")
+    __import__(name)
+    monkeypatch.setitem(quiet._HUSH, name, calls.append)
+    assert quiet_import(name) is quiet_import(name)
+    assert calls == [sys.modules[name]]
+
+
+def test_llm_int8_does_not_repeat_itself():
+    quiet_import("bitsandbytes")
+    assert not logging.getLogger("bitsandbytes.autograd._functions").isEnabledFor(logging.WARNING)
