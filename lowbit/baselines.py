@@ -18,8 +18,8 @@ from lowbit import documents
 from lowbit.errors import LowbitError
 from lowbit.metrics import find as find_metric
 from lowbit.record import Record
-from lowbit.regression import Row, Values
 from lowbit.runs import Header, Run
+from lowbit.spread import Row, Values
 
 DIGITS, EXACT_DIGITS = 6, 11  # significant, of noisy metrics and of those held to 1e-9: 300 cases fit in 1 MB
 INFO_CHARACTERS = 200

@@ -12,8 +12,9 @@ from lowbit import baselines, runs
 from lowbit.baselines import Baseline
 from lowbit.errors import LowbitError
 from lowbit.record import Record
-from lowbit.regression import Row, Spreads, Values, Verdict, judge, pool_spread
+from lowbit.regression import Verdict, judge
 from lowbit.runs import Run
+from lowbit.spread import Row, Spreads, Values, pool_spread
 
 Side = Run | Baseline
 

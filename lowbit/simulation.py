@@ -2,7 +2,7 @@
 
 Each trial makes a device's baseline from scratch (cases x runs of noise σ around 1), pools the spread, then puts each
 case through first run, suspicion and confirmation. Vectorised over trials; tests/test_regression.py proves that it
-decides as ``regression.pool_spread``, ``judge`` and ``confirm`` do, number for number.
+decides as ``spread.pool_spread``, ``regression.judge`` and ``confirm`` do, number for number.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lowbit.regression import MIN_CASES_TO_TRIM, REPEATS, outlying_variance_ratio, spread_factor
+from lowbit.regression import REPEATS
+from lowbit.spread import MIN_CASES_TO_TRIM, outlying_variance_ratio, spread_factor
 
 Floats = NDArray[np.float64]
 Noise = Callable[[np.random.Generator, tuple[int, ...]], Floats]
@@ -30,6 +31,11 @@ def gaussian(rng: np.random.Generator, shape: tuple[int, ...]) -> Floats:
 def heavy_tailed(rng: np.random.Generator, shape: tuple[int, ...]) -> Floats:
     """Standard normal noise of which 2 % of the runs are 5 σ slower: what a busy host does to a run."""
     return rng.standard_normal(shape) + 5.0 * (rng.random(shape) < 0.02)
+
+
+def uneven(rng: np.random.Generator, shape: tuple[int, ...]) -> Floats:
+    """Normal noise whose σ differs from case to case: 0.5 to 1.5 times the nominal. ``shape`` is [trials, cases, n]."""
+    return rng.standard_normal(shape) * np.linspace(0.5, 1.5, shape[1])[:, None]
 
 
 class Outcome(NamedTuple):
@@ -97,6 +103,7 @@ def main() -> None:
         ("1 case x 5 runs", 1, 5, 0.0, gaussian),
         ("20 cases x 2 runs", 20, 2, 0.0, gaussian),
         ("20 cases x 5 runs, 2 % of the runs +5 σ", 20, 5, 0.0, heavy_tailed),
+        ("20 cases x 5 runs, their σ 0.5 to 1.5", 20, 5, 0.0, uneven),
         ("1 case x 3 runs, no floor", 1, 3, 0.0, gaussian),
         ("1 case x 3 runs, floor 5 σ", 1, 3, 0.02, gaussian),
         ("1 case x 2 runs, no floor", 1, 2, 0.0, gaussian),

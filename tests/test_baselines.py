@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lowbit import baselines, documents, metrics, regression
+from lowbit import baselines, documents, metrics
 from lowbit.baselines import Baseline, build, find, load, replace_rows, save
 from lowbit.errors import LowbitError
 from lowbit.formats import Unmet
 from lowbit.record import Record
 from lowbit.runs import Entry, Header, Run
+from lowbit.spread import Values
 
 SUBJECT = ("nvidia-h200", "llama-3.1-8b", "dummy", "embedded_512")
 
@@ -63,7 +64,7 @@ def five_runs() -> list[Run]:
 def test_build_takes_the_median_and_keeps_each_run() -> None:
     made = build(five_runs())
     values = made.rows[node("a")].metrics["decode_tok_s"]
-    assert values == regression.Values(102.0, (103.0, 101.0, 100.0, 102.0, 104.0))
+    assert values == Values(102.0, (103.0, 101.0, 100.0, 102.0, 104.0))
     assert made.runs == 5
     assert made.stats[node("a")]["median"] == pytest.approx(100 / 102)  # of the median run
     assert "data" not in made.stats[node("a")]

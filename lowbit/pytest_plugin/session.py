@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lowbit import baselines, models, regression, runs, texts
+from lowbit import baselines, models, regression, runs, spread, texts
 from lowbit.baselines import Baseline
 from lowbit.cases import KINDS, Case, enumerate_cases
 from lowbit.device import Device, detect, environment
@@ -47,7 +47,7 @@ class BenchSession:
         self.error: str | None = None
         self.lab = Lab(self.device, self.choice, self.source, progress)
         self.baseline: Baseline | None = self._find_baseline()
-        self.spreads = regression.pool_spread(self.baseline.rows.values()) if self.baseline else {}
+        self.spreads = spread.pool_spread(self.baseline.rows.values()) if self.baseline else {}
 
     # -- baseline -------------------------------------------------------------------------------------------------
 
