@@ -134,7 +134,7 @@ def test_child_args_repeat_what_is_measured_and_nothing_else(toy, configure, mon
     monkeypatch.setenv("PYTEST_ADDOPTS", "--model folder -W ignore::UserWarning")
     toy.pytester.makeini("[pytest]\naddopts = --junitxml=never.xml -k bf16\n")
     config = configure(
-        *("benches", "--text=text.txt", "--lowbit-device=1", "-n", "2", "--lf", "--benchmark-json=never.json", "-x"),
+        *("benches", "--text=text.txt", "--lowbit-device=1", "-n", "2", "--lf", "--benchmark-save=never", "-x"),
         *("-o", "console_output_style=count", "-m", "not slow", "-p", "no:doctest"),
     )
     path = toy.path
