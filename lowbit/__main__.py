@@ -50,7 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. A LowbitError becomes one line on standard error and exit code 2, as argparse's own errors do."""
+    """Run one command. A LowbitError becomes one line on standard error and exit code 2, as argparse's errors do."""
     options = make_parser().parse_args(arguments)
     try:
         exit_code: int = options.run(options)
@@ -84,7 +84,7 @@ def list_formats(options: argparse.Namespace) -> int:
             f"{fmt.weight_bits:g} bit",
             str(fmt.group_size or ""),
             here.dtype_for(fmt) or "",
-            ", ".join(dict.fromkeys((*fmt.keywords, fmt.backend))),
+            ", ".join(dict.fromkeys((*fmt.keywords, *([] if fmt.is_baseline else [fmt.backend])))),
         ]
         for fmt in runs
     ]

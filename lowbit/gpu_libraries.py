@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 
 PACKAGES = ("gemlite", "hqq")
+VERSION_FILE = Path("/proc/driver/nvidia/version")
 
 
 def find_driver(load: Callable[[str], object] = ctypes.CDLL) -> str | None:
@@ -23,9 +24,8 @@ def find_driver(load: Callable[[str], object] = ctypes.CDLL) -> str | None:
     The kernel module's version file is enough on bare metal; in a container the management library that the runtime
     mounts tells.
     """
-    version = Path("/proc/driver/nvidia/version")
-    if version.is_file():
-        return version.read_text().splitlines()[0].strip()
+    if VERSION_FILE.is_file():
+        return VERSION_FILE.read_text().splitlines()[0].strip()
     for name in ("libnvidia-ml.so.1", "nvml.dll"):
         try:
             load(name)

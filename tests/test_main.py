@@ -1,0 +1,166 @@
+"""The command line: what it prints, and the exit code that a script goes by."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lowbit import __version__, runs
+from lowbit.__main__ import main
+from lowbit.formats import FORMATS
+from lowbit.record import Record
+
+CASE = "benches/test_decode.py::test_decode[{format}-default-b1_c0]"
+
+
+@pytest.fixture
+def kept_run(tmp_path):
+    """A function that keeps a run of one GPU's decode speeds: ``kept_run("old", **{"bf16-torch": 59.8})``."""
+
+    def keep(name, device="nvidia-h200", **decode_tok_s):
+        header = runs.Header(device, "NVIDIA H200", "llama-3.1-8b", "dummy", "embedded_512", "quick", {"torch": name})
+        with runs.start(tmp_path / name, header) as writer:
+            for fmt, value in decode_tok_s.items():
+                case = CASE.format(format=fmt)
+                record = Record(case, "decode", fmt, "default", "b1_c0", "llama-3.1-8b", "dummy", "bf16")
+                record.metrics["decode_tok_s"] = value
+                writer.append(record, None)
+            return writer.close(0)
+
+    return keep
+
+
+OLD = {"bf16-torch": 180.0, "a16w4_g128-torchao": 268.7}
+
+
+def compare(capsys, old, new):
+    code = main(["compare", str(old), str(new)])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_compare_passes_what_moved_within_its_limit(kept_run, capsys):
+    code, out, _ = compare(capsys, kept_run("old", **OLD), kept_run("new", **{**OLD, "bf16-torch": 179.0}))
+    assert code == 0
+    assert "0 failures in 2 cases" in out
+    assert "environment: torch old -> new" in out
+
+
+def test_compare_fails_a_slowdown_by_name_and_puts_it_first(kept_run, capsys):
+    new = kept_run("new", **{**OLD, "a16w4_g128-torchao": 241.0})
+    code, out, _ = compare(capsys, kept_run("old", **OLD), new)
+    assert code == 1
+    first = out.splitlines()[1].split()
+    assert first == [
+        "decode[a16w4_g128-torchao-default-b1_c0]",
+        "decode_tok_s",
+        "268.7",
+        "241.0",
+        "-10.3%",
+        "REGRESSED",
+    ]
+    assert "on nvidia-h200: decode_tok_s 268.7 -> 241.0 tok/s (-10.3 %, limit 2.0 %)" in " ".join(out.split())
+    assert max(map(len, out.splitlines())) <= 100
+
+
+def test_compare_fails_a_case_that_was_lost(kept_run, capsys):
+    code, out, _ = compare(capsys, kept_run("old", **OLD), kept_run("new", **{"bf16-torch": 180.0}))
+    assert code == 1
+    assert "decode[a16w4_g128-torchao-default-b1_c0]: lost" in " ".join(out.split())
+
+
+def test_compare_reports_a_new_case_and_an_improvement_without_failing(kept_run, capsys):
+    code, out, _ = compare(
+        capsys, kept_run("old", **{"bf16-torch": 180.0}), kept_run("new", **{**OLD, "bf16-torch": 190.0})
+    )
+    assert code == 0
+    words = {line.split()[0]: line.split()[-1] for line in out.splitlines() if line.startswith("decode[")}
+    assert words == {"decode[bf16-torch-default-b1_c0]": "better", "decode[a16w4_g128-torchao-eager-b1_c0]": "new"}
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", '{"benchmarks": []}'])
+def test_compare_with_an_unusable_file_is_one_line_and_exit_code_2(kept_run, capsys, tmp_path, content):
+    path = tmp_path / "broken.json"
+    if content is not None:
+        path.write_text(content)
+    code, out, err = compare(capsys, path, kept_run("new", **OLD))
+    assert code == 2
+    assert not out
+    assert err.startswith(f"lowbit: error: {path}: ")
+    assert len(err.splitlines()) == 1
+
+
+def test_compare_refuses_another_device(kept_run, capsys):
+    code, _, err = compare(capsys, kept_run("old", **OLD), kept_run("new", device="nvidia-a100", **OLD))
+    assert code == 2
+    assert "nvidia-h200" in err
+    assert "nvidia-a100" in err
+
+
+def test_formats_lists_every_row_as_running_or_with_its_reason(capsys):
+    assert main(["formats", "--model", "embedded"]) == 0
+    out = capsys.readouterr().out
+    for name in FORMATS:
+        assert name in out
+    assert main(["formats", "--model", "embedded", "--json"]) == 0
+    rows = {row["id"]: row for row in json.loads(capsys.readouterr().out)}
+    assert list(rows) == list(FORMATS)
+    for name, row in rows.items():
+        assert row["runs"] == (row["reason"] is None)
+        if not row["runs"]:
+            assert f"{row['kind']}: {row['reason']}" in out, name
+    assert rows["bf16-torch"]["runs"]
+    assert "W4A16" in rows["a16w4_g128-torchao"]["selectors"]
+
+
+def test_models_gives_the_true_sizes_and_says_what_auto_takes(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.delenv("LOWBIT_MODEL", raising=False)
+    assert main(["models", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["llama-3.1-8b"]["parameters"] == 8_030_261_248
+    assert rows["llama-3.1-8b"]["weights"].endswith("not cached")
+    assert rows["embedded"]["weights"] == "in the package"
+    assert main(["models"]) == 0
+    out = capsys.readouterr().out
+    assert "8,030,261,248" in out
+    assert "auto takes" in out
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["compare", "one"]])
+def test_wrong_usage_is_exit_code_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert "usage: lowbit" in capsys.readouterr().err
+
+
+def test_an_unknown_model_is_one_line_that_lists_the_known_ones(capsys):
+    assert main(["formats", "--model", "llama-9"]) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1
+    assert "llama-3.1-8b" in err
+
+
+def test_the_module_runs_and_help_and_compare_need_no_torch(kept_run):
+    old = kept_run("old", **OLD)
+    code = (
+        "import sys\n"
+        "from lowbit.__main__ import main\n"
+        f"assert main(['compare', {str(old)!r}, {str(old)!r}]) == 0\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+    version = subprocess.run([sys.executable, "-m", "lowbit", "--version"], check=True, capture_output=True, text=True)
+    assert version.stdout == f"lowbit {__version__}\n"
+
+
+def test_a_reader_that_stops_early_is_no_error(kept_run):
+    old = kept_run("old", **OLD)
+    command = f"{sys.executable} -m lowbit compare {old} {old} | true; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, cwd=Path.cwd())
+    assert (result.returncode, result.stderr) == (0, "")
