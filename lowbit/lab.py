@@ -14,8 +14,10 @@ import torch
 
 from lowbit import backends, compilers, generate, measure, metrics, models, quality, roofline, texts
 from lowbit.backends import coverage
+from lowbit.card import CardState, disturbed
 from lowbit.cases import Case
-from lowbit.device import Ceilings, Device, measure_ceilings
+from lowbit.ceilings import Ceilings, measure_ceilings
+from lowbit.device import Device
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS, Format, Unmet
 from lowbit.metrics import Measurement
@@ -184,10 +186,10 @@ class Lab:
             model=self.choice.name,
             load_format=self.choice.load_format,
         )
-        before = measure.CardState.read(self.nvml)
+        before = CardState.read(self.nvml)
         measurement = self._measure_quality(case, record, rounds) if case.kind == "quality" else self._measure_speed(case, record, rounds)
-        after = measure.CardState.read(self.nvml)
-        disturbance = measure.disturbed(before, after)
+        after = CardState.read(self.nvml)
+        disturbance = disturbed(before, after)
         if disturbance is not None:
             record.outcome, record.error = "void", disturbance
         record.metrics = metrics.derive(measurement)

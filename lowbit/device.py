@@ -1,0 +1,187 @@
+"""Which device this is, what it can do, and what stands around it: name, slug, capability, versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+import lowbit
+from lowbit.errors import LowbitError
+from lowbit.formats import Format
+
+MIB = 1024 * 1024
+BF16_CAPABILITY = (8, 0)
+"""First CUDA capability with bf16 arithmetic (Ampere; CUDA C++ Programming Guide). Below, torch only emulates it."""
+
+PACKAGES = {
+    "triton": ("triton", "pytorch-triton", "triton-windows"),
+    **{
+        name: (name,)
+        for name in (
+            "transformers",
+            "tokenizers",
+            "torchao",
+            "gemlite",
+            "bitsandbytes",
+            "hqq",
+            "numpy",
+            "pytest-benchmark",
+        )
+    },
+}
+"""What a result may depend on → the names that its distribution goes by."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device. ``slug`` names it for ever and everywhere: model of the card or processor, never the host.
+
+    ``index`` counts the devices that CUDA_VISIBLE_DEVICES leaves. ``uuid`` and ``pci`` (``0000:3b:00.0``) let NVML
+    find the same card. ``total_mib`` is the card's memory, or the host's where the device is the CPU.
+    """
+
+    kind: Literal["cpu", "cuda"]
+    index: int
+    name: str
+    slug: str
+    capability: tuple[int, int] | None
+    total_mib: float | None
+    multiprocessors: int
+    driver: str | None
+    cuda: str | None
+    uuid: str | None = None
+    pci: str | None = None
+
+    @property
+    def torch(self) -> torch.device:
+        return torch.device("cpu") if self.kind == "cpu" else torch.device("cuda", self.index)
+
+    @property
+    def sm(self) -> str:
+        """``SM90``; empty for a CPU."""
+        return "" if self.capability is None else f"SM{self.capability[0]}{self.capability[1]}"
+
+    def has_dtype(self, dtype: str) -> bool:
+        """Whether the device computes in ``bf16``, ``fp16`` or ``fp32``. A CPU does, be it slowly."""
+        return dtype != "bf16" or self.capability is None or self.capability >= BF16_CAPABILITY
+
+    def dtype_for(self, fmt: Format) -> str | None:
+        """The first of the format's base dtypes that this device has: SM75 has no bf16. None: it has none of them."""
+        return next((dtype for dtype in fmt.dtypes if self.has_dtype(dtype)), None)
+
+
+def slugify(name: str) -> str:
+    """``NVIDIA H200 MIG 1g.18gb`` → ``nvidia-h200-mig-1g-18gb``; marks (R), (TM) and a clock rate say nothing."""
+    plain = re.sub(r"\((r|tm)\)|\bcpu\b|@.*$", " ", name.lower())
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-") or "unknown"
+
+
+def detect(index: int = 0) -> Device:
+    """The ``index``-th CUDA device that CUDA_VISIBLE_DEVICES leaves; where torch sees none, the CPU, which is index 0.
+
+    Raises LowbitError naming the devices that there are.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not 0 <= index < max(count, 1):
+        known = [f"{i} ({torch.cuda.get_device_name(i)})" for i in range(count)] or [f"0 ({_cpu_name()})"]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        seen = "" if visible is None else f", CUDA_VISIBLE_DEVICES={visible!r}"
+        raise LowbitError(f"unknown device {index}; known: {', '.join(known)}{seen}")
+    return _cuda_device(index) if count else _cpu_device()
+
+
+def _cuda_device(index: int) -> Device:
+    properties: Any = torch.cuda.get_device_properties(index)
+    uuid = str(getattr(properties, "uuid", "")) or None
+    bus = getattr(properties, "pci_bus_id", None)  # not in every torch
+    pci = None if bus is None else f"{properties.pci_domain_id:04x}:{bus:02x}:{properties.pci_device_id:02x}.0"
+    return Device(
+        kind="cuda",
+        index=index,
+        name=properties.name,
+        slug=slugify(properties.name),
+        capability=(properties.major, properties.minor),
+        total_mib=properties.total_memory / MIB,
+        multiprocessors=properties.multi_processor_count,
+        driver=_driver_version(),
+        cuda=torch.version.cuda,
+        uuid=uuid,
+        pci=pci,
+    )
+
+
+def _cpu_device() -> Device:
+    name, cores = _cpu_name(), _cpu_count()
+    slug = f"cpu-{slugify(name)}-{cores}c"
+    return Device("cpu", 0, name, slug, None, _host_mib(), cores, driver=None, cuda=None)
+
+
+def _cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    if cpuinfo.exists():
+        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+        if found:
+            return found[1].strip()
+    return platform.processor() or platform.machine()  # Arm's cpuinfo has no name, other systems no cpuinfo
+
+
+def _cpu_count() -> int:
+    """Cores this process may use: taskset and a container's cpuset count."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _host_mib() -> float | None:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / MIB
+    except (AttributeError, ValueError, OSError):
+        return None  # not a POSIX system
+
+
+def _driver_version() -> str | None:
+    """The NVIDIA driver, ``580.159.04``; None where neither NVML nor the kernel module tells."""
+    try:
+        import pynvml
+    except ImportError:
+        return _kernel_module_version()
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return _kernel_module_version()
+    try:
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _kernel_module_version(path: Path = Path("/proc/driver/nvidia/version")) -> str | None:
+    found = re.search(r"\d+\.\d+(\.\d+)?", path.read_text()) if path.exists() else None
+    return found[0] if found else None
+
+
+def environment(device: Device) -> dict[str, str]:
+    """What the numbers depend on besides the device: versions, by metadata alone (importing gemlite needs a GPU)."""
+    versions = {name: _version(distributions) for name, distributions in PACKAGES.items()}
+    return {
+        "lowbit": lowbit.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        **versions,
+        "cuda": device.cuda or "none",
+        "driver": device.driver or "none",
+        "os": f"{platform.system()} {platform.machine()} {' '.join(platform.libc_ver())}".strip(),
+    }
+
+
+def _version(distributions: tuple[str, ...]) -> str:
+    for name in distributions:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return "not installed"

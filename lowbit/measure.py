@@ -1,0 +1,278 @@
+"""Instruments: clocks, memory of the card, energy, and the host's yardstick."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from lowbit.device import MIB, Device
+from lowbit.formats import Unmet
+from lowbit.nvml import Nvml, NvmlUnavailable
+
+NVML_METRICS = ("vram_peak_mib", "vram_start_mib", "vram_end_mib", "energy_j_per_tok")
+"""Absent without NVML."""
+GPU_METRICS = (*NVML_METRICS, "vram_alloc_peak_mib", "vram_quantize_peak_mib")
+"""Absent without a GPU: a CPU's resident size says nothing, glibc keeps pages (count storages: weights_mib)."""
+
+
+# -- clocks -----------------------------------------------------------------------------------------------------------
+
+
+def synchronize(device: Device) -> None:
+    """Wait until the device has done all that it was given. Nothing to wait for on a CPU."""
+    if device.kind == "cuda":
+        torch.cuda.synchronize(device.torch)
+
+
+@functools.cache
+def timer(device: Device) -> Callable[[], float]:
+    """A clock in seconds that first waits for the device; the same function for the same device.
+
+    Fit for ``benchmark.pedantic``'s ``timer``, which knows a timer by its identity and its ``__name__``.
+    """
+    if device.kind == "cpu":
+        return perf_counter
+
+    def synchronized_perf_counter() -> float:
+        torch.cuda.synchronize(device.torch)
+        return perf_counter()
+
+    return synchronized_perf_counter
+
+
+class StepClock:
+    """Times of single steps without waiting between them: CUDA events in the stream, ``perf_counter`` on a CPU.
+
+    ``start``, then ``mark`` after each step, then ``seconds``. Events are kept and used again, so a second round
+    creates none in its timed region.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._cuda = device.kind == "cuda"
+        self._marks: list[float] = []
+        self._events: list[Any] = []
+        self._used = 0
+
+    def start(self) -> None:
+        """Begin a round; what an earlier one marked is forgotten."""
+        self._marks, self._used = [], 0
+        self.mark()
+
+    def mark(self) -> None:
+        """The step that was just launched ends here."""
+        if not self._cuda:
+            self._marks.append(perf_counter())
+            return
+        if self._used == len(self._events):
+            self._events.append(torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]
+        self._events[self._used].record()
+        self._used += 1
+
+    def seconds(self) -> list[float]:
+        """One entry per mark since ``start``. Waits for the last one."""
+        if not self._cuda:
+            return [end - begin for begin, end in pairwise(self._marks)]
+        events = self._events[: self._used]
+        if events:
+            events[-1].synchronize()
+        return [begin.elapsed_time(end) / 1e3 for begin, end in pairwise(events)]
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+class VramMeter:
+    """Memory of this process on its card, in MiB; None for every figure on a CPU, or without NVML for NVML's.
+
+    NVML is read, never sampled in the background (a sampling thread disturbs what it measures). That is enough for a
+    peak: torch's caching allocator gives nothing back by itself, so what NVML shows after the rounds is their peak,
+    unless something in them called ``torch.cuda.empty_cache`` or ran out of memory and retried.
+
+    A process grows as it goes: the CUDA context, cuBLAS, and every kernel once it has run stay loaded. Raw readings
+    of a case alone and of the same case after ten others would differ by all that. ``case_peak_mib`` takes it out:
+    the case's own growth, put upon the constant of a process that has just been warmed up.
+    """
+
+    def __init__(self, device: Device, nvml: Nvml | None) -> None:
+        self._device = device
+        self._nvml = nvml if device.kind == "cuda" else None
+        self._cuda = device.kind == "cuda"
+
+    def release(self) -> None:
+        """Give everything unreferenced back to the card. Twice: the first pass frees what only cycles held."""
+        gc.collect()
+        gc.collect()
+        if self._cuda:
+            synchronize(self._device)
+            with torch.cuda.device(self._device.torch):
+                torch.cuda.empty_cache()
+            torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]
+
+    def warm_up(self) -> float | None:
+        """Load what every case loads (context, cuBLAS, attention), release, and return the process's size then.
+
+        Once a session, before the first model: this is ``context_mib`` of ``case_peak_mib``. None without NVML.
+        """
+        if self._cuda:
+            dtypes = [torch.float16, torch.float32] + [torch.bfloat16] * self._device.has_dtype("bf16")
+            for dtype in dtypes:
+                _use_libraries(self._device.torch, dtype)
+        self.release()
+        return self.process_mib()
+
+    def process_mib(self) -> float | None:
+        """This process by NVML now."""
+        return None if self._nvml is None else self._nvml.process_mib()
+
+    def case_peak_mib(self, start_mib: float | None, context_mib: float | None) -> float | None:
+        """Peak of a case, to be read right after its rounds: NVML now − ``start_mib`` + ``context_mib``.
+
+        ``start_mib`` is ``process_mib`` after ``release`` and before the format was made. So a case agrees with
+        itself whether it ran alone or last (kernels that only an earlier case's run loaded differ: some MiB).
+        """
+        now = self.process_mib()
+        return None if now is None or start_mib is None or context_mib is None else now - start_mib + context_mib
+
+    def reset_peak(self) -> None:
+        """Begin a new peak of torch's allocator."""
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats(self._device.torch)
+
+    def alloc_peak_mib(self) -> float | None:
+        """Peak of torch's allocator since ``reset_peak``: tensors alone, no context, no rounding to blocks."""
+        return torch.cuda.max_memory_allocated(self._device.torch) / MIB if self._cuda else None
+
+
+def _use_libraries(device: torch.device, dtype: torch.dtype) -> None:
+    x = torch.randn(1, 8, 128, 128, device=device).to(dtype)
+    attended = torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+    row = attended.flatten(0, 2)[:1]
+    (torch.nn.functional.silu(row @ x[0, 0]) + row).float().softmax(-1).argmax().item()
+
+
+def memory_fits(device: Device, needed_mib: float) -> Unmet | None:
+    """None if ``needed_mib`` are free now (torch's unused cache counts as free), else the exact figures."""
+    if device.kind == "cpu":
+        free, total = _host_available_mib(), device.total_mib
+    else:
+        driver_free, driver_total = torch.cuda.mem_get_info(device.torch)
+        cached = torch.cuda.memory_reserved(device.torch) - torch.cuda.memory_allocated(device.torch)
+        free, total = (driver_free + cached) / MIB, driver_total / MIB
+    if free is None or needed_mib <= free:
+        return None
+    of_total = "" if total is None else f" of {total:,.0f}"
+    return Unmet("memory", f"needs {needed_mib:,.0f} MiB, {free:,.0f}{of_total} MiB are free on {device.name}")
+
+
+def _host_available_mib(meminfo: Path = Path("/proc/meminfo")) -> float | None:
+    """What the kernel says could be had without swapping; None on a system that does not say."""
+    found = re.search(r"^MemAvailable:\s*(\d+) kB", meminfo.read_text(), re.MULTILINE) if meminfo.exists() else None
+    return int(found[1]) / 1024 if found else None
+
+
+# -- energy -----------------------------------------------------------------------------------------------------------
+
+
+class Energy(NamedTuple):
+    """Joules of the whole card over ``repetitions`` of a step, which took ``seconds``."""
+
+    joules: float
+    repetitions: int
+    seconds: float
+
+
+COUNTER_PATIENCE_S = 2.0
+"""A counter that stands still so long while the card works is none."""
+
+
+def energy(nvml: Nvml, device: Device, step: Callable[[], object], min_seconds: float = 1.0) -> Energy:
+    """Run ``step`` over and over for ``min_seconds`` at least, between two moves of NVML's energy counter.
+
+    The counter moves only every 20 to 100 ms, so a window cut anywhere is wrong by up to one such interval: 10 % of
+    a second. Cut where the counter has just been seen to move, the error is at most min(interval, one step) / window:
+    with steps of 10 ms 1 %, so make the step a few tokens long, not a whole round. Each step is waited for.
+    Raises NvmlUnavailable if the card has no counter or it stands still.
+    """
+
+    def run() -> float:
+        step()
+        synchronize(device)
+        return nvml.energy_j()
+
+    begin_j = _next_move(run, nvml.energy_j())
+    began = perf_counter()
+    repetitions, last = 0, begin_j
+    while True:
+        now = run()
+        repetitions += 1
+        elapsed = perf_counter() - began
+        if now != last and elapsed >= min_seconds:
+            return Energy(now - begin_j, repetitions, elapsed)
+        if elapsed > min_seconds + COUNTER_PATIENCE_S:
+            raise NvmlUnavailable(f"the energy counter of {device.name} stood still for {COUNTER_PATIENCE_S:g} s")
+        last = now
+
+
+def _next_move(run: Callable[[], float], before: float) -> float:
+    began = perf_counter()
+    while (now := run()) == before:
+        if perf_counter() - began > COUNTER_PATIENCE_S:
+            raise NvmlUnavailable(f"the energy counter stood still for {COUNTER_PATIENCE_S:g} s of work")
+    return now
+
+
+# -- the host ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def cpu_threads(device: Device, threads: int = 1) -> Iterator[None]:
+    """One thread for a CPU's benches, the former number afterwards; nothing on a GPU.
+
+    With two threads and one foreign busy process, OpenMP's barriers cost a factor of 10 to 15 (seen on 2 cores).
+    """
+    if device.kind != "cpu":
+        yield
+        return
+    former = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(former)
+
+
+@functools.cache
+def _yardstick_operands() -> tuple[np.ndarray[Any, np.dtype[np.float32]], np.ndarray[Any, np.dtype[np.float32]]]:
+    generator = np.random.default_rng(0)
+    return generator.standard_normal((1024, 1024), np.float32), generator.standard_normal(1024, np.float32)
+
+
+def yardstick() -> float:
+    """Seconds of a fixed piece of host work, about 10 ms: by it a CPU's drifting clock is divided.
+
+    Half Python, half matrix × vector over 4 MB, as eager decode is; by numpy's einsum, which calls no BLAS and so is
+    never threaded. Nothing of torch: a torch that gets slower must not lengthen the yardstick with it.
+    """
+    matrix, vector = _yardstick_operands()
+    started = perf_counter()
+    total = 0
+    for i in range(150_000):
+        total += i % 7
+    for _ in range(32):
+        np.einsum("ij,j->i", matrix, vector)
+    return perf_counter() - started
+
+
+def yardsticks(device: Device) -> list[float]:
+    """What to take just before a timed round: one yardstick on a CPU; on a GPU nothing, whose clock does not drift."""
+    return [yardstick()] if device.kind == "cpu" else []
