@@ -29,7 +29,7 @@ STAGES = (
     {"backends"},
     {"regional", "logits_store"},
     {"compilers", "generate"},
-    {"ceilings", "measure", "quality"},
+    {"measure", "quality"},
     {"texts"},
     {"lab"},
     {"runs"},
