@@ -123,7 +123,7 @@ class Settings:
             baseline_runs=option.baseline_runs,
             compare=bool(compare),
             compare_to=compare if isinstance(compare, str) else None,
-            compare_if_baseline=option.compare_if_baseline,
+            compare_if_baseline=option.compare_if_baseline and not option.update_baselines,
             isolate=option.isolate,
             resume=option.resume,
             max_kld=option.max_kld,
