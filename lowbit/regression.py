@@ -16,12 +16,15 @@ from typing import Literal
 from lowbit import metrics
 from lowbit.metrics import Metric
 from lowbit.record import Record
-from lowbit.spread import Row, Spread, Spreads, Values, floors, host_bound, scale, spread_factor
+from lowbit.spread import Row, Spread, Spreads, Values, floors, host_bound, pool_spread, scale, spread_factor
 
 Status = Literal["ok", "regression", "improvement", "new", "missing", "ungated"]
 
 REPEATS = 2
 """Fresh processes that must confirm a suspicion: it fails when all ``1 + REPEATS`` runs are beyond the limit."""
+
+BLUNT = 0.25
+"""Share of a baseline's value beyond which a limit that comes of noise is worth a warning."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,27 @@ def limit_for(metric: Metric, baseline: Values, spread: Spread, host_bound: bool
         raise ValueError(f"{metric.name} has no limit")
     noise = spread_factor(spread.degrees_of_freedom, len(baseline.runs)) * spread.sigma * scale(floor, baseline.median)
     return max(floor.absolute, floor.relative * abs(baseline.median), noise)
+
+
+def find_blunt(rows: Iterable[Row], device_kind: str) -> list[str]:
+    """What a baseline's own noise hides: a line per gated metric whose limit is over ``BLUNT`` of its value.
+
+    To be shown when a baseline is accepted: such a case could lose a quarter of its speed and pass.
+    """
+    rows = list(rows)
+    spreads, lines = pool_spread(rows), []
+    for row in rows:
+        for name, values in row.metrics.items():
+            metric = metrics.find(name)
+            floor = floors(metric, host_bound(row)) if metric else None
+            if metric is None or floor is None or device_kind not in metric.gated_on or not values.median:
+                continue
+            limit = limit_for(metric, values, spreads.of(name, row), host_bound(row))
+            if limit > max(BLUNT * abs(values.median), floor.absolute, floor.relative * abs(values.median)):
+                runs = ", ".join(_number(run) for run in values.runs)
+                share = 100 * limit / abs(values.median)
+                lines.append(f"{short_name(row.case)}: {name} limit {share:.0f} %: its runs gave {runs} {metric.unit}")
+    return lines
 
 
 def _beyond(metric: Metric, baseline: float, now: float, limit: float) -> Status:

@@ -11,7 +11,7 @@ import pytest
 
 from lowbit import metrics, simulation
 from lowbit.record import Record
-from lowbit.regression import REPEATS, Verdict, confirm, judge, limit_for, message, suspicions
+from lowbit.regression import REPEATS, Verdict, confirm, find_blunt, judge, limit_for, message, suspicions
 from lowbit.spread import NO_SPREAD, Row, Spread, Spreads, Values, pool_spread, spread_factor
 
 CASE = "benches/test_decode.py::test_decode[a16w4_g128-torchao-reduce-overhead-b1_c0]"
@@ -175,6 +175,16 @@ def test_limit_is_the_largest_of_the_three() -> None:
     assert limit_for(vram, five, Spread(1.0, 80), False) == 64
     with pytest.raises(ValueError, match="no limit"):
         limit_for(metrics.METRICS["mbu"], five, NO_SPREAD, False)
+
+
+def test_a_baseline_too_noisy_to_gate_is_pointed_out() -> None:
+    rows = [row(f"case{i}", decode_tok_s=[99.8, 99.9, 100, 100.1, 100.2], compile_s=[1.0, 1.5]) for i in range(19)]
+    assert find_blunt(rows, "cuda") == []
+    freak = row("decode.py::test_decode[x]", decode_tok_s=[99.8, 100, 100.1, 100.2, 50.0], mbu=[0.1, 0.9])
+    (line,) = find_blunt([*rows, freak], "cuda")
+    assert line.startswith("decode[x]: decode_tok_s limit 2")
+    assert line.endswith("its runs gave 99.80, 100.0, 100.1, 100.2, 50.00 tok/s")
+    assert find_blunt([*rows, freak], "cpu") == []
 
 
 # The two figures of the gate
