@@ -159,7 +159,7 @@ def train_model(model: nn.Module, batches: Batches, steps: int, rate: float) -> 
     warm_up = max(1, min(200, steps // 10))
     began = time.perf_counter()
     for step in range(steps):
-        done = (step - warm_up) / (steps - warm_up)
+        done = (step - warm_up) / max(1, steps - warm_up)
         for group in optimizer.param_groups:
             group["lr"] = rate * (step / warm_up if done < 0 else 0.5 + 0.5 * math.cos(math.pi * done))
         inputs, targets = batches.draw()
