@@ -107,7 +107,7 @@ def _named(option: str, load_format: str, why: str, env: Mapping[str, str]) -> C
         config = checkpoint.make_config(preset.values, f"preset {name}")
         return Choice(name, None, load_format, why, config, preset.hub_id, cache)
     folder = Path(option).expanduser()
-    if folder.exists() or option.startswith((".", "/", "~")):
+    if (option and folder.exists()) or option.startswith((".", "/", "~")):
         config = checkpoint.read_config(folder)
         if load_format == "auto":
             checkpoint.weight_files(folder)  # a folder without weights is told before anything is measured
