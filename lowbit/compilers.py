@@ -20,6 +20,7 @@ from torch import nn
 
 from lowbit.errors import LowbitError, unknown
 from lowbit.formats import Format, Unmet
+from lowbit.quiet import quiet_import
 
 if TYPE_CHECKING:
     from lowbit.device import Device
@@ -117,7 +118,9 @@ def _flags() -> list[_Setting]:
     matmul: Any = torch.backends.cuda.matmul
     settings = [_Setting(cudnn, name) for name in ("enabled", "benchmark", "deterministic")]
     # fp32_precision stands for allow_tf32 since torch 2.9; reading the old name after the new was set is an error
-    settings += [_Setting(owner, "fp32_precision") for owner in (matmul, cudnn.conv, cudnn.rnn)]
+    mkldnn: Any = torch.backends.mkldnn
+    owners = (torch.backends, matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn)
+    settings += [_Setting(owner, "fp32_precision") for owner in owners]
     settings += [
         _Setting(matmul, name)
         for name in ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
@@ -163,7 +166,7 @@ def preserved_state() -> Iterator[None]:
     """
     configs = [(config, config.get_config_copy()) for config in _configs()]
     flags = [(setting, _copied(getattr(*setting))) for setting in _flags()]
-    dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
+    dtype, precision = torch.get_default_dtype(), _matmul_precision()
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     reset_counters()
@@ -178,12 +181,20 @@ def preserved_state() -> Iterator[None]:
             _restore_config(config, saved)
         if torch.get_default_dtype() != dtype:
             torch.set_default_dtype(dtype)
-        if torch.get_float32_matmul_precision() != precision:
-            torch.set_float32_matmul_precision(precision)
+        if precision is not None and _matmul_precision() != precision:
+            torch.set_float32_matmul_precision(precision)  # before the flags, which it moves too
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         for setting, value in flags:
             if getattr(*setting) != value:
                 setattr(*setting, value)
+
+
+def _matmul_precision() -> str | None:
+    """torch.get_float32_matmul_precision(); None after somebody set fp32_precision, when torch refuses to say."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
 
 
 def _copied(value: Any) -> Any:
@@ -257,6 +268,7 @@ def compile_call(
     row = find(mode)
     if row.inductor is None:
         return fn
+    quiet_import("torch._inductor.compile_fx")  # warns of torch's own deprecations
     options = {**torch._inductor.list_mode_options(row.inductor), **inductor}
     if row.regional:
         from lowbit.regional import compile_layers

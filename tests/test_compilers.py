@@ -12,6 +12,7 @@ from tiny import CPU, gpu, model
 from lowbit import backends, compilers
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS
+from lowbit.quiet import quiet_import
 
 BF16 = FORMATS["bf16-torch"]
 LLM_INT8 = FORMATS["a8w8_llmint8-bitsandbytes"]
@@ -106,6 +107,8 @@ def process_state():
         torch.get_float32_matmul_precision(),
         torch.are_deterministic_algorithms_enabled(),
         torch.backends.cudnn.benchmark,
+        torch.backends.cuda.matmul.fp32_precision,
+        torch.backends.mkldnn.matmul.fp32_precision,
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
         list(warnings.filters),
     )
@@ -144,6 +147,17 @@ def test_settings_come_back_after_a_failure():
     assert process_state() == before
 
 
+def test_a_precision_set_by_its_new_name_comes_back():
+    matmul = torch.backends.cuda.matmul
+    with compilers.preserved_state():
+        matmul.fp32_precision = "tf32"
+        with compilers.preserved_state():
+            matmul.fp32_precision = "ieee"
+        assert matmul.fp32_precision == "tf32"
+    assert matmul.fp32_precision == "none"
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_gemlites_settings_come_back(monkeypatch):
     autotune = type("AUTOTUNE", (), {"GEMV": "fast", "USE_CUDA_GRAPH": False})
     config = SimpleNamespace(AUTOTUNE=autotune, KERNEL_CACHE=SimpleNamespace(ENABLE=False), WARP_SPECIALIZE=False)
@@ -173,8 +187,7 @@ def test_eager_is_the_function_itself():
 
 @pytest.mark.parametrize("mode", [mode for mode in compilers.MODES if mode not in ("eager", "regional")])
 def test_flags_of_mode_and_format_reach_the_compile_alone(monkeypatch, mode):
-    from torch._inductor import compile_fx
-
+    compile_fx = quiet_import("torch._inductor.compile_fx")
     seen = []
 
     def spy(graph, inputs, config_patches=None, **kwargs):
@@ -198,8 +211,7 @@ def test_an_unknown_flag_is_refused():
 
 
 def test_recompiles_and_graph_breaks_are_counted(monkeypatch):
-    from torch._inductor import compile_fx
-
+    compile_fx = quiet_import("torch._inductor.compile_fx")
     monkeypatch.setattr(compile_fx, "compile_fx", lambda graph, inputs, **kwargs: graph.forward)
 
     def breaking(x):
