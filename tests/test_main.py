@@ -79,7 +79,7 @@ def test_compare_reports_a_new_case_and_an_improvement_without_failing(kept_run,
     )
     assert code == 0
     words = {line.split()[0]: line.split()[-1] for line in out.splitlines() if line.startswith("decode[")}
-    assert words == {"decode[bf16-torch-default-b1_c0]": "better", "decode[a16w4_g128-torchao-eager-b1_c0]": "new"}
+    assert words == {"decode[bf16-torch-default-b1_c0]": "better", "decode[a16w4_g128-torchao-default-b1_c0]": "new"}
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", '{"benchmarks": []}'])

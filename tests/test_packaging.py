@@ -18,7 +18,7 @@ from lowbit import __version__
 ROOT = Path(__file__).parents[1]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 TOP_LEVEL = {"pyproject.toml", "conftest.py", "lowbit", "benches", "tests", "Dockerfile", "tox.ini"}
-TOP_LEVEL |= {"README.md", "LICENSE", "CHANGELOG.md"}
+TOP_LEVEL |= {"README.md", "LICENSE", "CHANGELOG.md", "docs"}
 
 
 def pins(name: str) -> dict[str, str]:
