@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from lowbit import __version__, documents
@@ -91,9 +90,7 @@ class RunWriter:
     def __enter__(self) -> RunWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._release()
 
     def append(self, record: Record, stats: Mapping[str, Any] | None) -> None:
@@ -154,10 +151,7 @@ def start(root: Path, header: Header) -> RunWriter:
 
 
 def resume(root: Path, header: Header) -> RunWriter:
-    """Take up the newest interrupted run of the same subject, suite and environment; its ``entries`` are done.
-
-    Raises LowbitError when there is none.
-    """
+    """Take up the newest interrupted run of this subject, suite and environment. LowbitError if there is none."""
     run = latest_incomplete(root, header)
     if run is None:
         raise LowbitError(
@@ -166,8 +160,7 @@ def resume(root: Path, header: Header) -> RunWriter:
         )
     journal = run.path / JOURNAL
     try:
-        whole = journal.read_bytes()
-        os.truncate(journal, whole.rfind(b"\n") + 1)  # a torn last line must not run into the next one
+        os.truncate(journal, journal.read_bytes().rfind(b"\n") + 1)  # a torn last line must not run into the next one
         (run.path / DOCUMENT).unlink(missing_ok=True)
     except OSError as error:
         raise documents.unwritable(journal, error, "the run could not be resumed") from error
@@ -221,9 +214,7 @@ def _alike(root: Path, header: Header) -> Iterator[Path]:
     """Runs of this subject and environment, newest first. Of the others no more than the first line is read."""
     for path in reversed(list_runs(root)):
         other = _header_if_any(path / JOURNAL)
-        if other is None or other.subject != header.subject:
-            continue
-        if dict(other.environment) == dict(header.environment):
+        if other and other.subject == header.subject and dict(other.environment) == dict(header.environment):
             yield path
 
 
