@@ -61,7 +61,11 @@ def recommendation(
     if best.memory_mib is not None:
         facts.append(f"{label} {best.memory_mib:,.0f} MiB")
     answer = _fill(f"recommendation ({limits}): {_name(best)}: {', '.join(facts)}")
-    return f"{answer}\n  reproduce: {reproduce(best.record.case, arguments)}"
+    lines = [answer, f"  reproduce: {reproduce(best.record.case, arguments)}"]
+    unscored = [_name(c) for c in candidates if c.row.kld is None and c.decode_tok_s > best.decode_tok_s]
+    if unscored:
+        lines.append(_fill(f"  faster, but without a KL in this run (test_quality gives it): {', '.join(unscored)}"))
+    return "\n".join(lines)
 
 
 def reproduce(case: str, arguments: Sequence[str]) -> str:
