@@ -1,0 +1,295 @@
+"""Instruments, on a CPU for real and on a card whose torch.cuda is replaced."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import weakref
+from types import SimpleNamespace
+
+import fake_pynvml
+import numpy as np
+import pytest
+import torch
+from fake_pynvml import CARD
+
+from lowbit import measure, metrics
+from lowbit.device import Device
+from lowbit.measure import StepClock, VramMeter
+from lowbit.nvml import Nvml, NvmlUnavailable
+
+CPU = Device("cpu", 0, "AMD EPYC", "cpu-amd-epyc-2c", None, 24_000.0, 2, None, None)
+MIB = 1024 * 1024
+ME = os.getpid()
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """torch.cuda on a machine without one: counts its calls; an event's time is the stream's clock at its record."""
+    log = SimpleNamespace(calls=[], now_ms=0.0, events=0)
+
+    class Event:
+        def __init__(self, enable_timing=False):
+            assert enable_timing
+            log.events += 1
+
+        def record(self):
+            self.at = log.now_ms
+
+        def synchronize(self):
+            log.calls.append("event.synchronize")
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    for name in ("empty_cache", "ipc_collect"):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name: log.calls.append(name))
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda device, name=name: log.calls.append(name))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    return log
+
+
+def test_the_absent_metrics_are_metrics():
+    assert set(measure.GPU_METRICS) <= set(metrics.METRICS)
+    assert set(measure.NVML_METRICS) < set(measure.GPU_METRICS)
+
+
+# -- clocks -------------------------------------------------------------------------------------------------------
+
+
+def test_a_cpus_timer_is_the_clock_itself(cuda):
+    assert measure.timer(CPU) is time.perf_counter
+    measure.synchronize(CPU)
+    assert cuda.calls == []
+
+
+def test_a_cards_timer_waits_for_it_and_is_the_same_each_time(cuda):
+    timer = measure.timer(CARD)
+    assert timer is measure.timer(CARD)
+    assert timer.__name__ == "synchronized_perf_counter"
+    before = time.perf_counter()
+    assert before <= timer() <= time.perf_counter()
+    assert cuda.calls == ["synchronize"]
+
+
+def test_steps_of_a_cpu(monkeypatch):
+    ticks = iter([1.0, 1.5, 1.75, 10.0, 11.0])
+    monkeypatch.setattr(measure, "perf_counter", lambda: next(ticks))
+    clock = StepClock(CPU)
+    assert clock.seconds() == []
+    clock.start()
+    clock.mark()
+    clock.mark()
+    assert clock.seconds() == [0.5, 0.25]
+    clock.start()
+    clock.mark()
+    assert clock.seconds() == [1.0]
+
+
+def test_steps_of_a_card_wait_only_at_the_end_and_reuse_events(cuda):
+    clock = StepClock(CARD)
+    for expected in ([0.004, 0.006], [0.004, 0.006]):
+        clock.start()
+        for ms in (4, 6):
+            cuda.now_ms += ms
+            clock.mark()
+        assert cuda.calls == []
+        assert clock.seconds() == pytest.approx(expected)
+        assert cuda.calls == ["event.synchronize"]
+        cuda.calls.clear()
+    assert cuda.events == 3
+    clock.start()
+    assert clock.seconds() == []
+
+
+# -- memory -------------------------------------------------------------------------------------------------------
+
+
+def test_a_cpu_has_no_vram(cuda):
+    meter = VramMeter(CPU, None)
+    meter.release()
+    meter.reset_peak()
+    assert meter.warm_up() is None
+    assert meter.process_mib() is None
+    assert meter.alloc_peak_mib() is None
+    assert meter.case_peak_mib(1.0, 1.0) is None
+    assert cuda.calls == []
+
+
+def test_release_gives_everything_back(cuda):
+    class Node:
+        pass
+
+    node = Node()
+    node.itself = node
+    held = weakref.ref(node)
+    del node
+    VramMeter(CARD, None).release()
+    assert held() is None
+    assert cuda.calls == ["synchronize", "empty_cache", "ipc_collect"]
+
+
+def test_the_allocators_peak(cuda, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5 * MIB)
+    meter = VramMeter(CARD, None)
+    meter.reset_peak()
+    assert cuda.calls == ["reset_peak_memory_stats"]
+    assert meter.alloc_peak_mib() == 5
+    assert meter.process_mib() is None
+    assert meter.case_peak_mib(1.0, 1.0) is None
+
+
+def test_a_case_alone_and_after_others_has_the_same_peak(cuda, monkeypatch):
+    fake = fake_pynvml.install(monkeypatch)
+    monkeypatch.setattr(measure, "_use_libraries", lambda device, dtype: None)
+    with Nvml.open(CARD) as card:
+        meter = VramMeter(CARD, card)
+        fake.processes = {ME: 700.0}
+        context = meter.warm_up()
+        assert context == 700
+        fake.processes = {ME: 700.0 + 16_000}
+        alone = meter.case_peak_mib(700.0, context)
+        fake.processes = {ME: 950.0}  # ten cases later: kernels that stay loaded
+        start = meter.process_mib()
+        fake.processes = {ME: 950.0 + 16_000}
+        assert meter.case_peak_mib(start, context) == alone == 16_700
+        assert meter.case_peak_mib(None, context) is None
+        assert meter.case_peak_mib(start, None) is None
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [((7, 5), {torch.float16, torch.float32}), ((8, 0), {torch.float16, torch.float32, torch.bfloat16})],
+)
+def test_the_warm_up_uses_every_dtype_of_the_card(cuda, monkeypatch, capability, expected):
+    used = []
+    monkeypatch.setattr(measure, "_use_libraries", lambda device, dtype: used.append(dtype))
+    VramMeter(Device("cuda", 0, "A card", "a-card", capability, None, 1, None, None), None).warm_up()
+    assert set(used) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_warm_ups_work_runs(dtype):
+    measure._use_libraries(torch.device("cpu"), dtype)
+
+
+def test_memory_fits_on_a_card(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10_000 * MIB, 143_771 * MIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3000 * MIB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1000 * MIB)
+    assert measure.memory_fits(CARD, 12_000) is None
+    unmet = measure.memory_fits(CARD, 12_001)
+    assert unmet is not None
+    assert str(unmet) == "memory: needs 12,001 MiB, 12,000 of 143,771 MiB are free on NVIDIA H200"
+
+
+def test_memory_fits_on_a_cpu(monkeypatch, tmp_path):
+    assert measure.memory_fits(CPU, 1) is None
+    unmet = measure.memory_fits(CPU, 1e9)
+    assert unmet is not None
+    assert unmet.kind == "memory"
+    assert "needs 1,000,000,000 MiB" in unmet.reason
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal:  4096000 kB\nMemAvailable:  2048000 kB\n")
+    assert measure._host_available_mib(meminfo) == 2000
+    assert measure._host_available_mib(tmp_path / "absent") is None
+    monkeypatch.setattr(measure, "_host_available_mib", lambda: None)
+    assert measure.memory_fits(CPU, 1e9) is None
+
+
+# -- energy -------------------------------------------------------------------------------------------------------
+
+
+class Meter:
+    """A card of constant power whose counter moves every ``interval`` seconds; ``step`` lets ``step_s`` pass."""
+
+    def __init__(self, monkeypatch, step_s, interval=0.1, watts=500.0, offset=0.037):
+        self.now, self.step_s, self.interval, self.watts = offset, step_s, interval, watts
+        monkeypatch.setattr(measure, "perf_counter", lambda: self.now)
+
+    def step(self):
+        self.now += self.step_s
+
+    def energy_j(self):
+        return self.watts * self.interval * (self.now // self.interval)
+
+
+@pytest.mark.parametrize("step_s", [0.001, 0.0043, 0.03, 0.09])
+def test_energy_between_two_moves_of_the_counter(monkeypatch, step_s):
+    for offset in np.linspace(0, 0.1, 7):
+        meter = Meter(monkeypatch, step_s, offset=float(offset))
+        read = measure.energy(meter, CPU, meter.step, min_seconds=1.0)
+        assert read.seconds >= 1.0
+        assert read.seconds == pytest.approx(read.repetitions * step_s)
+        assert read.joules == pytest.approx(meter.watts * read.seconds, rel=step_s / read.seconds + 1e-9)
+
+
+def test_energy_of_steps_longer_than_the_interval_is_wrong_by_an_interval_at_most(monkeypatch):
+    for step_s in (0.13, 0.5, 0.77):
+        meter = Meter(monkeypatch, step_s)
+        read = measure.energy(meter, CPU, meter.step, min_seconds=1.0)
+        assert abs(read.joules - meter.watts * read.seconds) <= meter.watts * meter.interval * (1 + 1e-9)
+
+
+def test_a_counter_that_never_moves(monkeypatch):
+    meter = Meter(monkeypatch, 0.1, watts=0.0)
+    with pytest.raises(NvmlUnavailable, match="stood still for 2 s"):
+        measure.energy(meter, CPU, meter.step)
+
+
+def test_a_counter_that_stops(monkeypatch):
+    meter = Meter(monkeypatch, 0.05)
+    moving = meter.energy_j
+    monkeypatch.setattr(meter, "energy_j", lambda: min(moving(), 100.0))
+    with pytest.raises(NvmlUnavailable, match="of AMD EPYC stood still"):
+        measure.energy(meter, CPU, meter.step)
+
+
+def test_a_card_without_a_counter_gives_the_reason(monkeypatch, cuda):
+    fake_pynvml.install(monkeypatch, refused={"nvmlDeviceGetTotalEnergyConsumption"})
+    with Nvml.open(CARD) as card, pytest.raises(NvmlUnavailable, match="no energy counter: Not Supported"):
+        measure.energy(card, CARD, lambda: None)
+
+
+def test_every_step_is_waited_for(monkeypatch, cuda):
+    meter = Meter(monkeypatch, 0.5)
+    read = measure.energy(meter, CARD, meter.step)
+    assert cuda.calls.count("synchronize") == read.repetitions + 1  # one step until the counter moved first
+
+
+# -- the host -----------------------------------------------------------------------------------------------------
+
+
+def test_one_thread_for_a_cpu_and_the_former_number_afterwards():
+    former = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with measure.cpu_threads(CARD):
+            assert torch.get_num_threads() == 2
+        with measure.cpu_threads(CPU):
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+        with contextlib.suppress(KeyError), measure.cpu_threads(CPU):
+            raise KeyError
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(former)
+
+
+def test_a_yardstick_is_a_few_milliseconds_of_the_same_work():
+    times = [measure.yardstick() for _ in range(5)]
+    assert 1e-3 < min(times) < 0.2
+    matrix, vector = measure._yardstick_operands()
+    assert matrix is measure._yardstick_operands()[0]
+    assert matrix.nbytes == 4 * MIB
+    assert float(matrix[0, 0]) == pytest.approx(float(np.random.default_rng(0).standard_normal(1, np.float32)[0]))
+    assert vector.shape == (1024,)
+
+
+def test_yardsticks_are_for_a_cpu_only():
+    (seconds,) = measure.yardsticks(CPU)
+    assert seconds > 0
+    assert measure.yardsticks(CARD) == []
