@@ -129,6 +129,8 @@ class Lab:
         """Why this case can't run here, or None. Needs no weights."""
         config = self.host_config
         reason = backends.unmet(case.format, self.device, config)
+        if reason is None and case.mode is not None:
+            reason = compilers.unmet(case.mode, self.device, case.format)
         if reason is None and case.workload is not None:
             limit = getattr(config, "max_position_embeddings", None)
             if limit is not None and case.workload.context_tokens > limit:
@@ -387,7 +389,7 @@ class Lab:
             scored: list[metrics.Quality] = []
 
             def target() -> None:
-                with torch.no_grad(), compilers.preserved_state():
+                with torch.no_grad(), compilers.preserved_state(), measure.cpu_threads(self.device):
                     scored.append(quality.score(model, text, reference, source=case.name))
 
             rounds(target, rounds=1)
@@ -396,7 +398,7 @@ class Lab:
                 kind="quality",
                 quality=scored[-1],
                 weights_bytes=cover.resident_bytes if own else None,
-                checkpoint_bytes=cover.checkpoint_bytes if own else None,
+                checkpoint_bytes=cover.resident_bytes - _unsaved_bytes(model) if own else None,
                 load_s=self.quality_host.load_s,
                 quantize_s=quantize_s,
             )
@@ -437,6 +439,11 @@ class RoundTimer:
         self.seconds.append(time.perf_counter() - started)
         if self.after is not None:
             self.after()
+
+
+def _unsaved_bytes(model: LlamaForCausalLM) -> int:
+    """Buffers that no checkpoint holds: RoPE's inverse frequencies follow from the config."""
+    return sum(buffer.numel() * buffer.element_size() for buffer in model.model.rotary_emb.buffers())
 
 
 def round_count(seconds: float, budget_s: float = 3.0) -> int:

@@ -98,7 +98,9 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
     bench = config.stash.get(SESSION, None)
     if bench is None:
         return
-    benches = collection.attach_cases(items, bench.settings.suite, bench.choice.parameters)
+    from lowbit import measure
+
+    benches = collection.attach_cases(items, bench.settings.suite, bench.choice.parameters, measure.timer(bench.device))
     bench.collected = [item.nodeid for item in benches]
     collection.sort_items(items)
     items.extend(collection.vanished_items(session, bench, benches))
@@ -164,6 +166,20 @@ def measure_case(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[],
         return record
 
     return measure
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """The progress line counts the cases and is gone before pytest writes the result."""
+    bench = item.config.stash.get(SESSION, None)
+    if bench is None or CASE not in item.stash:
+        return (yield)
+    if item.nodeid in bench.selected:
+        bench.progress.case(bench.selected.index(item.nodeid) + 1, len(bench.selected))
+    try:
+        return (yield)
+    finally:
+        bench.progress.done()
 
 
 @pytest.hookimpl(trylast=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -41,8 +41,11 @@ def _parameter(case: Case, name: str) -> str | None:
     return case.workload.id if case.workload else None
 
 
-def attach_cases(items: Iterable[pytest.Item], suite: str, parameters: int) -> list[pytest.Item]:
-    """Give every bench item its Case, its extra keywords and its benchmark options. Returns the bench items."""
+def attach_cases(
+    items: Iterable[pytest.Item], suite: str, parameters: int, timer: Callable[[], float]
+) -> list[pytest.Item]:
+    """Give every bench item its Case, its extra keywords and its benchmark options: ``timer`` waits
+    for the device. Returns the bench items."""
     known = {
         (case.kind, case.id): case for kind in KINDS for case in cases.enumerate_cases(kind, suite, parameters)
     }
@@ -57,7 +60,7 @@ def attach_cases(items: Iterable[pytest.Item], suite: str, parameters: int) -> l
         item.stash[CASE] = case
         item.extra_keyword_matches.update(selectors(case))
         group = case.kind if case.workload is None else f"{case.kind} {case.workload.id}"
-        item.add_marker(pytest.mark.benchmark(group=group, timer=synchronized_timer, disable_gc=True))
+        item.add_marker(pytest.mark.benchmark(group=group, timer=timer, disable_gc=True))
         benches.append(item)
     return benches
 
@@ -70,13 +73,6 @@ def selectors(case: Case) -> set[str]:
     if case.workload is not None:
         words |= {case.workload.id, f"batch{case.workload.batch}"}
     return words
-
-
-def synchronized_timer() -> float:
-    """pytest-benchmark's timer: waits for the device, then reads the clock. Imported late: collection needs no torch."""
-    from lowbit.measure import synchronized_time
-
-    return synchronized_time()
 
 
 def sort_items(items: list[pytest.Item]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -20,12 +21,13 @@ def make_progress(config: pytest.Config) -> Progress:
     """Where long steps say what they wait for; silent in xdist workers and children, whose parent speaks."""
     if hasattr(config, "workerinput") or config.option.lowbit_child is not None or config.option.verbose < 0:
         return Progress(None)
-    return Progress(config.get_terminal_writer()._file)
+    return Progress(sys.stdout)  # pytest's reporter, which is not there yet, will write to it too
 
 
 def quiet_pytest_benchmark(config: pytest.Config) -> None:
     """Its table beside ours: three columns and short names, unless the user asked for others."""
     option = config.option
+    config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning")  # the libraries' own, a dozen per import
     if not option.benchmark_columns:
         option.benchmark_columns = ["median", "iqr", "rounds"]
     if option.lowbit_child is not None:
