@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StaticCache
 
 from lowbit.errors import LowbitError
+from lowbit.quiet import quiet_import
+
+StaticCache: Any = quiet_import("transformers").StaticCache  # its import alone warns and prints
 
 Step = Callable[[Tensor, Tensor], Tensor]
 """(token [B, 1], position [1]) -> next token [B, 1]."""
