@@ -59,16 +59,17 @@ class HostModel:
         return all(arena.pinned for arena in self.arenas)
 
     def checksum(self) -> str:
-        """A digest of the master's every name, type, shape and byte (1 s for 8B on 16 cores)."""
-        digest = hashlib.blake2b(digest_size=16)
+        """A digest of the master's every name, type, shape and byte, by all threads."""
         named = [*self.master.named_parameters(remove_duplicate=False), *self.master.named_buffers()]
+        digest = hashlib.blake2b(digest_size=16)
+        pieces = []
+        for name, tensor in named:
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} {tensor.device}".encode())
+            data = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
+            pieces += [data[low : low + PIECE] for low in range(0, len(data), PIECE)]
         with ThreadPoolExecutor(worker_count()) as workers:
-            for name, tensor in named:
-                digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} {tensor.device}".encode())
-                data = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
-                pieces = (data[low : low + PIECE] for low in range(0, len(data), PIECE))
-                for part in workers.map(lambda piece: hashlib.blake2b(piece, digest_size=16).digest(), pieces):
-                    digest.update(part)
+            for part in workers.map(lambda piece: hashlib.blake2b(piece, digest_size=16).digest(), pieces):
+                digest.update(part)
         return digest.hexdigest()
 
     def skeleton(self) -> Any:
