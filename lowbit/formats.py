@@ -34,8 +34,8 @@ class Format:
 
     ``id`` is ``<name>-<backend>``, e.g. ``a16w4_g128-torchao``: activation bits, weight bits, ``_g`` group size.
     ``dtypes`` are the base dtypes (activations, norms, head) in order of preference; the first one that the device
-    has is taken. ``inductor`` are Inductor flags that this row's generated kernels need to be fast; they are set
-    for its compile only. ``options`` are the scheme's own; two of them others read: ``pads_k_to`` (the kernel stores K
+    has is taken; ``cuda_dtypes`` where a GPU's order is another. ``inductor`` are Inductor flags that this row's
+    generated kernels need to be fast; they are set for its compile only. ``options`` are the scheme's own; two of them others read: ``pads_k_to`` (the kernel stores K
     rounded up to it) and ``waits_for_host`` (what in a forward pass waits for the host, so that no CUDA graph can hold
     it). ``fast`` is False for a reference row: right, but not a path anybody would serve.
     """
@@ -47,6 +47,7 @@ class Format:
     weight_bits: float
     group_size: int | None = None
     dtypes: tuple[str, ...] = ("bf16", "fp16")
+    cuda_dtypes: tuple[str, ...] = ()
     devices: tuple[str, ...] = ("cpu", "cuda")
     targets: tuple[str, ...] = LINEARS
     inductor: Mapping[str, Any] = field(default_factory=dict)
@@ -98,7 +99,15 @@ FORMATS: dict[str, Format] = {
     for row in (
         _row("bf16", "torch", "cast", (16, 16), "bfloat16", **BF16),
         _row("fp16", "torch", "cast", (16, 16), "float16", dtypes=("fp16",)),
-        _row("a16w8", "torchao", "int8_weight_only", (16, 8), "int8", "int8wo", inductor=FUSED_MATVEC),
+        _row(
+            *("a16w8", "torchao", "int8_weight_only", (16, 8), "int8", "int8wo"),
+            inductor=FUSED_MATVEC,
+            # In bf16 Inductor turns what is not a fused matvec into aten._weight_int8pack_mm (fx_passes/quantization.py),
+            # whose CUDA kernel took 7,879 ms for a prefill of 512 tokens of 8B on an H200, and 57 ms per decoded token
+            # without the flag above; fp16 does not match that pattern.
+            cuda_dtypes=("fp16", "bf16"),
+            note="on CUDA in fp16: Inductor's bf16 path takes a slow kernel",
+        ),
         _row("a8w8", "torchao", "int8_dynamic", (8, 8), "int8", "dynamic", inductor=FUSED_INT8),
         _row(
             *("a16w4_g128", "torchao", "int4_weight_only", (16, 4), "int4", "int4wo"),

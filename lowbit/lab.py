@@ -267,7 +267,8 @@ class Lab:
             decoder.compile(self._compiler(case, quantized))
             m.compile_s = self._warm_up(lambda: decoder.generate(ids, WARM_STEPS), case)
             decoder.prefill(ids)
-            estimate = self._time_once(lambda: decoder.decode(new_tokens))
+            probed = min(new_tokens, PROBE_STEPS)
+            step_s = self._time_once(lambda: decoder.decode(probed)) / probed
         clock = measure.StepClock(self.device)
 
         def setup() -> None:
@@ -282,11 +283,12 @@ class Lab:
         with self._spend("measure"):
             self.vram.reset_peak()
             timer = RoundTimer(self.device, target, lambda: m.step_s.extend(clock.seconds()))
-            rounds(timer, setup=setup, rounds=round_count(estimate))
+            rounds(timer, setup=setup, rounds=round_count(step_s * new_tokens))
             m.decode_s = timer.seconds
             if self.nvml is not None:
-                reading = measure.energy(self.nvml, self.device, lambda: decoder.again(new_tokens))
-                m.energy_j, m.energy_tokens = reading.joules, reading.repetitions * new_tokens * ids.shape[0]
+                steps = max(1, min(new_tokens, int(1 / step_s)))  # a slow format's whole round would take half a minute
+                reading = measure.energy(self.nvml, self.device, lambda: decoder.again(steps))
+                m.energy_j, m.energy_tokens = reading.joules, reading.repetitions * steps * ids.shape[0]
         record.samples = {"decode_s": m.decode_s, "prefill_s": m.prefill_s, "step_s": m.step_s, "yardstick_s": m.yardstick_s}
 
     def _time_prefill(
@@ -424,6 +426,10 @@ WARM_STEPS = 4
 """Decoded steps of a warm-up call: CUDA graph trees compile in the first and record in the second."""
 
 
+PROBE_STEPS = 16
+"""Decoded steps from which a round's length is foreseen."""
+
+
 class RoundTimer:
     """A target that keeps its own device-synchronised seconds of each round beside pytest-benchmark's."""
 
@@ -447,8 +453,8 @@ def _unsaved_bytes(model: LlamaForCausalLM) -> int:
 
 
 def round_count(seconds: float, budget_s: float = 3.0) -> int:
-    """How many rounds to time: about three seconds' worth, at least 3 and at most 15."""
-    return max(3, min(15, round(budget_s / max(seconds, 1e-6))))
+    """How many rounds to time: about three seconds' worth, at least 3 and at most 15; 1 where a round takes 5 s."""
+    return 1 if seconds > 5 else max(3, min(15, round(budget_s / max(seconds, 1e-6))))
 
 
 def prompt(vocab_size: int, batch: int, tokens: int, device: Device) -> torch.Tensor:

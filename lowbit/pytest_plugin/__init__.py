@@ -144,8 +144,10 @@ def measure_case(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[],
         try:
             record: Record = bench.obtain(item, benchmark)
         except LowbitError as error:
-            item.stash[RECORD] = bench.records[item.nodeid]
             pytest.fail(f"{where}: {error}", pytrace=False)
+        finally:
+            if item.nodeid in bench.records:  # a failure's record, for the controller of a worker
+                item.stash[RECORD] = bench.records[item.nodeid]
         if benchmark.stats is not None:
             benchmark.stats.extra_info["lowbit"] = record.to_dict(samples=False)
         stats = benchmark.stats.as_dict(include_data=True) if benchmark.stats is not None else None
@@ -205,7 +207,8 @@ def _finish(session: pytest.Session, bench: Any, exitstatus: int) -> None:
 
     try:
         bench.close(exitstatus)
-        if bench.settings.update_baselines and not session.config.option.collectonly:
+        worker = hasattr(session.config, "workerinput")
+        if bench.settings.update_baselines and not session.config.option.collectonly and not worker:
             updating.update(bench, exitstatus)
     except LowbitError as error:
         bench.error = str(error)

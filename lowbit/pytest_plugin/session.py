@@ -173,17 +173,16 @@ class BenchSession:
             record = self._blank(case, item.nodeid)
             record.outcome, record.unmet = "skipped", unmet
             return record
-        if self.poisoned is not None or self.settings.isolate:
-            return self._measure_elsewhere(item, benchmark)
         try:
+            if self.poisoned is not None or self.settings.isolate:
+                return self._measure_elsewhere(item, benchmark)
             record = self.lab.measure(case, item.nodeid, benchmark.pedantic)
+            if record.outcome == "void":
+                self.progress(f"{case.name}: disturbed ({record.error}); once more in a fresh process")
+                return self._measure_elsewhere(item, benchmark)
         except Exception as error:
             self._note_failure(case, item.nodeid, error)
             raise
-        if record.outcome == "void":
-            self.progress(f"{case.name}: disturbed ({record.error}); once more in a fresh process")
-            self.lab.release()
-            return self._measure_elsewhere(item, benchmark)
         return record
 
     def _measure_elsewhere(self, item: pytest.Item, benchmark: Any) -> Record:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from lowbit import runs
-from lowbit.lab import host_peak_mib
 from lowbit.pytest_plugin import collection
 from lowbit.pytest_plugin.keys import CASE
 from lowbit.report import recommendation, terminal
@@ -28,7 +27,7 @@ def quiet_pytest_benchmark(config: pytest.Config) -> None:
     """Its table beside ours: three columns and short names, unless the user asked for others."""
     option = config.option
     config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning")  # the libraries' own, a dozen per import
-    if not option.benchmark_columns:
+    if not any(str(word).startswith("--benchmark-columns") for word in config.invocation_params.args):
         option.benchmark_columns = ["median", "iqr", "rounds"]
     if option.lowbit_child is not None:
         option.benchmark_quiet = True
@@ -64,6 +63,8 @@ def write(reporter: Any, bench: Any) -> None:
     records = list(bench.records.values())
     if not records:
         return
+    from lowbit.lab import host_peak_mib  # brings torch, which tests/ alone need not wait for
+
     reporter.section("lowbit", sep="=", bold=True)
     color = bool(reporter.hasmarkup)
     vram = bench.settings.max_vram or bench.device.total_mib
