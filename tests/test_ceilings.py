@@ -52,7 +52,7 @@ def test_without_triton_torch_alone_is_tried(monkeypatch):
     assert [name for name, _ in ceilings._sums(CARD)] == ["torch.sum"]
 
 
-@pytest.mark.parametrize(("free_gib", "expected"), [(140, 4 << 30), (6, 6 << 28)])
+@pytest.mark.parametrize(("free_gib", "expected"), [(140, 16 << 30), (6, 6 << 28)])
 def test_a_small_card_reads_a_quarter_of_what_is_free(monkeypatch, free_gib, expected):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_gib << 30, 141 << 30))
     assert ceilings._cuda_read_bytes(CARD) == expected
