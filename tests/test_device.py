@@ -16,13 +16,17 @@ import torch
 from lowbit import device
 from lowbit.device import Device, detect, environment, slugify
 from lowbit.errors import LowbitError
-from lowbit.formats import FORMATS
+from lowbit.formats import Format
 
 MIB = 1024 * 1024
 
 
 def gpu(capability):
     return Device("cuda", 0, "A card", "a-card", capability, 16_000.0, 40, "580.1", "13.0")
+
+
+def row(*dtypes):
+    return Format("a16w8", "torch", "cast", 16, 8, dtypes=dtypes)
 
 
 CPU = Device("cpu", 0, "AMD EPYC", "cpu-amd-epyc-2c", None, 24_000.0, 2, None, None)
@@ -57,10 +61,10 @@ def test_slugs_are_plain_and_stable(name, slug):
     ids=["SM75", "SM80", "SM90", "CPU"],
 )
 def test_the_first_dtype_that_the_device_has(made, bf16_first, fp16_first, bf16_only):
-    assert made.dtype_for(FORMATS["a16w8-torchao"]) == bf16_first
-    assert made.dtype_for(FORMATS["a16w8-gemlite"]) == fp16_first
-    assert made.dtype_for(FORMATS["bf16-torch"]) == bf16_only
-    assert made.dtype_for(FORMATS["fp16-torch"]) == "fp16"
+    assert made.dtype_for(row("bf16", "fp16")) == bf16_first
+    assert made.dtype_for(row("fp16", "bf16")) == fp16_first
+    assert made.dtype_for(row("bf16")) == bf16_only
+    assert made.dtype_for(row("fp16")) == "fp16"
 
 
 def test_sm_and_torch_device():
