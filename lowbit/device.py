@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import re
+import subprocess
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +19,7 @@ from lowbit.errors import LowbitError
 from lowbit.formats import Format
 
 MIB = 1024 * 1024
+SOURCE = Path(__file__).parent
 BF16_CAPABILITY = (8, 0)
 """First CUDA capability with bf16 arithmetic (Ampere; CUDA C++ Programming Guide). Below, torch only emulates it."""
 
@@ -166,10 +169,14 @@ def _kernel_module_version(path: Path = Path("/proc/driver/nvidia/version")) -> 
 
 
 def environment(device: Device) -> dict[str, str]:
-    """What the numbers depend on besides the device: versions, by metadata alone (importing gemlite needs a GPU)."""
+    """What the numbers depend on besides the device: versions, by metadata alone (importing gemlite needs a GPU).
+
+    ``lowbit_source`` tells edited code apart under one version, so that runs of both never share a baseline.
+    """
     versions = {name: _version(distributions) for name, distributions in PACKAGES.items()}
     return {
         "lowbit": lowbit.__version__,
+        "lowbit_source": source_hash(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         **versions,
@@ -186,3 +193,24 @@ def _version(distributions: tuple[str, ...]) -> str:
         except metadata.PackageNotFoundError:
             continue
     return "not installed"
+
+
+def source_hash(root: Path = SOURCE) -> str:
+    """12 hex digits over the names and contents of every Python file of the package."""
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(root).as_posix()} {len(content)}\n".encode())
+        digest.update(content)
+    return digest.hexdigest()[:12]
+
+
+def source_commit(root: Path = SOURCE) -> str:
+    """The git commit of the checkout that lowbit runs from; empty where it is installed, or git does not tell."""
+    if not (root.parent / ".git").exists():
+        return ""
+    try:
+        command = ["git", "-C", str(root.parent), "rev-parse", "--verify", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # no git, no commit yet, or another user's checkout
+        return ""

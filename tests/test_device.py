@@ -6,6 +6,7 @@ import builtins
 import importlib.metadata
 import platform
 import socket
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -205,3 +206,30 @@ def test_environment_of_a_cpu_and_of_what_is_absent(monkeypatch):
     assert told["nothing"] == "not installed"
     assert told["numpy"] == importlib.metadata.version("numpy")
     assert (told["cuda"], told["driver"]) == ("none", "none")
+
+
+def test_edited_code_is_another_environment(tmp_path):
+    (tmp_path / "backends").mkdir()
+    (tmp_path / "lab.py").write_text("a = 1\n")
+    (tmp_path / "backends" / "torch.py").write_text("b = 1\n")
+    (tmp_path / "notes.txt").write_text("no code")
+    before = device.source_hash(tmp_path)
+    (tmp_path / "notes.txt").write_text("still no code")
+    assert device.source_hash(tmp_path) == before
+    (tmp_path / "backends" / "torch.py").write_text("b = 2\n")
+    assert device.source_hash(tmp_path) != before
+    assert environment(CPU)["lowbit_source"] == device.source_hash()
+
+
+def test_the_commit_is_that_of_lowbits_own_checkout(tmp_path, monkeypatch):
+    package = tmp_path / "lowbit"
+    package.mkdir()
+    assert device.source_commit(package) == ""  # installed somewhere, not in a checkout of its own
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    assert device.source_commit(package) == ""
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    assert device.source_commit(package) == head
+    monkeypatch.setenv("PATH", "")
+    assert device.source_commit(package) == ""
