@@ -68,6 +68,8 @@ def _cuda_read_bytes(device: Device) -> int:
 
 def _ceilings(device: Device, read_bytes: int, side: int, dtypes: tuple[str, ...]) -> Ceilings:
     read_gb_s, copy_gb_s, method = _bandwidths(device, read_bytes)
+    if device.kind == "cuda":
+        torch.cuda.empty_cache()  # else cuBLAS puts its workspace into the gigabytes just freed, and keeps them all
     flop_s, dtype = max((2 * side**3 / _matmul_seconds(device, side, dtype), dtype) for dtype in dtypes)
     return Ceilings(
         read_gb_s=read_gb_s,

@@ -100,13 +100,15 @@ class VramMeter:
 
     A process grows as it goes: the CUDA context, cuBLAS, and every kernel once it has run stay loaded. Raw readings
     of a case alone and of the same case after ten others would differ by all that. ``case_peak_mib`` takes it out:
-    the case's own growth, put upon the constant of a process that has just been warmed up.
+    what lies outside torch's allocator when the case starts, beyond what lay there in the freshly warmed-up process.
     """
 
     def __init__(self, device: Device, nvml: Nvml | None) -> None:
         self._device = device
         self._nvml = nvml if device.kind == "cuda" else None
         self._cuda = device.kind == "cuda"
+        self._outside_at_warm_up: float | None = None
+        self._drift = 0.0
 
     def release(self) -> None:
         """Give everything unreferenced back to the card. Twice: the first pass frees what only cycles held."""
@@ -114,6 +116,7 @@ class VramMeter:
         gc.collect()
         if self._cuda:
             synchronize(self._device)
+            torch._C._cuda_clearCublasWorkspaces()  # each would keep the whole segment that it was cut from
             with torch.cuda.device(self._device.torch):
                 torch.cuda.empty_cache()
             torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]
@@ -121,27 +124,39 @@ class VramMeter:
     def warm_up(self) -> float | None:
         """Load what every case loads (context, cuBLAS, attention), release, and return the process's size then.
 
-        Once a session, before the first model: this is ``context_mib`` of ``case_peak_mib``. None without NVML.
+        Once a session, before the first model: the zero that ``case_peak_mib`` counts from. None without NVML.
         """
         if self._cuda:
             dtypes = [torch.float16, torch.float32] + [torch.bfloat16] * self._device.has_dtype("bf16")
             for dtype in dtypes:
                 _use_libraries(self._device.torch, dtype)
         self.release()
+        self._outside_at_warm_up = self._outside_mib()
         return self.process_mib()
 
     def process_mib(self) -> float | None:
         """This process by NVML now."""
         return None if self._nvml is None else self._nvml.process_mib()
 
-    def case_peak_mib(self, start_mib: float | None, context_mib: float | None) -> float | None:
-        """Peak of a case, to be read right after its rounds: NVML now − ``start_mib`` + ``context_mib``.
+    def _outside_mib(self) -> float | None:
+        """What this process holds outside torch's allocator: context, libraries, loaded kernels."""
+        process = self.process_mib()
+        return None if process is None else process - torch.cuda.memory_reserved(self._device.torch) / MIB
 
-        ``start_mib`` is ``process_mib`` after ``release`` and before the format was made. So a case agrees with
-        itself whether it ran alone or last (kernels that only an earlier case's run loaded differ: some MiB).
+    def start_case(self) -> None:
+        """Call after ``release``, the format loaded, before the case compiles or runs anything."""
+        outside = self._outside_mib()
+        if outside is not None and self._outside_at_warm_up is not None:
+            self._drift = outside - self._outside_at_warm_up
+
+    def case_peak_mib(self) -> float | None:
+        """Peak of the case begun by ``start_case``, to be read right after its rounds, less what came before it.
+
+        So a case agrees with itself whether it ran alone or last. Kernels that an earlier case happens to have loaded
+        for it differ: some MiB.
         """
         now = self.process_mib()
-        return None if now is None or start_mib is None or context_mib is None else now - start_mib + context_mib
+        return None if now is None else now - self._drift
 
     def reset_peak(self) -> None:
         """Begin a new peak of torch's allocator."""
@@ -160,18 +175,23 @@ def _use_libraries(device: torch.device, dtype: torch.dtype) -> None:
     (torch.nn.functional.silu(row @ x[0, 0]) + row).float().softmax(-1).argmax().item()
 
 
-def memory_fits(device: Device, needed_mib: float) -> Unmet | None:
-    """None if ``needed_mib`` are free now (torch's unused cache counts as free), else the exact figures."""
+def memory_fits(device: Device, needed_mib: float, held_mib: float = 0.0) -> Unmet | None:
+    """None if ``needed_mib`` are free now (torch's unused cache counts as free), else the exact figures.
+
+    ``held_mib`` are in use by tensors that the caller will free first.
+    """
+    total = device.total_mib
     if device.kind == "cpu":
-        free, total = _host_available_mib(), device.total_mib
+        free = _host_available_mib()
     else:
         driver_free, driver_total = torch.cuda.mem_get_info(device.torch)
         cached = torch.cuda.memory_reserved(device.torch) - torch.cuda.memory_allocated(device.torch)
         free, total = (driver_free + cached) / MIB, driver_total / MIB
-    if free is None or needed_mib <= free:
+    known = [mib for mib in (None if free is None else free + held_mib, total) if mib is not None]
+    if not known or needed_mib <= min(known):
         return None
     of_total = "" if total is None else f" of {total:,.0f}"
-    return Unmet("memory", f"needs {needed_mib:,.0f} MiB, {free:,.0f}{of_total} MiB are free on {device.name}")
+    return Unmet("memory", f"needs {needed_mib:,.0f} MiB, {min(known):,.0f}{of_total} MiB are free on {device.name}")
 
 
 def _host_available_mib(meminfo: Path = Path("/proc/meminfo")) -> float | None:

@@ -27,7 +27,7 @@ ME = os.getpid()
 @pytest.fixture
 def cuda(monkeypatch):
     """torch.cuda on a machine without one: counts its calls; an event's time is the stream's clock at its record."""
-    log = SimpleNamespace(calls=[], now_ms=0.0, events=0)
+    log = SimpleNamespace(calls=[], now_ms=0.0, events=0, reserved=0)
 
     class Event:
         def __init__(self, enable_timing=False):
@@ -47,6 +47,10 @@ def cuda(monkeypatch):
 
     for name in ("empty_cache", "ipc_collect"):
         monkeypatch.setattr(torch.cuda, name, lambda name=name: log.calls.append(name))
+    monkeypatch.setattr(
+        torch._C, "_cuda_clearCublasWorkspaces", lambda: log.calls.append("workspaces"), raising=False
+    )
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: log.reserved * MIB)
     for name in ("synchronize", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda device, name=name: log.calls.append(name))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
@@ -117,7 +121,8 @@ def test_a_cpu_has_no_vram(cuda):
     assert meter.warm_up() is None
     assert meter.process_mib() is None
     assert meter.alloc_peak_mib() is None
-    assert meter.case_peak_mib(1.0, 1.0) is None
+    meter.start_case()
+    assert meter.case_peak_mib() is None
     assert cuda.calls == []
 
 
@@ -131,7 +136,7 @@ def test_release_gives_everything_back(cuda):
     del node
     VramMeter(CARD, None).release()
     assert held() is None
-    assert cuda.calls == ["synchronize", "empty_cache", "ipc_collect"]
+    assert cuda.calls == ["synchronize", "workspaces", "empty_cache", "ipc_collect"]
 
 
 def test_the_allocators_peak(cuda, monkeypatch):
@@ -141,7 +146,7 @@ def test_the_allocators_peak(cuda, monkeypatch):
     assert cuda.calls == ["reset_peak_memory_stats"]
     assert meter.alloc_peak_mib() == 5
     assert meter.process_mib() is None
-    assert meter.case_peak_mib(1.0, 1.0) is None
+    assert meter.case_peak_mib() is None
 
 
 def test_a_case_alone_and_after_others_has_the_same_peak(cuda, monkeypatch):
@@ -150,16 +155,15 @@ def test_a_case_alone_and_after_others_has_the_same_peak(cuda, monkeypatch):
     with Nvml.open(CARD) as card:
         meter = VramMeter(CARD, card)
         fake.processes = {ME: 700.0}
-        context = meter.warm_up()
-        assert context == 700
-        fake.processes = {ME: 700.0 + 16_000}
-        alone = meter.case_peak_mib(700.0, context)
-        fake.processes = {ME: 950.0}  # ten cases later: kernels that stay loaded
-        start = meter.process_mib()
-        fake.processes = {ME: 950.0 + 16_000}
-        assert meter.case_peak_mib(start, context) == alone == 16_700
-        assert meter.case_peak_mib(None, context) is None
-        assert meter.case_peak_mib(start, None) is None
+        assert meter.warm_up() == 700
+        cuda.reserved, fake.processes = 16_000, {ME: 700.0 + 16_000}  # the model is loaded, nothing ran before
+        meter.start_case()
+        cuda.reserved, fake.processes = 16_500, {ME: 700.0 + 16_500 + 40}  # its KV cache, and kernels of its own
+        assert meter.case_peak_mib() == 17_240
+        cuda.reserved, fake.processes = 16_000, {ME: 950.0 + 16_000}  # ten cases later: kernels that stay loaded
+        meter.start_case()
+        cuda.reserved, fake.processes = 16_500, {ME: 950.0 + 16_500 + 40}
+        assert meter.case_peak_mib() == 17_240
 
 
 @pytest.mark.parametrize(
