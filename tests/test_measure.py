@@ -47,9 +47,7 @@ def cuda(monkeypatch):
 
     for name in ("empty_cache", "ipc_collect"):
         monkeypatch.setattr(torch.cuda, name, lambda name=name: log.calls.append(name))
-    monkeypatch.setattr(
-        torch._C, "_cuda_clearCublasWorkspaces", lambda: log.calls.append("workspaces"), raising=False
-    )
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: log.calls.append("workspaces"), raising=False)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: log.reserved * MIB)
     for name in ("synchronize", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda device, name=name: log.calls.append(name))
