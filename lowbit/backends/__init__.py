@@ -12,6 +12,7 @@ A backend module has
 from __future__ import annotations
 
 import importlib
+import pkgutil
 from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BACKENDS", "Backend", "Shape", "Target", "get", "minimum_sm", "quiet_import", "shapes", "targets", "unmet"]
 
-BACKENDS = ("torch", "torchao", "gemlite", "bitsandbytes")
+BACKENDS = tuple(file.name for file in pkgutil.iter_modules(__path__) if file.name != "coverage")
 
 
 class Backend(Protocol):

@@ -1,0 +1,94 @@
+"""README.md says what the code does: its metrics and limits, options, formats' rows, workflow and links."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from lowbit.metrics import METRICS, Limit, Metric
+from lowbit.pytest_plugin.options import add_options
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+INTERNAL = {"--lowbit-child"}
+
+
+def section(title: str) -> str:
+    """The text below a heading, up to the next one."""
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def metric_rows() -> dict[str, str]:
+    """Each metric of the README's table with what it says of its limit."""
+    rows = {}
+    for line in section("What is measured").splitlines():
+        if line.startswith("| `"):
+            names, _, limit = (cell.strip() for cell in line.strip("|").split("|"))
+            rows |= dict.fromkeys(re.findall(r"`(\w+)`", names), limit)
+    return rows
+
+
+def word(limit: Limit) -> str:
+    if 0 < limit.relative < 1e-6:
+        return "any change"
+    words = []
+    if limit.relative:
+        words.append(f"{100 * limit.relative:g} %")
+    if limit.absolute > 1e-3:
+        words.append("one more" if limit.absolute == 0.5 else f"{limit.absolute:g}")
+    return " and ".join(words)
+
+
+def test_every_metric_is_defined_and_no_other():
+    assert set(metric_rows()) == set(METRICS)
+
+
+@pytest.mark.parametrize("metric", METRICS.values(), ids=lambda metric: metric.name)
+def test_the_limits_are_those_of_the_code(metric: Metric):
+    said = metric_rows()[metric.name]
+    if metric.limit is None:
+        assert said == "–"
+        return
+    expected = word(metric.limit)
+    if metric.limit.absolute > 1:
+        expected += f" {metric.unit}"
+    if metric.host_bound_limit is not None:
+        expected += f" (eager {word(metric.host_bound_limit)})"
+    assert said == expected
+
+
+def test_every_option_is_there():
+    names = []
+
+    class Parser:
+        def getgroup(self, *title: str) -> Parser:
+            return self
+
+        def addoption(self, name: str, **settings: object) -> None:
+            names.append(name)
+
+    add_options(Parser())  # type: ignore[arg-type]
+    table = section("Options")
+    assert names
+    assert [name for name in names if name not in INTERNAL and name not in table] == []
+
+
+def test_the_nightly_command_is_the_workflows():
+    command = re.search(r"tox -e bench -- --benchmark-compare.*?\.json", section("Nightly CI"), re.DOTALL)
+    assert command is not None
+    workflow = (ROOT / ".github" / "workflows" / "nightly.yml").read_text()
+    assert " ".join(command.group().split()) in " ".join(workflow.split())
+
+
+def test_links_lead_somewhere():
+    targets = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert targets
+    assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def test_printed_tables_fit_a_terminal():
+    shown = [line[4:] for line in section("What it prints").splitlines() if line.startswith("    ")]
+    assert shown
+    assert [line for line in shown if len(line) > 100 and "reproduce:" not in line] == []
