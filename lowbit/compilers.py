@@ -252,6 +252,13 @@ def compiled_graphs() -> int:
 # -- compiling ---------------------------------------------------------------------------------------------------------
 
 
+def import_compiler(mode: str) -> None:
+    """Import what a case under ``mode`` would import at its start: Dynamo, and Inductor unless it is eager."""
+    _configs()
+    if find(mode).inductor is not None:
+        quiet_import("torch._inductor.compile_fx")  # warns of torch's own deprecations
+
+
 def compile_call(
     fn: Fn,
     mode: str,
@@ -268,7 +275,7 @@ def compile_call(
     row = find(mode)
     if row.inductor is None:
         return fn
-    quiet_import("torch._inductor.compile_fx")  # warns of torch's own deprecations
+    import_compiler(mode)
     options = {**torch._inductor.list_mode_options(row.inductor), **inductor}
     if row.regional:
         from lowbit.regional import compile_layers

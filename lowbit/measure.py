@@ -187,11 +187,13 @@ def memory_fits(device: Device, needed_mib: float, held_mib: float = 0.0) -> Unm
         driver_free, driver_total = torch.cuda.mem_get_info(device.torch)
         cached = torch.cuda.memory_reserved(device.torch) - torch.cuda.memory_allocated(device.torch)
         free, total = (driver_free + cached) / MIB, driver_total / MIB
-    known = [mib for mib in (None if free is None else free + held_mib, total) if mib is not None]
-    if not known or needed_mib <= min(known):
+    if free is None:
+        return None
+    room = free + held_mib if total is None else min(free + held_mib, total)
+    if needed_mib <= room:
         return None
     of_total = "" if total is None else f" of {total:,.0f}"
-    return Unmet("memory", f"needs {needed_mib:,.0f} MiB, {min(known):,.0f}{of_total} MiB are free on {device.name}")
+    return Unmet("memory", f"needs {needed_mib:,.0f} MiB, {room:,.0f}{of_total} MiB are free on {device.name}")
 
 
 def _host_available_mib(meminfo: Path = Path("/proc/meminfo")) -> float | None:

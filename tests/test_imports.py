@@ -15,7 +15,7 @@ ROOT = Path(lowbit.__file__).parent
 
 STAGES = (
     {"errors"},
-    {"formats", "workloads", "quiet", "documents", "gpu_libraries", "dummy", "hostmemory", "presets"},
+    {"formats", "workloads", "quiet", "documents", "gpu_libraries", "dummy", "hostmemory", "presets", "spent"},
     {"record", "metrics"},
     {"cases"},
     {"roofline", "spread"},
@@ -30,7 +30,8 @@ STAGES = (
     {"regional", "logits_store"},
     {"compilers", "generate"},
     {"measure", "quality"},
-    {"texts"},
+    {"texts", "streamed", "quantized"},
+    {"timing", "scoring"},
     {"lab"},
     {"runs"},
     {"baselines"},

@@ -1,0 +1,76 @@
+"""One format on the device: built from the master, proven to be quantized, with what making it took."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from lowbit import backends, measure, roofline
+from lowbit.backends import coverage
+from lowbit.device import MIB, Device
+from lowbit.errors import LowbitError
+from lowbit.formats import Format, Unmet
+from lowbit.hostmodel import HostModel
+from lowbit.workloads import Workload
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from transformers import LlamaForCausalLM
+
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass
+class Quantized:
+    """One format made from the master: the model on the device and what making it took."""
+
+    format: Format
+    dtype: str
+    model: LlamaForCausalLM
+    coverage: coverage.Coverage
+    quantize_s: float = 0.0
+    quantize_peak_mib: float | None = None
+    start_mib: float | None = None
+
+
+def build(host: HostModel, fmt: Format, device: Device) -> Quantized:
+    """The model in this format on the device, from the untouched master, layer by layer; waits for the device.
+
+    Raises LowbitError if the device has none of the format's dtypes, CoverageError if fewer linears are quantized
+    than the format says.
+    """
+    dtype = device.dtype_for(fmt)
+    if dtype is None:
+        raise LowbitError(f"{fmt.id} needs one of {', '.join(fmt.dtypes)}; {device.name} has none of them")
+    backend = backends.get(fmt.backend)
+
+    def transform(module: torch.nn.Module) -> None:
+        backend.quantize(module, fmt, TORCH_DTYPES[dtype])
+
+    model = host.build(device.torch, TORCH_DTYPES[dtype], transform if fmt.quantized else None)
+    measure.synchronize(device)
+    return Quantized(fmt, dtype, model, coverage.inspect(model, fmt))
+
+
+def needed_mib(fmt: Format, config: Any, workload: Workload | None = None) -> float:
+    """About what a case takes at least, in MiB: weights as stored, KV cache, one layer yet to be quantized."""
+    needed = backends.estimate_mib(fmt, config)
+    if fmt.quantized:
+        needed += roofline.linear_parameters(config) / config.num_hidden_layers * 2 / MIB
+    if workload is not None:
+        needed += roofline.kv_bytes_per_token(config) * workload.batch * workload.context_tokens / MIB
+    return needed
+
+
+def too_large(
+    fmt: Format, config: Any, workload: Workload | None, device: Device, held_mib: float = 0.0
+) -> Unmet | None:
+    """Why the case can't fit the device now, in exact figures, or None. ``held_mib`` are ours and freed before."""
+    unmet = measure.memory_fits(device, needed_mib(fmt, config, workload), held_mib)
+    if unmet is None:
+        return None
+    parts = "quantized weights, KV cache and one 16-bit layer" if fmt.quantized else "weights and KV cache"
+    return Unmet(unmet.kind, f"{parts}: {unmet.reason}")

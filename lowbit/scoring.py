@@ -1,0 +1,90 @@
+"""Quality of one format: scored against reference logits that a session makes once, streamed where bf16 doesn't fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from lowbit import backends, compilers, measure, quality, quantized, streamed, texts
+from lowbit.device import MIB, Device
+from lowbit.formats import FORMATS, Format
+from lowbit.hostmodel import HostModel
+from lowbit.metrics import Quality
+from lowbit.quantized import TORCH_DTYPES, Quantized
+
+Progress = Callable[[str], None]
+
+
+@dataclass
+class Scorer:
+    """The text and the reference of a session. ``host`` is the model whose quality is scored."""
+
+    device: Device
+    source: texts.Source
+    vram: measure.VramMeter
+    progress: Progress
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._text: quality.Text | None = None
+        self._reference: quality.Reference | None = None
+
+    @property
+    def has_reference(self) -> bool:
+        return self._reference is not None
+
+    def close(self) -> None:
+        """Free the reference logits and their file."""
+        if self._reference is not None:
+            self._reference.close()
+        self._reference = None
+
+    def text(self, host: HostModel) -> quality.Text:
+        if self._text is None:
+            self._text = self.source.load(host.tokenizer)
+        return self._text
+
+    def reference(self, host: HostModel) -> quality.Reference:
+        """Logits of this run's own bf16 (fp16 where the device has no bf16), made on a device free of other models."""
+        if self._reference is None:
+            base = base_format(self.device)
+            text = self.text(host)
+            self.progress(f"{base.id}: reference logits")
+            with measure.cpu_threads(self.device):
+                self._reference = quality.Reference.build(self._base_model(host, base, text), text, source=base.id)
+            self.vram.release()
+        return self._reference
+
+    def _base_model(self, host: HostModel, base: Format, text: quality.Text) -> Any:
+        unmet = measure.memory_fits(self.device, reference_mib(base, host.config, text.window))
+        if unmet is None:
+            return quantized.build(host, base, self.device).model
+        self.notes.append(f"{base.id} does not fit ({unmet.reason}): reference logits streamed layer by layer")
+        dtype = TORCH_DTYPES[self.device.dtype_for(base) or "fp16"]
+        return streamed.stream(host, self.device.torch, dtype, text.windows(), self.progress)
+
+    def score(self, made: Quantized, host: HostModel, name: str, rounds: Callable[..., Any]) -> Quality:
+        """Perplexity, KL and top-1 of a model. ``rounds`` runs it once. Raises LowbitError naming ``name`` on NaN."""
+        text, reference = self.text(host), self.reference(host)
+        self.progress(f"{made.format.id}: perplexity and KL on {text.protocol}")
+        scored: list[Quality] = []
+
+        def target() -> None:
+            with compilers.preserved_state(), measure.cpu_threads(self.device):
+                scored.append(quality.score(made.model, text, reference, source=name))
+
+        rounds(target, rounds=1)
+        return scored[-1]
+
+
+def base_format(device: Device) -> Format:
+    """What quality is taken against: bf16, or fp16 where the device has no bf16."""
+    bf16 = FORMATS["bf16-torch"]
+    return bf16 if device.dtype_for(bf16) else FORMATS["fp16-torch"]
+
+
+def reference_mib(base: Format, config: Any, window: int) -> float:
+    """About what the base model takes while it is scored: its weights, one window's activations, blocks of logits."""
+    activations = 2 * window * int(4 * config.hidden_size + 3 * config.intermediate_size)
+    return backends.estimate_mib(base, config) + (activations + 4 * quality.CHUNK_BYTES) / MIB

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import tiny_llama
+import torch
+
+from lowbit import models, quality, streamed
+from lowbit.errors import LowbitError
+from lowbit.loading import load_folder
+
+DEVICE = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def host(request, tmp_path_factory):
+    folder = tiny_llama.save(tmp_path_factory.mktemp("model"), tie_word_embeddings=request.param)
+    return load_folder("tiny", folder, models.silent, pin=False)
+
+
+@pytest.fixture(scope="module")
+def text():
+    ids = torch.arange(5 * 48) * 7 % 128
+    return quality.Text("made", ids, 48)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_streaming_gives_the_bits_of_the_whole_model(host, text, dtype):
+    whole = host.build(DEVICE, dtype)
+    model = streamed.stream(host, DEVICE, dtype, text.windows())
+    for ids in text.windows():
+        with torch.no_grad():
+            expected = whole.model(input_ids=ids[None], use_cache=False).last_hidden_state
+        hidden = model.model(input_ids=ids[None]).last_hidden_state
+        assert hidden.dtype == dtype
+        assert torch.equal(hidden, expected)
+        assert torch.equal(model.lm_head(hidden), whole.lm_head(expected))
+
+
+def test_a_reference_streamed_is_the_reference(host, text):
+    before = host.checksum()
+    with (
+        quality.Reference.build(
+            streamed.stream(host, DEVICE, torch.bfloat16, text.windows()), text
+        ) as streamed_reference,
+        quality.Reference.build(host.build(DEVICE, torch.bfloat16), text) as reference,
+    ):
+        assert torch.equal(streamed_reference.nll, reference.nll)
+        score = quality.score(host.build(DEVICE, torch.bfloat16), text, streamed_reference)
+        assert (score.kld, score.top1, score.ln_ppl_ratio) == (0.0, 1.0, 0.0)
+    assert host.checksum() == before
+
+
+def test_one_layer_at_a_time_is_on_the_device(host, text, monkeypatch):
+    moved, alive = [], []
+    move = torch.nn.Module.to
+
+    def to(module, *args, **kwargs):
+        if type(module).__name__ == "LlamaDecoderLayer" and args == (DEVICE,):
+            moved.append(module.self_attn.layer_idx)
+        return move(module, *args, **kwargs)
+
+    def count(text):
+        alive.append(text)
+
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    streamed.stream(host, DEVICE, torch.bfloat16, text.windows(), count)
+    assert moved == [0, 1]
+    assert alive == ["tiny: 1 of 2 layers streamed over 5 windows", "tiny: 2 of 2 layers streamed over 5 windows"]
+
+
+def test_other_windows_than_the_computed_ones_are_refused(host, text):
+    model = streamed.stream(host, DEVICE, torch.bfloat16, text.windows(2))
+    other = dataclasses.replace(text, ids=text.ids.flip(0))
+    with pytest.raises(LowbitError, match="computed for other windows"):
+        model.model(input_ids=other.windows()[:1])
+    model = streamed.stream(host, DEVICE, torch.bfloat16, text.windows(1))
+    model.model(input_ids=text.windows(1))
+    with pytest.raises(LowbitError, match="computed for other windows"):
+        model.model(input_ids=text.windows(1))
