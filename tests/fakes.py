@@ -1,20 +1,36 @@
 """Stand-ins that let the plugin's tests run in milliseconds: a device, a model choice and a lab that measures nothing.
 
-FakeLab reads its speeds from ``speeds.json`` in the working directory, ``{"<substring of a case id>": tok/s}``, so a
-test plants a slowdown by rewriting the file. Everything behind the lab (records, baselines, gate, runs) is real.
+A test says in ``plan.json`` of its project folder what the fakes do, so that fresh processes and workers do it too::
+
+    {"formats": […], "environment": {…},            # what there is
+     "tok_s": {"<part of a case's name>": 90},      # speeds other than DEFAULT_TOK_S
+     "error" | "bug" | "memory" | "fault" | "kill" | "interrupt" | "sleep" | "void": "<part of a case's name>",
+     "skip": ["<format>"], "real children": true}
+
+Everything behind the lab (records, baselines, gate, kept runs) is real. ``Bench`` runs sessions in this process; there
+a fresh process of one case is FakeLab again, and counted. With ``processes=True`` sessions and workers are real
+processes, with ``-p fakes``, and so are their children where the plan says so.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+import torch
+
+from lowbit import cases, measure, texts
 from lowbit.device import Device
 from lowbit.errors import LowbitError
-from lowbit.formats import Unmet
+from lowbit.formats import FORMATS, Unmet
+from lowbit.pytest_plugin import children, session
 from lowbit.record import Record
 
 FAKE_GPU = Device(
@@ -29,69 +45,181 @@ FAKE_GPU = Device(
     cuda="13.0",
 )
 FAKE_CHOICE = SimpleNamespace(
-    name="embedded", load_format="auto", why="a fake", parameters=1_000_000, source=None, config=None
+    name="embedded",
+    load_format="auto",
+    why="a fake",
+    parameters=1_000_000,
+    source=None,
+    config=SimpleNamespace(max_position_embeddings=4096),
 )
+PLAN = "LOWBIT_FAKE_PLAN"
+DEFAULT_PLAN = {"formats": ["bf16-torch", "a16w4_g128-torchao"], "environment": {"torch": "2.13.0"}}
 DEFAULT_TOK_S = 100.0
+TESTS = Path(__file__).parent
+BENCHES = TESTS.parent / "benches"
+
+
+def read_plan() -> dict:
+    path = Path(os.environ[PLAN])
+    return DEFAULT_PLAN | (json.loads(path.read_text()) if path.exists() else {})
 
 
 class FakeLab:
     """The lab's face, without a model."""
 
-    def __init__(self, device, choice, text=None, progress=print):
-        self.device, self.choice, self.progress = device, choice, progress
-        self.spent = SimpleNamespace(load=0.0, quantize=0.0, compile=0.0, measure=0.0, quality=0.0, confirm=0.0, total=lambda: 0.0)
-        self.released = 0
+    def __init__(self, device, choice, source=None, progress=print):
+        self.device, self.choice, self.source, self.progress = device, choice, source, progress
+        self.spent = SimpleNamespace(load=0.0, quantize=0.0, compile=0.0, measure=0.0, quality=0.0, confirm=0.0)
+        self.faulted = False
 
     def unmet(self, case):
-        return Unmet("capability", "needs SM100, this is SM90") if case.format.id in _plan().get("skip", []) else None
+        skips = read_plan().get("skip", [])
+        return Unmet("capability", "needs SM100, this is SM90") if case.format.id in skips else None
 
     def release(self):
-        self.released += 1
+        if self.faulted:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     def close(self):
         self.release()
 
     def measure(self, case, nodeid, rounds):
-        plan = _plan()
-        _misbehave(plan, case)
+        plan = read_plan()
+        self.misbehave(plan, case.name)
         rounds(lambda: None, rounds=3)
-        speed = next((value for key, value in plan.items() if key in case.name and isinstance(value, (int, float))), DEFAULT_TOK_S)
-        metrics = {"quality": {"kld_embedded_512_8176tok": 0.01, "ppl_embedded_512": 4.0}}.get(
-            case.kind, {"vram_peak_mib": 1000.0, "weights_mib": 500.0, "prefill_tok_s": 1000.0}
-        )
-        metrics = dict(metrics)
-        if case.kind == "decode":
-            metrics["decode_tok_s"] = speed
-        elif case.kind == "prefill":
+        metrics = {"vram_peak_mib": 1000.0, "weights_mib": 500.0, "prefill_tok_s": 1000.0}
+        if case.kind == "quality":
+            metrics = {"kld_embedded_512_8176tok": 0.01, "ppl_embedded_512": 4.0}
+        elif case.kind == "decode":
+            speeds = (speed for part, speed in plan.get("tok_s", {}).items() if part in case.name)
+            metrics["decode_tok_s"] = next(speeds, DEFAULT_TOK_S)
+        else:
             metrics["ttft_ms"] = 10.0
-        return Record(
-            case=nodeid,
-            kind=case.kind,
-            format=case.format.id,
-            mode=case.mode,
-            workload=case.workload.id if case.workload else None,
-            model=self.choice.name,
-            load_format=self.choice.load_format,
+        void = is_planned(plan, "void", case.name)
+        return blank_record(
+            case,
+            nodeid,
             dtype="bf16",
             metrics=metrics,
-            outcome="void" if plan.get("void", "-") in case.name else "measured",
-            error="thermal slowdown" if plan.get("void", "-") in case.name else None,
-            info={"wall_s": 0.1},
+            outcome="void" if void else "measured",
+            error="thermal slowdown" if void else None,
         )
 
+    def misbehave(self, plan, name):
+        """The faults that a test asks for."""
+        if is_planned(plan, "error", name):
+            raise LowbitError(f"NaN or Inf logits from {name}")
+        if is_planned(plan, "bug", name):
+            raise ValueError("a library's own error")
+        if is_planned(plan, "memory", name):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nA second line")
+        if is_planned(plan, "fault", name):
+            self.faulted = True
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        if is_planned(plan, "kill", name):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if is_planned(plan, "interrupt", name):
+            raise KeyboardInterrupt
+        if is_planned(plan, "sleep", name):
+            Path(os.environ[PLAN]).with_name("asleep").write_text(str(os.getpid()))
+            time.sleep(60)
 
-def _plan():
-    path = Path("speeds.json")
-    return json.loads(path.read_text()) if path.exists() else {}
+
+def blank_record(case, nodeid, **fields):
+    return Record(
+        case=nodeid,
+        kind=case.kind,
+        format=case.format.id,
+        mode=case.mode,
+        workload=case.workload.id if case.workload else None,
+        model=FAKE_CHOICE.name,
+        load_format=FAKE_CHOICE.load_format,
+        **fields,
+    )
 
 
-def _misbehave(plan, case):
-    """The faults a test asks for: an exception, a CUDA fault, an out-of-memory, a kill, a Ctrl-C."""
-    if plan.get("error", "-") in case.name:
-        raise LowbitError(f"NaN logits from {case.format.id}")
-    if plan.get("cuda_fault", "-") in case.name and os.environ.get("LOWBIT_FAKE_CHILD") is None:
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-    if plan.get("kill", "-") in case.name:
-        os.kill(os.getpid(), signal.SIGKILL)
-    if plan.get("interrupt", "-") in case.name:
-        raise KeyboardInterrupt
+def is_planned(plan: dict, what: str, name: str) -> bool:
+    return what in plan and plan[what] in name
+
+
+def run_case(config, nodeid):
+    """A fresh process's result: FakeLab again, without another pytest."""
+    function, _, rest = nodeid.rpartition("::test_")[2].partition("[")
+    case = next(c for c in cases.enumerate_cases(function, "quick", 1) if c.id == rest.removesuffix("]"))
+    try:
+        return FakeLab(FAKE_GPU, FAKE_CHOICE).measure(case, nodeid, lambda target, rounds: target()), None
+    except LowbitError as error:
+        return blank_record(case, nodeid, outcome="failed", error=str(error)), None
+
+
+def install(set_attribute: Callable[..., None]) -> None:
+    """Put the fakes in place; what there is to measure is the plan's."""
+    plan = read_plan()
+    set_attribute(session, "Lab", FakeLab)
+    set_attribute(session, "detect", lambda index: FAKE_GPU)
+    set_attribute(session, "environment", lambda device: dict(plan["environment"]))
+    set_attribute(session.models, "choose", lambda *args: FAKE_CHOICE)
+    set_attribute(session.texts, "choose_source", lambda *args: texts.Source("embedded", 512, None))
+    set_attribute(measure, "timer", lambda device: time.perf_counter)
+    set_attribute(cases, "FORMATS", {row: FORMATS[row] for row in plan["formats"]})
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """As a plugin, ``-p fakes``: a process of its own."""
+    install(setattr)
+    if "real children" not in read_plan():
+        children.run_case = run_case
+
+
+class Bench:
+    """A project folder with the real benches, on fake hardware."""
+
+    def __init__(self, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.pytester, self.monkeypatch, self.root = pytester, monkeypatch, pytester.path
+        self.children: list[str] = []
+        (self.root / "benches").mkdir()
+        for name in ("test_decode.py", "test_prefill.py", "test_quality.py"):
+            shutil.copy(BENCHES / name, self.root / "benches" / name)
+        (self.root / "pytest.ini").write_text("[pytest]\naddopts = --strict-markers\n")
+        (self.root / "conftest.py").write_text('pytest_plugins = ["lowbit.pytest_plugin"]\n')
+        monkeypatch.setenv(PLAN, str(self.root / "plan.json"))
+        monkeypatch.setenv("PYTHONPATH", str(TESTS))
+        monkeypatch.setenv("LOWBIT_FAKE_DEVICES", "0")
+        monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
+        monkeypatch.setattr(children, "run_case", self.run_case)
+
+    def run_case(self, config, nodeid):
+        self.children.append(nodeid)
+        return run_case(config, nodeid)
+
+    def plan(self, **plan) -> None:
+        """What the fakes do from now on; what is not given is as in the beginning."""
+        (self.root / "plan.json").write_text(json.dumps(plan))
+
+    def run(self, *args: str, processes: bool = False, paths: tuple[str, ...] = ("benches",)) -> pytest.RunResult:
+        if processes:
+            return self.pytester.runpytest_subprocess(*paths, "-p", "fakes", *args, timeout=120)
+        with self.monkeypatch.context() as patch:
+            install(patch.setattr)
+            return self.pytester.runpytest_inprocess(*paths, *args, no_reraise_ctrlc=True)
+
+    def accept(self, *args: str) -> pytest.RunResult:
+        result = self.run("--update-baselines", "--baseline-runs", "1", *args)
+        assert result.ret == 0, result.outlines
+        return result
+
+    @property
+    def baseline(self) -> Path:
+        return self.root / "benches" / "baselines" / "fake-gpu" / "0001_embedded-auto.json"
+
+    def rows(self) -> dict[str, dict[str, dict[str, float]]]:
+        """The baseline's metrics by case."""
+        document = json.loads(self.baseline.read_text())
+        return {row["fullname"]: row["extra_info"]["lowbit"]["metrics"] for row in document["benchmarks"]}
+
+    def runs(self) -> list[Path]:
+        return sorted((self.root / ".lowbit" / "runs").glob("*"))
+
+    def journal(self) -> list[dict]:
+        """The lines of the newest kept run."""
+        return [json.loads(line) for line in (self.runs()[-1] / "journal.jsonl").read_text().splitlines()]

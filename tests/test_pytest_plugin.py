@@ -1,83 +1,23 @@
-"""The plugin under pytest itself (``pytester``): gate, traps of pytest-benchmark, kept runs, baselines, exit codes.
-
-Fakes (tests/fakes.py) stand in for the device, the model and the lab; everything else is what users run. The sessions
-run in this process, so fresh processes (confirmation, --isolate) are replaced by FakeLab too, and counted.
-"""
+"""A bench run as a user sees it: what it prints, selects, refuses and writes. tests/fakes.py stands in for hardware."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
-from pathlib import Path
 
 import pytest
-from fakes import FAKE_CHOICE, FAKE_GPU, FakeLab
+from fakes import FAKE_CHOICE, FAKE_GPU, Bench
 
-from lowbit import cases, texts
-from lowbit.formats import FORMATS
-from lowbit.pytest_plugin import children, session
+from lowbit.errors import LowbitError
+from lowbit.pytest_plugin import session
 
 pytest_plugins = ["pytester"]
 
-BENCHES = Path(__file__).parents[1] / "benches"
 DECODE = "a16w4_g128-torchao-reduce-overhead-b1_c0"
-
-
-class Bench:
-    """A project folder with the real benches, on fake hardware."""
-
-    def __init__(self, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.pytester, self.monkeypatch = pytester, monkeypatch
-        self.root = pytester.path
-        self.children: list[str] = []
-        (self.root / "benches").mkdir()
-        for name in ("test_decode.py", "test_prefill.py", "test_quality.py"):
-            shutil.copy(BENCHES / name, self.root / "benches" / name)
-        (self.root / "pytest.ini").write_text("[pytest]\naddopts = --strict-markers\n")
-        monkeypatch.setattr(session, "Lab", FakeLab)
-        monkeypatch.setattr(session, "detect", lambda index: FAKE_GPU)
-        monkeypatch.setattr(session, "environment", lambda device: dict(self.environment))
-        monkeypatch.setattr(session.models, "choose", lambda *args: FAKE_CHOICE)
-        monkeypatch.setattr(session.texts, "choose_source", lambda *args: texts.Source("embedded", 512, None))
-        monkeypatch.setattr(children, "run_case", self.run_case)
-        self.environment = {"torch": "2.13.0"}
-        self.formats("bf16-torch", "a16w4_g128-torchao")
-
-    def formats(self, *ids: str) -> None:
-        rows = {row: FORMATS[row] for row in ids}
-        self.monkeypatch.setattr(cases, "FORMATS", rows)
-
-    def run_case(self, config, nodeid):
-        """A fresh process's result: FakeLab again, without another pytest."""
-        self.children.append(nodeid)
-        name = nodeid.rpartition("::test_")[2]
-        kind, _, rest = name.partition("[")
-        case = next(c for c in cases.enumerate_cases(kind, "quick", 1) if c.id == rest.removesuffix("]"))
-        self.monkeypatch.setenv("LOWBIT_FAKE_CHILD", "1")
-        record = FakeLab(FAKE_GPU, FAKE_CHOICE).measure(case, nodeid, lambda target, rounds: target())
-        self.monkeypatch.delenv("LOWBIT_FAKE_CHILD")
-        return record, None
-
-    def plan(self, **plan) -> None:
-        (self.root / "speeds.json").write_text(json.dumps(plan))
-
-    def run(self, *args: str) -> pytest.RunResult:
-        return self.pytester.runpytest_inprocess(
-            "benches", "-p", "lowbit.pytest_plugin", "-p", "no:cacheprovider", *args
-        )
-
-    def accept(self, *args: str) -> pytest.RunResult:
-        result = self.run("--update-baselines", "--baseline-runs", "1", *args)
-        assert result.ret == 0, result.outlines
-        return result
-
-    @property
-    def baseline(self) -> Path:
-        return self.root / "benches" / "baselines" / "fake-gpu" / "0001_embedded-auto.json"
-
-    def runs(self) -> list[Path]:
-        return sorted((self.root / ".lowbit" / "runs").glob("*"))
+CASES = 2 * (1 + 2 + 2)  # formats × (quality + 2 modes × (prefill, decode))
 
 
 @pytest.fixture
@@ -85,43 +25,41 @@ def bench(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Bench:
     return Bench(pytester, monkeypatch)
 
 
-CASES = 2 * (1 + 2 + 2)  # formats × (quality + 2 modes × (prefill, decode))
+def collected(result: pytest.RunResult) -> list[str]:
+    return [line for line in result.outlines if "::" in line]
 
 
 # -- the plain run -----------------------------------------------------------------------------------------------------
 
 
 def test_a_run_prints_the_table_and_the_answer_and_is_kept(bench):
-    bench.plan(**{"a16w4_g128-torchao-reduce-overhead": 250})
+    bench.plan(tok_s={"a16w4_g128-torchao-reduce-overhead": 250})
     result = bench.run()
     result.assert_outcomes(passed=CASES)
     text = result.stdout.str()
-    assert "lowbit: 10 cases, about" in text
-    assert "recommendation (KL ≤ 0.05" in text
+    assert "lowbit: Fake GPU (fake-gpu), model embedded, load format auto: a fake" in text
+    assert "lowbit: 10 cases, about 3 min (a guess until a run is kept)" in text
+    assert (
+        "recommendation (KL ≤ 0.05 and VRAM ≤ 100,000 MiB): a16w4_g128-torchao · reduce-overhead: 250.0 tok/s" in text
+    )
     assert f'reproduce: pytest benches -k "test_decode[{DECODE}]"' in text
+    assert "accept this machine's figures with: pytest benches --update-baselines" in text
+    assert "warning" not in text.lower()
+    answer = text.partition("= lowbit =")[2].partition("run kept in")[0]
+    assert max(map(len, answer.splitlines())) <= 100
     (run,) = bench.runs()
+    assert f"run kept in {run}" in text
     assert len(json.loads((run / "run.json").read_text())["benchmarks"]) == CASES
     assert not (bench.root / "benches" / "baselines").exists()
+    assert "lowbit: 10 cases, about 0 min (by the last kept runs)" in bench.run().stdout.str()
 
 
-def test_the_reproducing_command_selects_exactly_one_case(bench):
-    result = bench.run("--collect-only", "-q", "-k", f"test_decode[{DECODE}]")
-    assert [line for line in result.outlines if "::" in line] == [f"benches/test_decode.py::test_decode[{DECODE}]"]
-
-
-def test_keywords_of_the_field_select_cases(bench):
-    for words, expected in (("int4 and decode", 2), ("W4A16 and decode and eager", 1), ("torchao", 5), ("quality", 2)):
-        result = bench.run("--collect-only", "-q", "-k", words)
-        assert sum("::" in line for line in result.outlines) == expected, words
-
-
-def test_help_lists_the_options_in_a_group(bench):
-    result = bench.run("--help")
-    text = result.stdout.str()
-    assert "lowbit: low-bit Llama benchmarks" in text
-    for option in ("--model", "--load-format", "--suite", "--baselines-dir", "--update-baselines", "--baseline-runs",
-                   "--isolate", "--resume", "--max-kld", "--max-vram"):
-        assert option in text
+def test_the_kept_run_says_what_made_it(bench):
+    bench.run("-k", "decode", "-m", "benchmark")
+    header = bench.journal()[0]
+    assert header["environment"] == {"torch": "2.13.0"}
+    assert header["selection"] == {"-k": "decode", "-m": "benchmark"}
+    assert header["commit"] == session.source_commit()
 
 
 def test_a_skip_has_its_reason(bench):
@@ -129,232 +67,144 @@ def test_a_skip_has_its_reason(bench):
     result = bench.run("-rs")
     result.assert_outcomes(passed=5, skipped=5)
     assert "capability: needs SM100, this is SM90" in result.stdout.str()
+    assert "skipped, capability: needs SM100, this is SM90: 5 cases of a16w4_g128-torchao" in result.stdout.str()
+    assert "warning" not in result.stdout.str().lower()
 
 
-# -- the gate ----------------------------------------------------------------------------------------------------------
+def test_the_limits_of_the_recommendation_are_the_users(bench):
+    assert "no measured case has KL ≤ 0.05 and VRAM ≤ 500 MiB" in bench.run("--max-vram", "500").stdout.str()
+    text = bench.run("--max-kld", "0.001").stdout.str()
+    assert "recommendation (KL ≤ 0.001 and VRAM ≤ 100,000 MiB): bf16-torch" in text
 
 
-def test_an_unchanged_run_passes(bench):
-    bench.accept()
-    result = bench.run("--benchmark-compare")
-    result.assert_outcomes(passed=CASES)
-    assert bench.children == []
+def test_reproducing_and_accepting_commands_carry_the_measuring_options(bench):
+    (bench.root / "my text.txt").write_text("a text")
+    args = ("--model", "embedded", "--suite", "nightly", "--text", "my text.txt", "--baselines-dir", "kept here")
+    bench.plan(tok_s={"a16w4_g128-torchao-reduce-overhead": 250})
+    text = bench.run(*args, "-k", "int4").stdout.str()
+    options = "pytest benches --model embedded --suite nightly --text 'my text.txt'"
+    assert f'reproduce: {options} -k "test_decode[{DECODE}]"' in text
+    assert f"{options} --update-baselines --baselines-dir 'kept here'" in text
 
 
-def test_a_slowdown_fails_that_test_by_name_and_junit_says_so(bench):
-    bench.accept()
-    bench.plan(**{f"decode[{DECODE}]": 90})
-    result = bench.run("--benchmark-compare", "--junitxml=junit.xml")
-    result.assert_outcomes(passed=CASES - 1, failed=1)
-    assert result.ret == 1
-    message = f"decode[{DECODE}] on fake-gpu: decode_tok_s 100.0 -> 90.0 tok/s (-10.0 %, limit 2.0 %, 3 of 3 runs)"
-    assert message in result.stdout.str()
-    assert len(bench.children) == 2
-    failures = ElementTree.parse(bench.root / "junit.xml").iter("failure")
-    assert [message in failure.attrib["message"] for failure in failures] == [True]
+# -- collecting and selecting ------------------------------------------------------------------------------------------
 
 
-def test_a_slowdown_that_a_fresh_process_does_not_confirm_passes(bench):
-    bench.accept()
-    bench.plan(**{f"decode[{DECODE}]": 90})
-    once = bench.run_case
-
-    def recovered(config, nodeid):
-        bench.plan()
-        return once(config, nodeid)
-
-    bench.monkeypatch.setattr(children, "run_case", recovered)
-    bench.run("--benchmark-compare").assert_outcomes(passed=CASES)
-    assert len(bench.children) == 1
-
-
-def test_a_regressed_run_never_becomes_a_baseline_by_itself(bench):
-    bench.accept()
-    before = bench.baseline.read_text()
-    bench.plan(**{f"decode[{DECODE}]": 90})
-    assert bench.run("--benchmark-compare").ret == 1
-    assert bench.run("--benchmark-compare", "--benchmark-autosave").ret == 1  # pytest-benchmark's ratchet
-    assert bench.run("--benchmark-compare").ret == 1
-    assert bench.baseline.read_text() == before
-
-
-def test_an_improvement_passes_and_is_reported_with_the_command_that_accepts_it(bench):
-    bench.accept()
-    bench.plan(**{f"decode[{DECODE}]": 120})
-    result = bench.run("--benchmark-compare")
-    result.assert_outcomes(passed=CASES)
-    assert "unexplained improvement" in result.stdout.str()
-    assert "--update-baselines -k" in result.stdout.str()
-
-
-def test_no_baseline_is_a_usage_error_before_anything_is_measured(bench):
-    result = bench.run("--benchmark-compare")
-    assert result.ret == pytest.ExitCode.USAGE_ERROR
-    assert "pytest benches --update-baselines" in result.stderr.str()
-    assert bench.runs() == []
-
-
-def test_compare_if_baseline_runs_without_one_and_compares_with_one(bench):
-    result = bench.run("--compare-if-baseline")
+def test_collect_only_says_how_many_cases_and_minutes(bench):
+    result = bench.run("--collect-only")
     assert result.ret == 0
-    assert "no baseline of this device and model" in result.stdout.str()
-    bench.accept()
-    bench.plan(**{f"decode[{DECODE}]": 90})
-    assert bench.run("--compare-if-baseline").ret == 1
-
-
-def test_a_new_case_fails_with_advice(bench):
-    bench.formats("bf16-torch")
-    bench.accept()
-    bench.formats("bf16-torch", "a16w4_g128-torchao")
-    result = bench.run("--benchmark-compare")
-    result.assert_outcomes(passed=5, failed=5)
-    assert "not in the baseline 0001_embedded-auto.json; accept it with: pytest benches" in result.stdout.str()
-
-
-def test_a_vanished_case_is_a_failure_of_its_own(bench):
-    bench.accept()
-    bench.formats("bf16-torch")
-    result = bench.run("--benchmark-compare")
-    result.assert_outcomes(passed=5, failed=5)
-    assert "no longer collected" in result.stdout.str()
-
-
-def test_a_case_left_out_by_k_did_not_vanish(bench):
-    bench.accept()
-    bench.run("--benchmark-compare", "-k", "bf16 and decode").assert_outcomes(passed=2, deselected=8)
-
-
-def test_a_case_that_stops_running_fails(bench):
-    bench.accept()
-    bench.plan(skip=["a16w4_g128-torchao"])
-    result = bench.run("--benchmark-compare")
-    result.assert_outcomes(passed=5, failed=5)
-    assert "measured in the baseline, skipped now (capability: needs SM100, this is SM90)" in result.stdout.str()
-
-
-@pytest.mark.parametrize("content", ["", "{", '{"benchmarks": []}', '{"machine_info": {}, "benchmarks": [], "version": "5"}'])
-def test_a_broken_or_foreign_baseline_is_refused(bench, content):
-    bench.baseline.parent.mkdir(parents=True)
-    bench.baseline.write_text(content)
-    result = bench.run("--benchmark-compare")
-    assert result.ret == pytest.ExitCode.USAGE_ERROR
-    assert bench.baseline.name in result.stderr.str()
+    assert "lowbit: 10 cases, about 3 min (a guess until a run is kept)" in result.stdout.str()
     assert bench.runs() == []
 
 
-def test_a_baseline_of_another_device_is_refused_and_of_other_versions_is_not(bench):
-    bench.accept()
-    bench.environment = {"torch": "9.9"}
-    assert bench.run("--benchmark-compare").ret == 0
-    foreign = json.loads(bench.baseline.read_text())
-    foreign["lowbit"]["header"]["device"] = "other-gpu"
-    bench.baseline.write_text(json.dumps(foreign))
-    result = bench.run("--benchmark-compare")
-    assert result.ret == pytest.ExitCode.USAGE_ERROR
-    assert "foreign to this run (device: expected fake-gpu, got other-gpu)" in result.stderr.str()
+def test_the_reproducing_command_selects_exactly_one_case(bench):
+    result = bench.run("--collect-only", "-q", "-k", f"test_decode[{DECODE}]")
+    assert collected(result) == [f"benches/test_decode.py::test_decode[{DECODE}]"]
 
 
-def test_compare_with_a_named_baseline(bench):
-    bench.accept()
-    assert bench.run("--benchmark-compare=0001").ret == 0
-    result = bench.run("--benchmark-compare=0007")
-    assert result.ret == pytest.ExitCode.USAGE_ERROR
-    assert "it has: 0001_embedded-auto.json" in result.stderr.str()
+def test_keywords_of_the_field_select_cases(bench):
+    for words, expected in (
+        ("int4 and decode", 2),
+        ("W4A16 and decode and eager", 1),
+        ("torchao", 5),
+        ("quality", 2),
+        ("compiled and not prefill", 2),
+    ):
+        assert len(collected(bench.run("--collect-only", "-q", "-k", words))) == expected, words
 
 
-def test_xdist_never_disables_the_gate_in_silence(bench):
-    result = bench.run("-n", "2", "--benchmark-compare")
-    assert result.ret == pytest.ExitCode.USAGE_ERROR
+def test_one_format_is_alive_at_a_time(bench):
+    names = collected(bench.run("--collect-only", "-q"))
+    assert ["a16w4" in name for name in names] == [False] * 5 + [True] * 5
+    assert "test_quality" in names[0]
 
 
-# -- what goes wrong ---------------------------------------------------------------------------------------------------
+def test_nightly_has_more_modes_and_workloads(bench):
+    names = collected(bench.run("--collect-only", "-q", "--suite", "nightly"))
+    assert len(names) == 2 * (1 + 6 * 5)
 
 
-def test_an_error_fails_its_own_case_only(bench):
-    bench.plan(error=f"decode[{DECODE}]")
-    result = bench.run()
-    result.assert_outcomes(passed=CASES - 1, failed=1)
-    assert f"decode[{DECODE}] on fake-gpu: NaN logits from a16w4_g128-torchao" in result.stdout.str()
-
-
-def test_after_a_cuda_fault_the_rest_runs_in_fresh_processes(bench):
-    bench.plan(cuda_fault="prefill[bf16-torch-eager")
-    result = bench.run()
-    result.assert_outcomes(passed=CASES - 1, failed=1)
-    assert len(bench.children) == CASES - 2  # all but the quality case before it and the faulting one
-
-
-def test_isolate_measures_every_case_in_a_fresh_process(bench):
-    bench.run("--isolate").assert_outcomes(passed=CASES)
-    assert len(bench.children) == CASES
-
-
-def test_a_disturbed_case_is_repeated_then_void_and_never_regresses(bench):
-    bench.accept()
-    bench.plan(void=f"decode[{DECODE}]", **{f"decode[{DECODE}]": 50})
-    result = bench.run("--benchmark-compare")
-    result.assert_outcomes(passed=CASES - 1, skipped=1)
-    assert len(bench.children) == 1
-
-
-def test_ctrl_c_keeps_what_is_finished_and_resume_continues(bench):
-    bench.plan(interrupt="decode[bf16-torch-eager")
-    result = bench.run()
-    assert result.ret == pytest.ExitCode.INTERRUPTED
-    (run,) = bench.runs()
-    assert len((run / "journal.jsonl").read_text().splitlines()) == 1 + 2 + 1  # header, two cases, end
-    bench.plan()
-    result = bench.run("--resume")
-    result.assert_outcomes(passed=CASES)
-    assert bench.runs() == [run]
-    assert len(json.loads((run / "run.json").read_text())["benchmarks"]) == CASES
-
-
-def test_resume_without_an_interrupted_run_says_so(bench):
-    result = bench.run("--resume")
-    assert result.ret == pytest.ExitCode.USAGE_ERROR
-    assert "no interrupted run" in result.stdout.str() + result.stderr.str()
-
-
-# -- accepting ---------------------------------------------------------------------------------------------------------
-
-
-def test_update_takes_kept_runs_and_measures_only_the_missing(bench):
-    bench.run()
-    result = bench.run("--update-baselines", "--baseline-runs", "1")
-    assert len(bench.runs()) == 1  # nothing was measured again
-    assert "baseline written" in result.stdout.str()
-    assert json.loads(bench.baseline.read_text())["lowbit"]["runs"] == 1
-
-
-def test_update_with_k_replaces_only_those_rows(bench):
-    bench.accept()
-    bench.plan(**{"decode": 200})
-    bench.environment = {"torch": "2.14.0"}
-    bench.accept("-k", f"test_decode[{DECODE}]")
-    rows = {row["fullname"]: row["extra_info"]["lowbit"]["metrics"] for row in json.loads(bench.baseline.read_text())["benchmarks"]}
-    assert rows[f"benches/test_decode.py::test_decode[{DECODE}]"]["decode_tok_s"]["median"] == 200
-    assert rows["benches/test_decode.py::test_decode[bf16-torch-eager-b1_c0]"]["decode_tok_s"]["median"] == 100
-
-
-def test_a_failing_run_is_not_accepted(bench):
-    bench.plan(error=f"decode[{DECODE}]")
-    result = bench.run("--update-baselines", "--baseline-runs", "1")
-    assert result.ret != 0
+def test_k_that_matches_nothing_is_pytests_own_exit_and_keeps_nothing(bench):
+    assert bench.run("-k", "int3").ret == pytest.ExitCode.NO_TESTS_COLLECTED
+    assert bench.run("-k", "int3", "--update-baselines").ret == pytest.ExitCode.NO_TESTS_COLLECTED
+    assert bench.runs() == []
     assert not bench.baseline.exists()
-    assert "nothing was accepted" in result.stdout.str()
 
 
-def test_update_and_compare_exclude_each_other(bench):
-    assert bench.run("--update-baselines", "--benchmark-compare").ret == pytest.ExitCode.USAGE_ERROR
+def test_one_file_alone(bench):
+    bench.run(paths=("benches/test_decode.py",)).assert_outcomes(passed=4)
+    bench.run(paths=(f"benches/test_decode.py::test_decode[{DECODE}]",)).assert_outcomes(passed=1)
 
 
-def test_the_baseline_is_readable_by_pytest_benchmark(bench):
-    bench.accept()
-    result = bench.pytester.run("pytest-benchmark", "compare", str(bench.baseline))
-    assert result.ret == 0
-    assert DECODE in result.stdout.str()
+def test_from_another_directory(bench, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    bench.monkeypatch.chdir(elsewhere)
+    path = (str(bench.root / "benches"),)
+    assert bench.run("--update-baselines", "--baseline-runs", "1", paths=path).ret == 0
+    assert bench.baseline.exists()
+    assert len(bench.runs()) == 1
+    bench.run("--benchmark-compare", paths=path).assert_outcomes(passed=CASES)
+    assert [path.name for path in elsewhere.iterdir()] == [".benchmarks"]  # pytest-benchmark's own
+
+
+def test_tests_alone_ask_for_no_device(bench):
+    (bench.root / "tests").mkdir()
+    (bench.root / "tests" / "test_it.py").write_text("def test_it():\n    pass\n")
+    bench.monkeypatch.setattr(session, "BenchSession", None)
+    result = bench.run(paths=("tests",))
+    result.assert_outcomes(passed=1)
+    assert "lowbit" not in result.stdout.str().replace(str(bench.root), "")
+
+
+def test_lf_and_x_behave_as_in_pytest(bench):
+    bench.plan(error="decode[bf16-torch-reduce")
+    first = bench.run()
+    first.assert_outcomes(passed=CASES - 1, failed=1)
+    again = bench.run("--lf")
+    again.assert_outcomes(failed=1)
+    stopped = bench.run("-x", "-p", "no:cacheprovider")
+    stopped.assert_outcomes(passed=4, failed=1)
+    assert stopped.ret == 1
+    assert bench.journal()[-1]["complete"] is False
+
+
+def test_m_selects_by_mark(bench):
+    bench.run("-m", "benchmark").assert_outcomes(passed=CASES)
+    assert bench.run("-m", "not benchmark").ret == pytest.ExitCode.NO_TESTS_COLLECTED
+
+
+def test_junit_has_every_case_and_no_noise(bench):
+    bench.plan(error=f"decode[{DECODE}]")
+    bench.run("--junitxml=junit.xml")
+    (suite,) = ElementTree.parse(bench.root / "junit.xml").iter("testsuite")
+    assert (suite.attrib["tests"], suite.attrib["failures"], suite.attrib["errors"]) == (str(CASES), "1", "0")
+    tests = list(suite.iter("testcase"))
+    assert f"test_decode[{DECODE}]" in {test.attrib["name"] for test in tests}
+    assert [[child.tag for child in test] for test in tests if list(test)] == [["failure"]]
+
+
+def test_pytest_benchmarks_own_json_carries_the_records_and_the_device(bench):
+    bench.run("--benchmark-json=out.json")
+    document = json.loads((bench.root / "out.json").read_text())
+    assert document["machine_info"] == {"device": "Fake GPU", "slug": "fake-gpu", "torch": "2.13.0"}
+    decoded = {
+        row["name"]: row["extra_info"]["lowbit"]["metrics"].get("decode_tok_s") for row in document["benchmarks"]
+    }
+    assert len(decoded) == CASES
+    assert decoded[f"test_decode[{DECODE}]"] == 100
+
+
+# -- options -----------------------------------------------------------------------------------------------------------
+
+OPTIONS = (
+    *("--model", "--load-format", "--suite", "--baselines-dir", "--update-baselines", "--baseline-runs"),
+    *("--isolate", "--resume", "--max-kld", "--max-vram", "--text", "--compare-if-baseline"),
+)
+
+
+def test_help_lists_the_options_in_a_group(bench):
+    group = bench.run("--help").stdout.str().partition("lowbit: low-bit Llama benchmarks")[2].partition("\n\n")[0]
+    assert [option for option in OPTIONS if f"  {option}" not in group] == []
 
 
 @pytest.mark.parametrize(
@@ -363,9 +213,81 @@ def test_the_baseline_is_readable_by_pytest_benchmark(bench):
         (["--suite", "huge"], "unknown suite 'huge'; known: quick, nightly, full"),
         (["--baseline-runs", "0"], "--baseline-runs: expected at least 1"),
         (["--text", "absent.txt"], "no such file: absent.txt"),
+        (["--load-format", "gguf"], "invalid choice: 'gguf'"),
+        (["--update-baselines", "--benchmark-compare"], "give one of them"),
+        (["--benchmark-compare-fail", "mean:5%"], "--benchmark-compare-fail: nothing to compare with"),
+        (["-n", "2"], "benches need a GPU for each worker"),
     ],
 )
 def test_bad_options_are_usage_errors(bench, arguments, text):
     result = bench.run(*arguments)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     assert text in result.stderr.str()
+    assert bench.runs() == []
+
+
+def test_a_folder_behind_benchmark_compare_is_not_taken_for_a_baseline(bench):
+    result = bench.run(paths=("--benchmark-compare", "benches"))
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert "write: pytest benches --benchmark-compare" in result.stderr.str()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "text"),
+    [
+        ("--model", "gpt-2", "unknown model 'gpt-2'; known: "),
+        ("--model", "./nowhere", "nowhere"),
+        ("--lowbit-device", "7", "unknown device 7; known: 0"),
+    ],
+)
+def test_an_unknown_model_or_device_is_a_usage_error_that_lists_the_known(bench, option, value, text):
+    real = {name: getattr(session, name) for name in ("detect",)}
+    choose = session.models.choose
+
+    def install(patch):
+        patch("detect", real["detect"])
+
+    with bench.monkeypatch.context() as patch:
+        patch.setattr("fakes.install", lambda set_attribute: None)
+        patch.setattr(session.models, "choose", choose)
+        result = bench.run(option, value)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert text in result.stderr.str()
+    assert "Traceback" not in result.stderr.str()
+
+
+def test_a_device_that_can_not_be_used_is_a_usage_error(bench):
+    def refuse(*args):
+        raise LowbitError("no such luck")
+
+    bench.monkeypatch.setattr("fakes.FakeLab.__init__", refuse)
+    result = bench.run()
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert "no such luck" in result.stderr.str()
+
+
+def test_measure_case_elsewhere_says_what_it_is_for(bench):
+    (bench.root / "benches" / "test_other.py").write_text("def test_other(measure_case):\n    measure_case()\n")
+    result = bench.run("-k", "test_other")
+    result.assert_outcomes(failed=1, deselected=CASES)
+    assert "measure_case is for the functions test_quality, test_prefill, test_decode" in result.stdout.str()
+
+
+def test_the_fakes_have_the_face_of_what_they_stand_for():
+    from dataclasses import fields
+
+    from lowbit.lab import Lab
+    from lowbit.models import Choice
+
+    assert {field.name for field in fields(Choice)} - {"hub_id", "cache"} <= set(vars(FAKE_CHOICE))
+    public = {name for name in dir(Lab) if not name.startswith("_")}
+    assert {"unmet", "release", "close", "measure"} <= public
+    assert FAKE_GPU.slug == "fake-gpu"
+
+
+def test_the_version_is_told_without_a_device(bench):
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "benches", "--version"], cwd=bench.root, capture_output=True, text=True
+    )
+    assert result.returncode == 0
+    assert shutil.which("git") is None or "Traceback" not in result.stderr

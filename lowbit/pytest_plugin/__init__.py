@@ -1,24 +1,30 @@
 """lowbit's pytest plugin: the only package that imports pytest. Hooks only; what they do stands in the modules beside.
 
-options.py: the command line; collection.py: cases as tests; session.py: one run's state and its gate; updating.py:
-``--update-baselines``; summary.py: what is printed; xdist.py: one GPU per worker; children.py: fresh processes.
+options.py: the command line; collection.py: cases as tests; session.py: one run's state; gate.py: its verdicts;
+updating.py: ``--update-baselines``; summary.py: what is printed; xdist.py: one GPU per worker; children.py: fresh
+processes.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from lowbit.cases import KINDS
 from lowbit.errors import LowbitError
-from lowbit.pytest_plugin import children, collection, summary
+from lowbit.pytest_plugin import children, collection, gate, summary, updating
 from lowbit.pytest_plugin.keys import CASE, RECORD, SESSION, STATS
 from lowbit.pytest_plugin.options import Settings, add_options
 from lowbit.pytest_plugin.xdist import Workers, prepare
 from lowbit.record import Record
+
+if TYPE_CHECKING:
+    from lowbit.pytest_plugin.session import BenchSession
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
@@ -30,9 +36,11 @@ def benches_requested(config: pytest.Config) -> bool:
     """True when an argument lies in a folder ``benches`` or holds one: tests/ alone never pays for a device."""
     if config.option.help or getattr(config.option, "version", 0):
         return False
+    root = config.rootpath.resolve()
     for argument in config.args:
         path = Path(config.invocation_params.dir, str(argument).split("::")[0]).resolve()
-        if "benches" in path.parts[len(config.rootpath.parts) :] or (path / "benches").is_dir():
+        parts = path.relative_to(root).parts if path.is_relative_to(root) else path.parts
+        if "benches" in parts or (path / "benches").is_dir():
             return True
     return False
 
@@ -40,6 +48,13 @@ def benches_requested(config: pytest.Config) -> bool:
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[SESSION] = None
+    compare = getattr(config.option, "benchmark_compare", None)
+    if isinstance(compare, str) and Path(config.invocation_params.dir, compare).is_dir():
+        # Its value is optional, so a path behind it is taken for a baseline's name, and tests/ would run instead.
+        raise pytest.UsageError(
+            f"--benchmark-compare {compare}: the folder is taken for a baseline's name; "
+            f"write: pytest {compare} --benchmark-compare"
+        )
     if not benches_requested(config):
         return
     settings = Settings.from_config(config)
@@ -55,7 +70,12 @@ def pytest_configure(config: pytest.Config) -> None:
     except LowbitError as error:
         raise pytest.UsageError(str(error)) from error
     config.stash[SESSION] = session
-    workers.on_collected, workers.on_record = session.open_run, session.receive
+    workers.on_collected, workers.on_record = partial(summary.announce_workers_run, session), session.receive
+    if config.option.benchmark_compare_fail and session.baseline is None:
+        raise pytest.UsageError(
+            "--benchmark-compare-fail: nothing to compare with, give --benchmark-compare too; "
+            "lowbit's own limits hold with --benchmark-compare alone"
+        )
     summary.quiet_pytest_benchmark(config)
     config.option.benchmark_compare = []  # ours to load, check and judge; shown in its table by the hook below
     config.pluginmanager.register(ComparisonTable(), "lowbit-comparison")
@@ -70,7 +90,7 @@ class ComparisonTable:
         plugin: Any = session.config.pluginmanager.get_plugin("pytest-benchmark")
         if bench is not None and bench.baseline is not None and hasattr(plugin, "compared_mapping"):
             rows = {case: {"fullname": case, "stats": stats} for case, stats in bench.baseline.stats.items()}
-            plugin.compared_mapping = {bench.baseline.path: rows}
+            plugin.compared_mapping = {bench.baseline.path.stem.partition("_")[0]: rows}  # in brackets behind each name
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -89,7 +109,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     bench = metafunc.config.stash.get(SESSION, None)
     if collection.is_bench(metafunc):
         if bench is None:
-            raise pytest.UsageError("benches are measured by `pytest benches`: no path given lies in a folder `benches`")
+            raise pytest.UsageError(
+                "benches are measured by `pytest benches`: no path given lies in a folder `benches`"
+            )
         collection.parametrize(metafunc, bench.settings.suite, bench.choice.parameters)
 
 
@@ -101,7 +123,6 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
     from lowbit import measure
 
     benches = collection.attach_cases(items, bench.settings.suite, bench.choice.parameters, measure.timer(bench.device))
-    bench.collected = [item.nodeid for item in benches]
     collection.sort_items(items)
     items.extend(collection.vanished_items(session, bench, benches))
 
@@ -110,52 +131,55 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
 def pytest_collection_finish(session: pytest.Session) -> None:
     bench = session.config.stash.get(SESSION, None)
     if bench is not None and not session.config.option.collectonly:
+        bench.selected = [item.nodeid for item in session.items if CASE in item.stash]
         try:
-            bench.open_run([item.nodeid for item in session.items if CASE in item.stash])
+            bench.open_run(bench.selected, measures=not updating.nothing_to_measure(bench))
         except LowbitError as error:
             raise pytest.UsageError(str(error)) from error
 
 
 def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
     bench = config.stash.get(SESSION, None)
-    return [] if bench is None else summary.expectation_lines(bench, items)
+    return (
+        [] if bench is None else summary.expectation_lines(bench, [item.nodeid for item in items if CASE in item.stash])
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> bool | None:
     """With enough kept runs of this environment, --update-baselines has nothing left to measure."""
     bench = session.config.stash.get(SESSION, None)
-    if bench is not None and bench.settings.update_baselines and not session.config.option.collectonly:
-        from lowbit.pytest_plugin import updating
-
-        return updating.nothing_to_measure(bench) or None
-    return None
+    if bench is None or session.config.option.collectonly or session.testsfailed:
+        return None
+    return updating.nothing_to_measure(bench) or None
 
 
 @pytest.fixture
-def measure_case(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[], Record]:
+def measure_case(request: pytest.FixtureRequest, benchmark: Any) -> Iterator[Callable[[], Record]]:
     """Measure this test's case, keep its record, and judge it against the baseline: all that a bench does."""
-    bench = request.config.stash[SESSION]
-    item = request.node
+    bench, item = request.config.stash.get(SESSION, None), request.node
 
     def measure() -> Record:
+        if bench is None or CASE not in item.stash:
+            kinds = ", ".join(f"test_{kind}" for kind in KINDS)
+            pytest.fail(f"measure_case is for the functions {kinds} of a folder `benches`", pytrace=False)
         case = item.stash[CASE]
         where = f"{case.name} on {bench.device.slug}"
+        stats = None
         try:
             record: Record = bench.obtain(item, benchmark)
+            if benchmark.stats is not None:
+                benchmark.stats.extra_info["lowbit"] = record.to_dict(samples=False)
+                stats = benchmark.stats.as_dict(include_data=True)
         except LowbitError as error:
             pytest.fail(f"{where}: {error}", pytrace=False)
         finally:
-            if item.nodeid in bench.records:  # a failure's record, for the controller of a worker
-                item.stash[RECORD] = bench.records[item.nodeid]
-        if benchmark.stats is not None:
-            benchmark.stats.extra_info["lowbit"] = record.to_dict(samples=False)
-        stats = benchmark.stats.as_dict(include_data=True) if benchmark.stats is not None else None
-        item.stash[RECORD], item.stash[STATS] = record, stats
+            if item.nodeid in bench.records:  # of a failure
+                _keep(bench, item, bench.records[item.nodeid], None)
+        _keep(bench, item, record, stats)
         try:
-            bench.keep(record, stats)
-            failures = bench.judge(case, record)
-        except LowbitError as error:
+            failures = gate.judge(bench, case, record)
+        except LowbitError as error:  # a confirming process died
             pytest.fail(f"{where}: {error}", pytrace=False)
         if failures:
             pytest.fail("\n".join(failures), pytrace=False)
@@ -167,11 +191,22 @@ def measure_case(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[],
             pytest.fail(f"{where}: {record.error}", pytrace=False)
         return record
 
-    return measure
+    yield measure
+    if benchmark._mode is None:
+        benchmark._mode = "not timed"  # skipped or failed before; it warns of an unused fixture otherwise
+
+
+def _keep(bench: BenchSession, item: pytest.Item, record: Record, stats: dict[str, Any] | None) -> None:
+    """On disk, and for a worker's controller. A disk that refuses ends the run: no later case could be kept."""
+    item.stash[RECORD], item.stash[STATS] = record, stats
+    try:
+        bench.keep(record, stats)
+    except LowbitError as error:
+        pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     """The progress line counts the cases and is gone before pytest writes the result."""
     bench = item.config.stash.get(SESSION, None)
     if bench is None or CASE not in item.stash:
@@ -192,27 +227,19 @@ def pytest_runtest_teardown() -> None:
             delattr(sys, name)
 
 
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Iterator[None]:
+@pytest.hookimpl(tryfirst=True)  # before the terminal's wrapper prints the summary, which tells what came of it
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     bench = session.config.stash.get(SESSION, None)
-    try:
-        yield
-    finally:
-        if bench is not None:
-            _finish(session, bench, exitstatus)
-
-
-def _finish(session: pytest.Session, bench: Any, exitstatus: int) -> None:
-    from lowbit.pytest_plugin import updating
-
+    if bench is None:
+        return
     try:
         bench.close(exitstatus)
-        worker = hasattr(session.config, "workerinput")
-        if bench.settings.update_baselines and not session.config.option.collectonly and not worker:
+        if bench.settings.update_baselines and not bench.in_worker and not session.config.option.collectonly:
             updating.update(bench, exitstatus)
     except LowbitError as error:
         bench.error = str(error)
-        session.exitstatus = pytest.ExitCode.USAGE_ERROR
+        if exitstatus == pytest.ExitCode.OK:  # a failure or Ctrl-C stays what it was
+            session.exitstatus = pytest.ExitCode.USAGE_ERROR
 
 
 @pytest.hookimpl(trylast=True)
@@ -220,3 +247,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     bench = config.stash.get(SESSION, None)
     if bench is not None:
         summary.write(terminalreporter, bench)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    bench = config.stash.get(SESSION, None)
+    if bench is not None:
+        bench.progress.close()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from lowbit import baselines, cases
 from lowbit.cases import KINDS, Case
 from lowbit.pytest_plugin.keys import CASE
+
+if TYPE_CHECKING:
+    from lowbit.pytest_plugin.session import BenchSession
 
 PARAMETERS = ("format", "mode", "workload")
 
@@ -46,10 +50,8 @@ def attach_cases(
 ) -> list[pytest.Item]:
     """Give every bench item its Case, its extra keywords and its benchmark options: ``timer`` waits
     for the device. Returns the bench items."""
-    known = {
-        (case.kind, case.id): case for kind in KINDS for case in cases.enumerate_cases(kind, suite, parameters)
-    }
-    benches = []
+    known = {(case.kind, case.id): case for kind in KINDS for case in cases.enumerate_cases(kind, suite, parameters)}
+    benches: list[pytest.Item] = []
     for item in items:
         if not isinstance(item, pytest.Function) or "measure_case" not in item.fixturenames:
             continue
@@ -80,14 +82,9 @@ def sort_items(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (1, cases.run_order(item.stash[CASE])) if CASE in item.stash else (0, (0, 0, 0)))
 
 
-def expected_minutes(items: Iterable[pytest.Item], measured_s: dict[str, float], device_kind: str) -> float:
-    """Minutes that the items will take: their last kept wall time on this device, else a typical one of their kind."""
-    seconds = 0.0
-    for item in items:
-        case = item.stash.get(CASE, None)
-        if case is not None:
-            seconds += measured_s.get(item.nodeid, TYPICAL_S[device_kind, _weight(case)])
-    return seconds / 60
+def expected_minutes(nodeids: Iterable[str], measured_s: Mapping[str, float], device_kind: str) -> float:
+    """Minutes that the cases will take: their last kept wall time on this device, else a typical one of their kind."""
+    return sum(measured_s.get(nodeid, TYPICAL_S[device_kind, _weight(nodeid)]) for nodeid in nodeids) / 60
 
 
 TYPICAL_S = {
@@ -101,8 +98,15 @@ TYPICAL_S = {
 """Seconds per case before this device has a kept run: a first guess, replaced by the measured ones."""
 
 
-def _weight(case: Case) -> str:
-    return "quality" if case.mode is None else "eager" if case.mode == "eager" else "compiled"
+def _weight(nodeid: str) -> str:
+    function, _, parameters = nodeid.rpartition("::")[2].partition("[")
+    if kind_of(function) == "quality":
+        return "quality"
+    return "eager" if "-eager-" in parameters else "compiled"
+
+
+VANISHED = "vanished:"
+"""Before the test's name, in the id of one that stands for a vanished case."""
 
 
 class VanishedCase(pytest.Item):
@@ -119,43 +123,62 @@ class VanishedCase(pytest.Item):
         return str(excinfo.value)
 
     def reportinfo(self) -> tuple[Any, int | None, str]:
-        return self.path, None, self.name
+        return self.config.rootpath / self.nodeid.split("::")[0], None, self.name
 
 
-def vanished_items(session: pytest.Session, bench: Any, benches: list[pytest.Item]) -> list[VanishedCase]:
-    """A failing test for each case of the baseline that this suite should have and did not collect.
+def vanished_items(session: pytest.Session, bench: BenchSession, benches: Sequence[pytest.Item]) -> list[VanishedCase]:
+    """A failing test for each case of the baseline that this command should have collected and did not.
 
-    Only test functions that were collected at all are asked for (``pytest benches/test_decode.py`` says nothing of
-    prefill), and only rows of this suite: a nightly baseline has more than a quick run.
+    The command's folders and files say what it asks for: ``pytest benches/test_decode.py`` says nothing of prefill,
+    a node id nothing of the other cases. Rows of another suite did not vanish: a nightly baseline has more than quick.
     """
-    if bench.baseline is None or not benches:
+    if bench.baseline is None:
         return []
     collected = {item.nodeid for item in benches}
-    functions = {item.nodeid.split("[")[0] for item in benches}
-    whole = all("::" not in str(argument) for argument in session.config.args)
+    parameters = bench.choice.parameters
+    whole = not getattr(session.config.option, "lf", False)  # --lf leaves cases out before anyone can count them
     missing = [
         case
         for case in baselines.vanished(bench.baseline, collected)
-        if whole and case.split("[")[0] in functions and belongs_to_no_suite(case, bench.choice.parameters)
+        if _asked_for(session.config, case, {nodeid.split("::")[0] for nodeid in collected})
+        and (belongs_to_no_suite(case, parameters) or (whole and in_suites(case, [bench.settings.suite], parameters)))
     ]
     return [
         VanishedCase.from_parent(
             session,
-            name=f"vanished:{case}",
+            name=f"{VANISHED}{test}",
+            nodeid=f"{file}::{VANISHED}{test}",  # of a form that --lf can read back
             message=f"{case} on {bench.device.slug}: in the baseline {bench.baseline.path.name}, no longer collected; "
             f"restore the case, or accept its absence with: {bench.accept_command()}",
         )
         for case in missing
+        for file, _, test in [case.partition("::")]
     ]
+
+
+def _asked_for(config: pytest.Config, case: str, files: set[str]) -> bool:
+    """Whether the command names a folder or file that the case's file is in. ``files``: those with collected benches.
+
+    A file that is there and was left out by --ignore was not asked for.
+    """
+    name = case.split("::")[0]
+    option = config.option
+    if (option.ignore or option.ignore_glob) and name not in files and (config.rootpath / name).exists():
+        return False
+    path = (config.rootpath / name).resolve()
+    asked = [Path(config.invocation_params.dir, str(word)).resolve() for word in config.args if "::" not in str(word)]
+    return any(path.is_relative_to(folder) for folder in asked)
+
+
+def in_suites(nodeid: str, suites: Iterable[str], parameters: int) -> bool:
+    """Whether the tables have this case, for a model of this many parameters, in one of these suites."""
+    kind: Any = kind_of(nodeid.split("::")[-1].split("[")[0])
+    if kind is None:
+        return False
+    name = nodeid.partition("[")[2].removesuffix("]")
+    return any(name in {case.id for case in cases.enumerate_cases(kind, suite, parameters)} for suite in suites)
 
 
 def belongs_to_no_suite(nodeid: str, parameters: int) -> bool:
     """True for a case that no table knows any more; one that only another suite has did not vanish."""
-    kind: Any = kind_of(nodeid.split("::")[-1].split("[")[0])
-    if kind is None:
-        return True
-    name = nodeid.partition("[")[2].removesuffix("]")
-    return all(
-        name not in {case.id for case in cases.enumerate_cases(kind, suite, parameters)}
-        for suite in cases.SUITE_MODES
-    )
+    return not in_suites(nodeid, cases.SUITE_MODES, parameters)

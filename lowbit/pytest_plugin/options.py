@@ -19,9 +19,9 @@ def add_options(parser: pytest.Parser) -> None:
         "--model",
         default="auto",
         metavar="NAME|HUB_ID|DIR",
-        help="embedded, llama-3.1-8b, llama-3.2-1b, llama-3.2-3b, a hub id or a folder. auto (default): LOWBIT_MODEL if "
-        "set; on a GPU a Llama-3.1-8B found in the local Hugging Face cache, else the largest preset that fits, with "
-        "dummy weights; without a GPU embedded",
+        help="embedded, llama-3.1-8b, llama-3.2-1b, llama-3.2-3b, a hub id or a folder. auto (default): LOWBIT_MODEL "
+        "if set; on a GPU a Llama-3.1-8B found in the local Hugging Face cache, else the largest preset that fits, "
+        "with dummy weights; without a GPU embedded",
     )
     group.addoption(
         "--load-format",
@@ -74,7 +74,9 @@ def add_options(parser: pytest.Parser) -> None:
     group.addoption(
         "--max-vram", type=float, metavar="MIB", help="the recommendation's limit on VRAM in MiB (default: the card)"
     )
-    group.addoption("--lowbit-device", type=int, default=None, metavar="INDEX", help="the GPU to measure on (default 0)")
+    group.addoption(
+        "--lowbit-device", type=int, default=None, metavar="INDEX", help="the GPU to measure on (default 0)"
+    )
     group.addoption("--lowbit-child", type=Path, metavar="FILE", help="internal: measure one case for a parent process")
 
 

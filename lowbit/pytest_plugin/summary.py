@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from lowbit import runs
-from lowbit.pytest_plugin import collection
-from lowbit.pytest_plugin.keys import CASE
+from lowbit.pytest_plugin import collection, gate, updating
 from lowbit.report import recommendation, terminal
 from lowbit.report.progress import Progress
+
+if TYPE_CHECKING:
+    from lowbit.pytest_plugin.session import BenchSession
 
 
 def make_progress(config: pytest.Config) -> Progress:
@@ -33,57 +35,77 @@ def quiet_pytest_benchmark(config: pytest.Config) -> None:
         option.benchmark_quiet = True
 
 
-def header_lines(bench: Any) -> list[str]:
+def header_lines(bench: BenchSession) -> list[str]:
     lines = [
         f"lowbit: {bench.device.name} ({bench.device.slug}), model {bench.choice.name}, "
         f"load format {bench.choice.load_format}: {bench.choice.why}"
     ]
     if bench.baseline is not None:
         lines.append(f"lowbit: comparing with {bench.baseline.path} ({bench.baseline.runs} runs)")
+        changed = gate.upgrades(bench)
+        lines += [f"lowbit: {changed}"] if changed else []
     elif bench.settings.compare_if_baseline:
         lines.append(f"lowbit: no baseline of this device and model; accept this run with: {bench.accept_command()}")
     return lines
 
 
-def expectation_lines(bench: Any, items: Iterable[pytest.Item]) -> list[str]:
-    benches = [item for item in items if CASE in item.stash]
+def expectation_lines(bench: BenchSession, nodeids: Sequence[str], *, workers: int | None = None) -> list[str]:
+    """How many cases and minutes a run will be; with enough kept runs to accept, none."""
+    if workers is None and updating.nothing_to_measure(bench):
+        return [f"lowbit: {len(nodeids)} cases, nothing to measure: {bench.settings.baseline_runs} kept runs have them"]
     measured = runs.wall_seconds(bench.settings.runs_dir, bench.header())
-    minutes = collection.expected_minutes(benches, measured, bench.device.kind)
-    basis = "by the last kept run" if measured else "a guess until a run is kept"
+    minutes = collection.expected_minutes(nodeids, measured, bench.device.kind) / (workers or 1)
+    basis = "by the last kept runs" if measured else "a guess until a run is kept"
     processes = f" × {bench.settings.baseline_runs} runs" if bench.settings.update_baselines else ""
-    return [f"lowbit: {len(benches)} cases, about {minutes:.0f} min{processes} ({basis})"]
+    return [f"lowbit: {len(nodeids)} cases, about {minutes:.0f} min{processes} ({basis})"]
 
 
-def write(reporter: Any, bench: Any) -> None:
-    """The final section of the run."""
-    if bench.settings.child is not None:
+def announce_workers_run(bench: BenchSession, nodeids: list[str]) -> None:
+    """In a controller, which collects nothing itself: begin the run with what its workers collected, say how much."""
+    bench.open_run(nodeids)
+    reporter: Any = bench.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None:
+        for line in expectation_lines(bench, bench.selected, workers=bench.config.option.numprocesses or 1):
+            reporter.write_line(line)
+
+
+def write(reporter: Any, bench: BenchSession) -> None:
+    """The final section of the run: table, answer, footer, and what became of the run. A child has none."""
+    if bench.settings.child is not None or bench.in_worker:
         return
+    parts = [*_results(bench, bool(reporter.hasmarkup)), *_consequences(bench)]
+    if parts:
+        reporter.section("lowbit", sep="=", bold=True)
+        reporter.write_line("\n".join(parts))
     if bench.error:
         reporter.write_line(f"ERROR: {bench.error}", red=True)
+
+
+def _results(bench: BenchSession, color: bool) -> list[str]:
     records = list(bench.records.values())
     if not records:
-        return
+        return []
     from lowbit.lab import host_peak_mib  # brings torch, which tests/ alone need not wait for
 
-    reporter.section("lowbit", sep="=", bold=True)
-    color = bool(reporter.hasmarkup)
     vram = bench.settings.max_vram or bench.device.total_mib
+    arguments = bench.model_arguments()
     parts = [
         terminal.table(records, bench.verdicts, gated=bench.baseline is not None, color=color),
         terminal.notes(records, bench.verdicts, accept=bench.accept_command),
-        recommendation.recommendation(
-            records, max_kld=bench.settings.max_kld, max_vram_mib=vram, arguments=bench.model_arguments()
-        ),
-        terminal.footer(
-            bench.lab.spent, wall_s=time.perf_counter() - bench.started, host_peak_mib=host_peak_mib()
-        ),
+        gate.upgrades(bench) if bench.regressed else "",
+        recommendation.recommendation(records, max_kld=bench.settings.max_kld, max_vram_mib=vram, arguments=arguments),
+        terminal.footer(bench.lab.spent, wall_s=time.perf_counter() - bench.started, host_peak_mib=host_peak_mib()),
     ]
+    return [part for part in parts if part]
+
+
+def _consequences(bench: BenchSession) -> list[str]:
+    lines = []
     if bench.writer is not None:
-        parts.append(f"run kept in {bench.writer.path}")
+        lines.append(f"run kept in {bench.writer.path}")
     if bench.accepted is not None:
-        parts.append(f"baseline written: {bench.accepted}")
-    elif bench.baseline is None and not bench.settings.update_baselines:
-        parts.append(f"not compared with a baseline; accept this machine's figures with: {bench.accept_command()}")
-    for part in parts:
-        if part:
-            reporter.write_line(part)
+        lines.append(f"baseline written: {bench.accepted}")
+        lines += [f"too noisy to be gated well: {line}; measure again on a quieter machine" for line in bench.warnings]
+    elif bench.records and bench.baseline is None and not bench.settings.update_baselines:
+        lines.append(f"not compared with a baseline; accept this machine's figures with: {bench.accept_command()}")
+    return lines

@@ -1,0 +1,109 @@
+"""The gate: which baseline a run is judged by, and the verdict on a case, confirmed in fresh processes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lowbit import baselines, regression
+from lowbit.baselines import Baseline
+from lowbit.cases import Case
+from lowbit.errors import LowbitError
+from lowbit.record import Record
+from lowbit.regression import Verdict
+from lowbit.report.rows import selection
+
+if TYPE_CHECKING:
+    from lowbit.pytest_plugin.session import BenchSession
+
+
+def find_baseline(bench: BenchSession) -> Baseline | None:
+    """The baseline to judge by. Raises LowbitError when one is asked for and missing, corrupt or foreign."""
+    settings, choice, device = bench.settings, bench.choice, bench.device
+    if settings.child is not None or not (settings.compare or settings.compare_if_baseline):
+        return None
+    path = _find_path(bench)
+    if path is None:
+        if settings.compare_if_baseline and not settings.compare:
+            return None
+        raise LowbitError(
+            f"--benchmark-compare: no baseline of {choice.name} ({choice.load_format}) on {device.slug} "
+            f"in {settings.baselines_dir / device.slug}; make one with: {bench.accept_command()}"
+        )
+    baseline = baselines.load(path)
+    baselines.check(baseline, device.slug, choice.name, choice.load_format, bench.source.protocol)
+    return baseline
+
+
+def _find_path(bench: BenchSession) -> Path | None:
+    settings, slug = bench.settings, bench.device.slug
+    wanted = settings.compare_to
+    if wanted is None:
+        return baselines.find(settings.baselines_dir, slug, bench.choice.name, bench.choice.load_format)
+    if Path(wanted).is_file():
+        return Path(wanted)
+    folder = settings.baselines_dir / slug
+    matches = sorted(folder.glob(f"{wanted}*.json"))
+    if not matches:
+        have = ", ".join(path.name for path in sorted(folder.glob("*.json"))) or "none"
+        raise LowbitError(
+            f"--benchmark-compare={wanted}: no such file, nor a baseline of that number in {folder} (it has: {have})"
+        )
+    return matches[-1]
+
+
+def upgrades(bench: BenchSession) -> str:
+    """``since the baseline: torch 2.11.0 -> 2.13.0``; empty where nothing of the environment changed."""
+    changes = baselines.environment_difference(bench.baseline, bench.environment) if bench.baseline else []
+    return f"since the baseline: {', '.join(changes)}" if changes else ""
+
+
+def judge(bench: BenchSession, case: Case, record: Record) -> list[str]:
+    """Compare with the baseline; confirm a suspicion in fresh processes. Returns the messages that fail the test."""
+    baseline, slug = bench.baseline, bench.device.slug
+    if baseline is None or record.outcome in ("void", "failed"):
+        return []
+    row = baseline.rows.get(record.case)
+    accept = bench.accept_command(selection(record.case))
+    if record.outcome == "skipped":
+        if row is None:
+            return []
+        return [
+            f"{case.name} on {slug}: measured in the baseline, skipped now ({record.unmet}); "
+            f"mend the environment, or accept the skip with: {accept}"
+        ]
+    if row is None:
+        return [f"{case.name} on {slug}: not in the baseline {baseline.path.name}; accept it with: {accept}"]
+    verdicts = regression.judge(record, row, bench.spreads, bench.device.kind)
+    _note(bench, record, verdicts)  # a suspicion whose confirmation breaks off stands: its run is no baseline
+    if regression.suspicions(verdicts):
+        verdicts = _confirm(bench, case, record, verdicts)
+        _note(bench, record, verdicts)
+    failures = [regression.message(case.name, slug, verdict) for verdict in verdicts if verdict.fails]
+    changed = upgrades(bench)
+    return [*failures, changed] if failures and changed else failures
+
+
+def _note(bench: BenchSession, record: Record, verdicts: list[Verdict]) -> None:
+    bench.verdicts[record.case] = verdicts
+    if bench.in_worker:  # travels to the controller with the record
+        record.info["verdicts"] = [asdict(verdict) for verdict in verdicts if verdict.status != "ungated"]
+
+
+def _confirm(bench: BenchSession, case: Case, record: Record, verdicts: list[Verdict]) -> list[Verdict]:
+    """Measure again in fresh processes, the device freed for them, until one acquits or all have spoken."""
+    started = time.perf_counter()
+    repeats: list[Record] = []
+    suspected = ", ".join(verdict.metric for verdict in regression.suspicions(verdicts))
+    for turn in range(1, regression.REPEATS + 1):
+        bench.progress(
+            f"{case.name}: {suspected} beyond the limit; confirming in fresh process {turn} of {regression.REPEATS}"
+        )
+        repeats.append(bench.run_child(record.case)[0])
+        confirmed = regression.confirm(verdicts, repeats)
+        if not regression.suspicions(confirmed):
+            break
+    bench.lab.spent.confirm += time.perf_counter() - started
+    return confirmed

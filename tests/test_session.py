@@ -1,0 +1,238 @@
+"""What goes wrong in a run, and that nothing is lost by it: errors, faults, disturbances, full disks, Ctrl-C, kills."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from fakes import Bench
+
+from lowbit import runs
+from lowbit.pytest_plugin.session import is_device_fault, is_out_of_memory
+
+pytest_plugins = ["pytester"]
+
+DECODE = "a16w4_g128-torchao-reduce-overhead-b1_c0"
+CASES = 2 * (1 + 2 + 2)  # formats × (quality + 2 modes × (prefill, decode))
+
+
+@pytest.fixture
+def bench(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    return Bench(pytester, monkeypatch)
+
+
+def outcomes(bench: Bench) -> dict[str, str]:
+    """Of the newest kept run, by test name."""
+    records = [line["record"] for line in bench.journal() if line["type"] == "case"]
+    return {record["case"].rpartition("::")[2]: record["outcome"] for record in records}
+
+
+# -- one case ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_the_user_can_mend_fails_its_case_in_one_line(bench):
+    bench.plan(error=f"decode[{DECODE}]")
+    result = bench.run()
+    result.assert_outcomes(passed=CASES - 1, failed=1)
+    assert f"decode[{DECODE}] on fake-gpu: NaN or Inf logits from decode[" in result.stdout.str()
+    assert "Traceback" not in result.stdout.str()
+    assert "fakes.py" not in result.stdout.str()
+    assert outcomes(bench)[f"test_decode[{DECODE}]"] == "failed"
+
+
+def test_a_librarys_own_error_keeps_its_traceback_and_leaves_a_failed_record(bench):
+    bench.plan(bug=f"decode[{DECODE}]")
+    result = bench.run("--benchmark-json=out.json")
+    result.assert_outcomes(passed=CASES - 1, failed=1)
+    assert 'raise ValueError("a library\'s own error")' in result.stdout.str()
+    record = next(line["record"] for line in bench.journal() if line.get("record", {}).get("outcome") == "failed")
+    assert (record["error"], record["format"]) == ("ValueError: a library's own error", "a16w4_g128-torchao")
+    assert record["case"] == f"benches/test_decode.py::test_decode[{DECODE}]"
+
+
+def test_out_of_memory_costs_its_own_case_and_says_what_to_do(bench):
+    bench.plan(memory=f"decode[{DECODE}]")
+    result = bench.run()
+    result.assert_outcomes(passed=CASES - 1, failed=1)
+    expected = "out of memory on Fake GPU: CUDA out of memory. Tried to allocate 2.00 GiB.; free it of other processes"
+    assert expected in result.stdout.str()
+    assert "fakes.py" not in result.stdout.str()
+    assert bench.children == []
+
+
+def test_after_a_cuda_fault_the_rest_runs_in_fresh_processes(bench):
+    bench.plan(fault="prefill[bf16-torch-eager")
+    result = bench.run()
+    result.assert_outcomes(passed=CASES - 1, failed=1)
+    assert len(bench.children) == CASES - 2  # all but the quality case before it and the faulting one
+    assert len(outcomes(bench)) == CASES
+
+
+def test_isolate_measures_every_case_in_a_fresh_process(bench):
+    bench.run("--isolate").assert_outcomes(passed=CASES)
+    assert len(bench.children) == CASES
+
+
+def test_isolate_reports_a_failure_of_the_fresh_process(bench):
+    bench.plan(error=f"decode[{DECODE}]")
+    result = bench.run("--isolate")
+    result.assert_outcomes(passed=CASES - 1, failed=1)
+    assert outcomes(bench)[f"test_decode[{DECODE}]"] == "failed"
+
+
+def test_isolate_in_real_processes_loses_only_the_case_that_kills_its_own(bench):
+    bench.plan(**{"kill": f"decode[{DECODE}]", "real children": True})
+    result = bench.run("--isolate", "--benchmark-json=out.json", "-k", "test_decode and int4", processes=True)
+    result.assert_outcomes(passed=1, failed=1, deselected=CASES - 2)
+    assert f"test_decode[{DECODE}]: its fresh process was killed by SIGKILL" in result.stdout.str()
+    (row,) = json.loads((bench.root / "out.json").read_text())["benchmarks"]
+    assert row["extra_info"]["lowbit"]["metrics"]["decode_tok_s"] == 100
+    assert len(row["stats"]["data"]) == 3
+
+
+def test_a_disturbed_case_is_repeated_once_then_void_and_never_regresses(bench):
+    bench.accept()
+    bench.plan(void=f"decode[{DECODE}]", tok_s={f"decode[{DECODE}]": 50})
+    result = bench.run("--benchmark-compare", "-rs")
+    result.assert_outcomes(passed=CASES - 1, skipped=1)
+    assert len(bench.children) == 1
+    assert "void, measured twice: thermal slowdown" in result.stdout.str()
+    assert bench.journal()[-1]["regressed"] is False
+
+
+def test_a_child_measures_a_disturbed_case_once(bench):
+    bench.plan(void=f"decode[{DECODE}]")
+    node = f"benches/test_decode.py::test_decode[{DECODE}]"
+    bench.run("--lowbit-child=result.json", paths=(node,))
+    assert json.loads((bench.root / "result.json").read_text())["record"]["outcome"] == "void"
+    assert bench.children == []
+    assert bench.runs() == []
+
+
+@pytest.mark.parametrize(
+    ("error", "fault", "memory"),
+    [
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), True, False),
+        (RuntimeError("CUDA driver error: device-side assert triggered"), True, False),
+        (torch.OutOfMemoryError("CUDA error: out of memory"), False, True),
+        (MemoryError(), False, True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), False, True),
+        (ValueError("shape"), False, False),
+    ],
+)
+def test_faults_are_told_from_want_of_memory(error, fault, memory):
+    assert (is_device_fault(error), is_out_of_memory(error)) == (fault, memory)
+
+
+# -- the disk ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_unwritable_folder_is_a_usage_error_before_anything_is_measured(bench):
+    (bench.root / ".lowbit").write_text("a file in the folder's place")
+    result = bench.run()
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert "can't write" in result.stderr.str()
+    assert "the run could not be started" in result.stderr.str()
+
+
+def test_a_full_disk_ends_the_run_and_what_was_kept_can_be_resumed(bench):
+    write, lines = runs.os.write, 0
+
+    def fill_up(descriptor, data):
+        nonlocal lines
+        lines += 1
+        if lines == 5:  # header and three cases fit, half of the fourth
+            write(descriptor, data[: len(data) // 2])
+        if lines >= 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, data)
+
+    with bench.monkeypatch.context() as patch:
+        patch.setattr(runs.os, "write", fill_up)
+        result = bench.run()
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert "No space left on device; 3 finished cases are in" in result.stdout.str()
+    result = bench.run("--resume")
+    result.assert_outcomes(passed=CASES)
+    assert list(outcomes(bench).values()) == ["measured"] * CASES
+    assert len(bench.runs()) == 1
+
+
+# -- interruptions and --resume ----------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_keeps_what_is_finished_and_resume_continues(bench):
+    bench.plan(interrupt="decode[bf16-torch-eager")
+    result = bench.run()
+    assert result.ret == pytest.ExitCode.INTERRUPTED
+    assert "run kept in" in result.stdout.str()
+    (run,) = bench.runs()
+    assert [line["type"] for line in bench.journal()] == ["header", "case", "case", "end"]
+    bench.plan(tok_s={"prefill": 1})
+    result = bench.run("--resume", "--benchmark-json=out.json")
+    result.assert_outcomes(passed=CASES)
+    assert bench.runs() == [run]
+    assert [line["type"] for line in bench.journal()].count("case") == CASES
+    assert len(json.loads((bench.root / "out.json").read_text())["benchmarks"]) == CASES
+    assert bench.run("--resume").ret == pytest.ExitCode.USAGE_ERROR
+
+
+def test_a_real_ctrl_c_exits_with_2_and_leaves_no_process_and_no_temporary_file(bench):
+    """SIGINT to the parent while a case of --isolate is measured in its fresh process."""
+    bench.plan(**{"sleep": "decode[bf16-torch-eager", "real children": True})
+    temporary = bench.root / "temporary"
+    temporary.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pytest", "benches", "-p", "fakes", "--isolate", "-k", "bf16 and eager and decode"],
+        cwd=bench.root,
+        env=os.environ | {"TMPDIR": str(temporary)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    asleep = bench.root / "asleep"
+    for _ in range(600):
+        if asleep.exists():
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 2, output
+    assert list(temporary.iterdir()) == []
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(asleep.read_text()), 0)
+    assert bench.journal()[-1] | {"finished": ""} == {
+        "type": "end",
+        "exit_status": 2,
+        "complete": False,
+        "regressed": False,
+        "finished": "",
+    }
+
+
+def test_a_killed_process_is_continued_with_resume_by_workers_too(bench):
+    bench.plan(kill="decode[a16w4_g128-torchao-eager")
+    result = bench.run(processes=True)
+    assert result.ret == -signal.SIGKILL
+    assert [line["type"] for line in bench.journal()].count("case") == 7
+    before = bench.journal()
+    bench.plan(tok_s={"bf16": 1})  # had they been measured again, it would show
+    bench.monkeypatch.setenv("LOWBIT_FAKE_DEVICES", "2")
+    bench.run("--resume", "-n", "2", processes=True).assert_outcomes(passed=CASES)
+    assert len(bench.runs()) == 1
+    assert bench.journal()[: len(before)] == before
+    assert [line["type"] for line in bench.journal()].count("case") == CASES
+    assert bench.journal()[-1]["complete"] is True
+
+
+def test_resume_without_an_interrupted_run_says_so(bench):
+    result = bench.run("--resume")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert "--resume: no interrupted run of embedded (auto), suite quick" in result.stderr.str()
+    assert bench.runs() == []
