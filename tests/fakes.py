@@ -199,9 +199,14 @@ class Bench:
     def run(self, *args: str, processes: bool = False, paths: tuple[str, ...] = ("benches",)) -> pytest.RunResult:
         if processes:
             return self.pytester.runpytest_subprocess(*paths, "-p", "fakes", *args, timeout=120)
+        variables = dict(os.environ)
         with self.monkeypatch.context() as patch:
             install(patch.setattr)
-            return self.pytester.runpytest_inprocess(*paths, *args, no_reraise_ctrlc=True)
+            try:
+                return self.pytester.runpytest_inprocess(*paths, *args, no_reraise_ctrlc=True)
+            finally:  # a session sets some for its compilers
+                os.environ.clear()
+                os.environ.update(variables)
 
     def accept(self, *args: str) -> pytest.RunResult:
         result = self.run("--update-baselines", "--baseline-runs", "1", *args)

@@ -245,17 +245,22 @@ def test_a_skip_of_the_baseline_stays_a_skip(bench):
 # -- with workers, in processes of their own ---------------------------------------------------------------------------
 
 
-def test_workers_gate_their_cases_and_report_what_vanished(bench):
+def test_workers_gate_their_cases_report_what_vanished_and_take_up_an_interrupted_run(bench):
     bench.plan(formats=["bf16-torch", "a16w4_g128-torchao", "a16w8-torchao"])
     bench.accept()
-    bench.plan(tok_s=SLOW)
+    bench.plan(interrupt="decode[bf16-torch-reduce")
+    bench.run()
+    before = bench.journal()
+    bench.plan(tok_s={**SLOW, "decode[bf16-torch-eager": 1})  # the latter would show if it was measured again
     bench.monkeypatch.setenv("LOWBIT_FAKE_DEVICES", "2")
-    result = bench.run("-n", "2", "--benchmark-compare", "-p", "no:cacheprovider", processes=True)
+    result = bench.run("-n", "2", "--resume", "--benchmark-compare", processes=True)
     result.assert_outcomes(passed=CASES - 1, failed=6)
     text = result.stdout.str()
     assert "decode_tok_s 100.0 -> 90.0 tok/s (-10.0 %, limit 2.0 %, 3 of 3 runs)" in text
     assert text.count("no longer collected") == 5
     assert "lowbit: 10 cases, about 0 min" in text
     assert "REGRESSED" in text
+    assert bench.journal()[: len(before)] == before
+    assert [line["type"] for line in bench.journal()].count("case") == CASES
     end = bench.journal()[-1]
     assert (end["complete"], end["regressed"]) == (True, True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 from fakes import Bench
@@ -136,6 +137,6 @@ def test_an_unwritable_baselines_folder_is_a_usage_error_and_the_run_is_kept(ben
 
 def test_the_baseline_is_readable_by_pytest_benchmark(bench):
     bench.accept()
-    result = bench.pytester.run("pytest-benchmark", "compare", str(bench.baseline))
+    result = bench.pytester.run(sys.executable, "-m", "pytest_benchmark", "compare", str(bench.baseline))
     assert result.ret == 0
     assert DECODE in result.stdout.str()

@@ -31,7 +31,7 @@ def quiet_pytest_benchmark(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning")  # the libraries' own, a dozen per import
     if not any(str(word).startswith("--benchmark-columns") for word in config.invocation_params.args):
         option.benchmark_columns = ["median", "iqr", "rounds"]
-    if option.lowbit_child is not None:
+    if option.lowbit_child is not None or option.no_summary:
         option.benchmark_quiet = True
 
 
@@ -71,7 +71,7 @@ def announce_workers_run(bench: BenchSession, nodeids: list[str]) -> None:
 
 def write(reporter: Any, bench: BenchSession) -> None:
     """The final section of the run: table, answer, footer, and what became of the run. A child has none."""
-    if bench.settings.child is not None or bench.in_worker:
+    if bench.settings.child is not None or bench.in_worker or bench.config.option.no_summary:
         return
     parts = [*_results(bench, bool(reporter.hasmarkup)), *_consequences(bench)]
     if parts:
