@@ -37,6 +37,13 @@ class Case:
         return "-".join(part for part in parts if part)
 
     @property
+    def rows(self) -> int | None:
+        """Tokens per timed forward pass: the rows of every product. None for quality."""
+        if self.workload is None:
+            return None
+        return self.workload.batch * (self.workload.prompt_tokens if self.kind == "prefill" else 1)
+
+    @property
     def name(self) -> str:
         """The case as messages word it: ``decode[a16w4_g128-torchao-reduce-overhead-b1_c0]``."""
         return f"{self.kind}[{self.id}]"
@@ -58,7 +65,7 @@ def enumerate_cases(kind: Kind, suite: str, parameters: int, formats: Iterable[F
 
 
 def run_order(case: Case) -> tuple[int, int, int]:
-    """Sort key: one format is alive at a time; its quality first, then its modes, so that a compile serves nearby cases."""
+    """Sort key: one format is alive at a time; its quality first, then mode after mode."""
     formats = list(FORMATS)
     modes = list(SUITE_MODES["full"])
     position = formats.index(case.format.id) if case.format.id in FORMATS else len(formats)

@@ -65,8 +65,8 @@ def find(mode: str) -> Mode:
         raise unknown("compile mode", mode, MODES) from None
 
 
-def unmet(mode: str, device: Device, fmt: Format) -> Unmet | None:
-    """Why this mode can't run on this device with this format, or None."""
+def unmet(mode: str, device: Device, fmt: Format, rows: int | None = None) -> Unmet | None:
+    """Why this mode can't run on this device with this format, at ``rows`` tokens per forward pass, or None."""
     row = find(mode)
     if row.inductor is None:
         return None
@@ -75,6 +75,9 @@ def unmet(mode: str, device: Device, fmt: Format) -> Unmet | None:
         if row.cuda_graph and waits:
             # Inductor would leave its CUDA graphs out with a log line, and measure the default mode under this name
             return Unmet("capability", f"{mode} needs CUDA graphs, which can't hold {waits}: it waits for the host")
+        least = fmt.options.get("compiled_min_rows", 0)
+        if rows is not None and rows < least:
+            return Unmet("shape", f"its compiled product needs {least} tokens per forward pass, this case has {rows}")
         if device.capability is not None and device.capability < (7, 5):
             return Unmet("capability", f"torch.compile needs SM75 (Triton), this is {device.sm}")
         return None

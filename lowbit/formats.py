@@ -35,9 +35,11 @@ class Format:
     ``id`` is ``<name>-<backend>``, e.g. ``a16w4_g128-torchao``: activation bits, weight bits, ``_g`` group size.
     ``dtypes`` are the base dtypes (activations, norms, head) in order of preference; the first one that the device
     has is taken; ``cuda_dtypes`` where a GPU's order is another. ``inductor`` are Inductor flags that this row's
-    generated kernels need to be fast; they are set for its compile only. ``options`` are the scheme's own; two of them others read: ``pads_k_to`` (the kernel stores K
-    rounded up to it) and ``waits_for_host`` (what in a forward pass waits for the host, so that no CUDA graph can hold
-    it). ``fast`` is False for a reference row: right, but not a path anybody would serve.
+    generated kernels need to be fast; they are set for its compile only. ``options`` are the scheme's own;
+    three of them others read: ``pads_k_to`` (the kernel stores K rounded up to it), ``waits_for_host`` (what in a
+    forward pass waits for the host, so that no CUDA graph can hold it) and ``compiled_min_rows`` (tokens per forward
+    pass that its compiled CUDA kernel asks for). ``fast`` is False for a reference row: right, but not a path anybody
+    would serve.
     """
 
     name: str
@@ -102,13 +104,18 @@ FORMATS: dict[str, Format] = {
         _row(
             *("a16w8", "torchao", "int8_weight_only", (16, 8), "int8", "int8wo"),
             inductor=FUSED_MATVEC,
-            # In bf16 Inductor turns what is not a fused matvec into aten._weight_int8pack_mm (fx_passes/quantization.py),
-            # whose CUDA kernel took 7,879 ms for a prefill of 512 tokens of 8B on an H200, and 57 ms per decoded token
-            # without the flag above; fp16 does not match that pattern.
+            # In bf16 Inductor turns what is not a fused matvec into aten._weight_int8pack_mm
+            # (fx_passes/quantization.py), whose CUDA kernel took 7,879 ms for a prefill of 512 tokens of 8B on an H200,
+            # and 57 ms per decoded token without the flag above; fp16 does not match that pattern.
             cuda_dtypes=("fp16", "bf16"),
             note="on CUDA in fp16: Inductor's bf16 path takes a slow kernel",
         ),
-        _row("a8w8", "torchao", "int8_dynamic", (8, 8), "int8", "dynamic", inductor=FUSED_INT8),
+        _row(
+            *("a8w8", "torchao", "int8_dynamic", (8, 8), "int8", "dynamic"),
+            inductor=FUSED_INT8,
+            # torch._int_mm on CUDA: "self.size(0) needs to be greater than 16" (2.11); eager torchao goes round it
+            options={"compiled_min_rows": 17},
+        ),
         _row(
             *("a16w4_g128", "torchao", "int4_weight_only", (16, 4), "int4", "int4wo"),
             group_size=128,
@@ -119,8 +126,7 @@ FORMATS: dict[str, Format] = {
         _row(
             *("a16w8_fp8", "torchao", "fp8_weight_only", (16, 8), "fp8", "float8"),
             inductor=FUSED_MATVEC,
-            fast=False,
-            note="dequantizes, then a product in the base dtype",
+            note="a decoded token's products are fused matvecs; other products dequantize first",
         ),
         _row("a8w8_fp8", "torchao", "fp8_dynamic_row", (8, 8), "fp8", "float8", "dynamic", **BF16, **CUDA),
         _row("a16w8", "gemlite", "A16W8_INT8", (16, 8), "int8", **FP16_FIRST, **CUDA),

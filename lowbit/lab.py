@@ -22,7 +22,7 @@ from lowbit.quiet import quiet_import
 from lowbit.record import Record
 from lowbit.scoring import Scorer
 from lowbit.spent import Spent, host_peak_mib
-from lowbit.timing import Progress, Rounds, Stopwatch, prompt
+from lowbit.timing import Progress, Rounds, Stopwatch, cudagraph_skips, prompt
 
 __all__ = ["Lab", "Progress", "Rounds", "Spent", "host_peak_mib"]
 
@@ -115,7 +115,7 @@ class Lab:
         config = self.host_config
         reason = backends.unmet(case.format, self.device, config)
         if reason is None and case.mode is not None:
-            reason = compilers.unmet(case.mode, self.device, case.format)
+            reason = compilers.unmet(case.mode, self.device, case.format, case.rows)
         if reason is None and case.workload is not None:
             limit = getattr(config, "max_position_embeddings", None)
             if limit is not None and case.workload.context_tokens > limit:
@@ -180,6 +180,7 @@ class Lab:
         if disturbance is not None:
             record.outcome, record.error = "void", disturbance
         record.metrics = metrics.derive(measurement)
+        record.unavailable |= measurement.unavailable
         record.info["card"] = {"before": before.to_dict(), "after": after.to_dict()} if self.nvml else None
         record.info["notes"] = [*record.info.get("notes", ()), *self._notes()]
         record.info["wall_s"] = time.perf_counter() - started
@@ -249,10 +250,11 @@ class Lab:
             m.vram_peak_mib = self.vram.case_peak_mib()
             m.vram_alloc_peak_mib = self.vram.alloc_peak_mib()
             m.graph_breaks, m.recompiles = compilers.counters()
-            if self.device.kind == "cuda" and case.mode is not None and compilers.find(case.mode).cuda_graph:
-                record.info["cudagraph_skips"] = skips = compilers.cudagraph_skips()
-                # Inductor only logs it; the mode was not what its name says
-                record.info["notes"] = [f"{case.name}: Inductor gave up its CUDA graphs, {skips} times"] * bool(skips)
+            skips = cudagraph_skips(case, self.device)
+            if skips is not None:
+                record.info["cudagraph_skips"] = skips
+            if skips:
+                record.info["notes"] = [f"{case.name}: Inductor gave up its CUDA graphs, {skips} times"]
         self.vram.release()
         m.vram_end_mib = self.vram.process_mib()
         if case.kind == "decode":

@@ -98,6 +98,7 @@ class Measurement:
     graph_breaks: int | None = None
     recompiles: int | None = None
     quality: Quality | None = None
+    unavailable: dict[str, str] = field(default_factory=dict)
 
     @property
     def prefill(self) -> float | None:

@@ -14,7 +14,8 @@ from lowbit.errors import LowbitError
 WINDOW = 2048
 """Tokens per window on real models: the protocol of the published WikiText-2 perplexities."""
 
-WIKITEXT2_REPO, WIKITEXT2_ARCHIVE, WIKITEXT2_MEMBER = "ggml-org/ci", "wikitext-2-raw-v1.zip", "wikitext-2-raw/wiki.test.raw"
+WIKITEXT2_REPO, WIKITEXT2_ARCHIVE = "ggml-org/ci", "wikitext-2-raw-v1.zip"
+WIKITEXT2_MEMBER = "wikitext-2-raw/wiki.test.raw"
 """The raw test set as llama.cpp's own scripts fetch it (scripts/get-wikitext-2.sh): a zip, no parquet reader needed."""
 
 
@@ -34,8 +35,8 @@ class Source:
         """Tokenize it. Raises LowbitError if the model came without a tokenizer."""
         if tokenizer is None:
             raise LowbitError(
-                f"quality on {self.protocol} needs the model's tokenizer (tokenizer.json), which its folder does not have; "
-                "add it, or leave the quality cases out with -k 'not quality'"
+                f"quality on {self.protocol} needs the model's tokenizer (tokenizer.json), which its folder does not "
+                "have; add it, or leave the quality cases out with -k 'not quality'"
             )
         if self.path is None:
             return quality.encode_text(self.name, embedded.heldout_text(), tokenizer, self.window)
@@ -68,7 +69,9 @@ def find_wikitext2() -> Path | None:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        archive = Path(huggingface_hub.hf_hub_download(WIKITEXT2_REPO, WIKITEXT2_ARCHIVE, repo_type="dataset", etag_timeout=5))
+        archive = Path(
+            huggingface_hub.hf_hub_download(WIKITEXT2_REPO, WIKITEXT2_ARCHIVE, repo_type="dataset", etag_timeout=5)
+        )
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError):
         return None  # said by the protocol's name: the metrics become ppl_embedded_…
     target = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowbit" / quality.WIKITEXT2_FILE

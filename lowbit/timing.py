@@ -13,7 +13,7 @@ from lowbit import compilers, generate, measure
 from lowbit.cases import Case
 from lowbit.device import Device
 from lowbit.metrics import Measurement
-from lowbit.nvml import Nvml
+from lowbit.nvml import Nvml, NvmlUnavailable
 from lowbit.quantized import TORCH_DTYPES, Quantized
 from lowbit.spent import Spent
 
@@ -26,6 +26,10 @@ WARM_STEPS = 4
 
 PROBE_STEPS = 16
 """Decoded steps from which a round's length is foreseen."""
+
+
+ENERGY_STRETCH_S = 0.03
+"""Seconds that one step of the energy window takes."""
 
 
 @dataclass
@@ -64,10 +68,17 @@ class Stopwatch:
             rounds(timer, setup=setup, rounds=round_count(step_s * m.new_tokens))
             m.decode_s = timer.seconds
             if self.nvml is not None:
-                # a slow format's whole round would take half a minute
-                steps = max(1, min(m.new_tokens, int(1 / step_s)))
-                reading = measure.energy(self.nvml, self.device, lambda: decoder.again(steps))
-                m.energy_j, m.energy_tokens = reading.joules, reading.repetitions * steps * ids.shape[0]
+                self._weigh(self.nvml, decoder, step_s, m)
+
+    def _weigh(self, nvml: Nvml, decoder: generate.Decoder, step_s: float, m: Measurement) -> None:
+        """Joules of decoding on from the prompt's end, in stretches short beside the counter's 100 ms."""
+        steps = max(1, min(m.new_tokens, int(ENERGY_STRETCH_S / step_s)))
+        try:
+            reading = measure.energy(nvml, self.device, lambda: decoder.again(steps))
+        except NvmlUnavailable as error:  # a MIG slice has no counter of its own
+            m.unavailable["energy_j_per_tok"] = str(error)
+        else:
+            m.energy_j, m.energy_tokens = reading.joules, reading.repetitions * steps * m.batch
 
     def time_prefill(self, case: Case, quantized: Quantized, ids: torch.Tensor, m: Measurement, rounds: Rounds) -> None:
         """Rounds of one forward pass over ids [B, S] up to the first token."""
@@ -115,6 +126,13 @@ class Stopwatch:
         return 0.0 if case.mode == "eager" else max(0.0, first + second - 2 * third)
 
 
+def cudagraph_skips(case: Case, device: Device) -> int | None:
+    """How often this case's compiles gave up their CUDA graphs, which Inductor only logs; None in modes without."""
+    if device.kind != "cuda" or case.mode is None or not compilers.find(case.mode).cuda_graph:
+        return None
+    return compilers.cudagraph_skips()
+
+
 def _warming(case: Case) -> str:
     return "warmup" if case.mode == "eager" else "compile"
 
@@ -136,9 +154,9 @@ class RoundTimer:
             self.after()
 
 
-def round_count(seconds: float, budget_s: float = 3.0) -> int:
-    """How many rounds to time: about three seconds' worth, at least 3 and at most 15; 1 where a round takes 5 s."""
-    return 1 if seconds > 5 else max(3, min(15, round(budget_s / max(seconds, 1e-6))))
+def round_count(seconds: float, budget_s: float = 2.0) -> int:
+    """How many rounds to time: two seconds' worth, at least 3 and at most 15; 1 where one alone is longer."""
+    return 1 if seconds > budget_s else max(3, min(15, round(budget_s / max(seconds, 1e-6))))
 
 
 def prompt(vocab_size: int, batch: int, tokens: int, device: Device) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 from tiny import CPU, gpu, model
 
 from lowbit import backends, compilers
+from lowbit.device import Device
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS
 from lowbit.quiet import quiet_import
@@ -253,3 +254,12 @@ def test_a_quantized_layer_compiles_whole(name):
 def test_regional_wants_the_layers():
     with pytest.raises(LowbitError, match="'regional' expects the decoder layers"):
         compilers.compile_call(double, "regional", CPU, {})
+
+
+def test_a_product_that_needs_more_rows_is_not_compiled_for_fewer():
+    card = Device("cuda", 0, "A card", "a-card", (9, 0), 1000.0, 1, None, None)
+    int8_dynamic = FORMATS["a8w8-torchao"]
+    unmet = compilers.unmet("reduce-overhead", card, int8_dynamic, 1)
+    assert str(unmet) == "shape: its compiled product needs 17 tokens per forward pass, this case has 1"
+    assert compilers.unmet("reduce-overhead", card, int8_dynamic, 512) is None
+    assert compilers.unmet("eager", card, int8_dynamic, 1) is None
