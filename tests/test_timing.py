@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from lowbit import compilers, timing
+from lowbit.cases import Case
+from lowbit.device import Device
+from lowbit.formats import FORMATS
+from lowbit.workloads import WORKLOADS
+
+CPU = Device("cpu", 0, "a test's CPU", "cpu-test", None, 100_000.0, 2, driver=None, cuda=None)
+CARD = dataclasses.replace(CPU, kind="cuda", capability=(9, 0))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "rounds"), [(1e-9, 15), (0.1, 15), (0.25, 8), (0.9, 3), (2.0, 3), (2.1, 1), (60.0, 1)]
+)
+def test_rounds_fill_two_seconds(seconds, rounds):
+    assert timing.round_count(seconds) == rounds
+
+
+def test_the_prompt_is_the_same_in_every_run():
+    ids = timing.prompt(1000, 2, 3, CPU)
+    assert ids.tolist() == [[13, 932, 851], [770, 689, 608]]
+    assert ids.dtype == torch.int64
+
+
+def test_a_round_timer_keeps_one_figure_a_round():
+    calls = []
+    timer = timing.RoundTimer(CPU, lambda: calls.append("round"), lambda: calls.append("after"))
+    timer()
+    timer()
+    assert calls == ["round", "after"] * 2
+    assert len(timer.seconds) == 2
+    assert min(timer.seconds) >= 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "device", "skips"),
+    [("reduce-overhead", CARD, 3), ("max-autotune", CARD, 3), ("default", CARD, None), ("reduce-overhead", CPU, None)],
+)
+def test_cuda_graphs_given_up_are_counted_where_a_mode_has_them(monkeypatch, mode, device, skips):
+    monkeypatch.setattr(compilers, "cudagraph_skips", lambda: 3)
+    case = Case("decode", FORMATS["bf16-torch"], mode, WORKLOADS[2])
+    assert timing.cudagraph_skips(case, device) == skips
+    assert timing.cudagraph_skips(Case("quality", FORMATS["bf16-torch"]), CARD) is None
