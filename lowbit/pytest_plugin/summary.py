@@ -28,6 +28,8 @@ def make_progress(config: pytest.Config) -> Progress:
 def quiet_pytest_benchmark(config: pytest.Config) -> None:
     """Its table beside ours: three columns and short names, unless the user asked for others."""
     option = config.option
+    if option.log_level is None:
+        option.log_level = "WARNING"  # a failed compile would show a thousand lines of Dynamo's trace
     config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning")  # the libraries' own, a dozen per import
     if not any(str(word).startswith("--benchmark-columns") for word in config.invocation_params.args):
         option.benchmark_columns = ["median", "iqr", "rounds"]

@@ -1,0 +1,349 @@
+"""Lab on a CPU, with a real Llama of two layers read from disk: nothing is faked but the runner of rounds."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import random
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import tiny_llama
+import torch
+
+from lowbit import compilers, lab, measure, metrics, models, scoring, texts
+from lowbit.backends import coverage
+from lowbit.cases import Case
+from lowbit.ceilings import Ceilings
+from lowbit.device import Device
+from lowbit.errors import LowbitError
+from lowbit.formats import FORMATS
+from lowbit.record import Record
+from lowbit.workloads import Workload
+
+CPU = Device("cpu", 0, "a test's CPU", "cpu-test", None, 100_000.0, 2, driver=None, cuda=None)
+SHAPE = {name: value for name, value in tiny.config().to_dict().items() if name in ("hidden_size", "head_dim")} | {
+    "intermediate_size": 768,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "initializer_range": 0.05,
+}
+CPU_FORMATS = [row for row in FORMATS.values() if "cpu" in row.devices]
+DECODE = Workload("b2_c0", "decode", 2, 5, 6, "small")
+PREFILL = Workload("p24", "prefill", 1, 24, 0, "small")
+WORDS = "once upon a time a time upon once "
+
+
+def run_rounds(target, setup=None, rounds=1):
+    """What ``benchmark.pedantic`` does with these arguments."""
+    for _ in range(rounds):
+        if setup is not None:
+            setup()
+        target()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tiny_llama.save(tmp_path_factory.mktemp("model"), **SHAPE)
+    return tiny_llama.add_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "story.txt"
+    path.write_text(WORDS * 20)
+    return texts.Source("story", 32, path)
+
+
+def make_lab(folder, source, device=CPU, **fields):
+    choice = models.choose(str(folder), "auto", CPU, {})
+    made = lab.Lab(device, choice, source, progress=lambda text: None, **fields)
+    made._ceilings = Ceilings(10.0, 10.0, 0.1)  # measured in test_ceilings.py; half a second each
+    return made
+
+
+@pytest.fixture(scope="module")
+def bench(folder, source):
+    made = make_lab(folder, source)
+    yield made
+    made.close()
+
+
+def decode(fmt="bf16-torch", mode="eager", workload=DECODE):
+    return Case("decode", FORMATS[fmt], mode, workload)
+
+
+def take(bench, case, rounds=run_rounds):
+    return bench.measure(case, f"benches/test_{case.kind}.py::test_{case.name}", rounds)
+
+
+def expected_metrics(kind):
+    return {name for name, row in metrics.METRICS.items() if kind in row.kinds}
+
+
+def accounted_for(record):
+    return {metrics.find(name).name for name in record.metrics} | set(record.unavailable)
+
+
+# -- records ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "case",
+    [decode(), Case("prefill", FORMATS["bf16-torch"], "eager", PREFILL), Case("quality", FORMATS["a8w8-torchao"])],
+    ids=lambda case: case.kind,
+)
+def test_a_record_has_every_metric_of_its_kind_or_the_reason(bench, case):
+    record = take(bench, case)
+    assert accounted_for(record) == expected_metrics(case.kind)
+    assert all(value == value and value >= 0 for value in record.metrics.values())
+    assert set(record.unavailable.values()) <= {"needs an NVIDIA GPU"}
+    assert not {*record.metrics} & {*record.unavailable}
+    assert (record.outcome, record.dtype, record.info["notes"]) == ("measured", "bf16", [])
+    assert record.info["coverage"]["linears"] == 14
+    assert record.info["wall_s"] > 0
+    assert Record.from_dict(record.to_dict()) == record
+
+
+def test_samples_are_those_of_the_rounds(bench):
+    record = take(bench, decode(), lambda target, setup, rounds: run_rounds(target, setup, 4))
+    lengths = {name: len(values) for name, values in record.samples.items()}
+    assert lengths == {"decode_s": 4, "prefill_s": 4, "step_s": 4 * DECODE.new_tokens, "yardstick_s": 4}
+    tokens = DECODE.batch * DECODE.new_tokens
+    assert record.metrics["decode_tok_s"] == pytest.approx(tokens / sorted(record.samples["decode_s"])[1], rel=2)
+
+
+def test_seconds_by_purpose_stay_within_the_wall(folder, source):
+    bench = make_lab(folder, source)
+    record = take(bench, Case("quality", FORMATS["bf16-torch"]))
+    wall = record.info["wall_s"] + take(bench, decode()).info["wall_s"]
+    spent = bench.spent
+    assert min(spent.load, spent.quantize, spent.warmup, spent.measure, spent.quality) > 0
+    assert spent.compile == 0
+    assert spent.total() <= wall
+    bench.close()
+
+
+def test_a_compiled_case(bench):
+    case = decode(mode="reduce-overhead", workload=dataclasses.replace(DECODE, batch=1))
+    if unmet := bench.unmet(case):
+        pytest.skip(str(unmet))
+    record = take(bench, case)
+    assert record.metrics["compile_s"] > 0
+    assert (record.metrics["graph_breaks"], record.metrics["recompiles"]) == (0, 0)
+    assert "cudagraph_skips" not in record.info  # a CPU has no graphs that could be given up
+    assert accounted_for(record) == expected_metrics("decode")
+
+
+def test_notes_of_the_host_model_reach_the_record(folder, source):
+    bench = make_lab(folder, source)
+    bench.host.notes.append("3 of 4 pieces of host memory are not page-locked")
+    assert take(bench, decode()).info["notes"] == ["3 of 4 pieces of host memory are not page-locked"]
+    bench.close()
+
+
+def test_cuda_graphs_given_up_are_noted(bench, monkeypatch):
+    monkeypatch.setattr(lab, "cudagraph_skips", lambda case, device: 2)
+    record = take(bench, decode())
+    assert record.info["cudagraph_skips"] == 2
+    assert record.info["notes"] == ["decode[bf16-torch-eager-b2_c0]: Inductor gave up its CUDA graphs, 2 times"]
+
+
+def test_the_runs_own_processes_do_not_disturb(folder, source, monkeypatch):
+    seen = []
+    read = lab.CardState.read
+    monkeypatch.setattr(lab.CardState, "read", lambda nvml, own: seen.append(own) or read(nvml, own))
+    bench = make_lab(folder, source, own_pids=lambda: {11, 12})
+    take(bench, decode())
+    assert seen == [{11, 12}, {11, 12}]
+    bench.close()
+
+
+def test_a_disturbed_card_voids_the_record(bench, monkeypatch):
+    monkeypatch.setattr(lab, "disturbed", lambda before, after: "another process came to the card: pid 7")
+    record = take(bench, decode())
+    assert (record.outcome, record.error) == ("void", "another process came to the card: pid 7")
+    assert record.metrics["decode_tok_s"] > 0
+
+
+# -- isolation --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fmt", CPU_FORMATS, ids=lambda fmt: fmt.id)
+def test_the_master_is_untouched_by_every_format(bench, fmt):
+    before = bench.host.checksum()
+    if unmet := bench.unmet(decode(fmt.id)):
+        pytest.skip(str(unmet))
+    assert take(bench, Case("quality", fmt)).outcome == "measured"
+    assert take(bench, decode(fmt.id)).outcome == "measured"
+    assert bench.host.checksum() == before
+
+
+def settings():
+    configs = [dict(config.get_config_copy()) for config in compilers._configs()]
+    return *configs, torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("fmt", ["a16w8-torchao", "a16w4_g128-torchao", "a16w4_nf4_dq-bitsandbytes"])
+def test_a_case_leaves_the_process_as_it_was(bench, fmt):
+    bench.acquire(FORMATS[fmt])
+    before = settings()
+    take(bench, decode(fmt))
+    take(bench, Case("quality", FORMATS[fmt]))
+    assert settings() == before
+
+
+def test_order_does_not_matter_to_quality(folder, source):
+    """Two random orders, each in a lab of its own."""
+    found = []
+    for seed in (1, 2):
+        bench = make_lab(folder, source)
+        rows = [row for row in CPU_FORMATS if bench.unmet(Case("quality", row)) is None]
+        random.Random(seed).shuffle(rows)
+        found.append({row.id: take(bench, Case("quality", row)).metrics for row in rows})
+        bench.close()
+    first, second = found
+    assert list(first) != list(second)
+    assert len(first) >= 5
+    for fmt, values in first.items():
+        assert _quality(values) == _quality(second[fmt]), fmt
+
+
+def _quality(values):
+    return {name: value for name, value in values.items() if name.startswith(("ppl_", "kld_", "top1_"))}
+
+
+def live_bytes():
+    """Bytes of all storages that a tensor, however wrapped, still holds: what RSS, which glibc pads, can't say.
+
+    Without a collection: what only cycles hold, and Lab has put out of the collector's sight, would be a leak too.
+    """
+    gc.unfreeze()
+    storages = {}
+    for held in gc.get_objects():
+        # by type(): isinstance() asks for __class__, at which torch's deprecated objects warn
+        if issubclass(type(held), torch.Tensor) and not hasattr(held, "__tensor_flatten__"):
+            storage = held.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def test_thirteen_builds_take_no_more_memory_than_one(folder, source):
+    bench = make_lab(folder, source)
+    assert bench.host.checkpoint_bytes > 2**20  # read: the master counts before
+    rows = [row for row in CPU_FORMATS if bench.unmet(decode(row.id)) is None]
+    gc.collect()
+    before = live_bytes()
+    largest = 0
+    for turn in range(13):
+        fmt = rows[turn % len(rows)]
+        largest = max(largest, bench.acquire(fmt).coverage.resident_bytes)
+        if turn % 4 == 0:
+            assert live_bytes() - before <= largest * 1.1, f"build {turn + 1}: {fmt.id}"
+    bench.release()
+    assert live_bytes() - before <= 0.1 * largest
+    bench.close()
+
+
+def test_one_format_is_alive_at_a_time(bench):
+    first = bench.acquire(FORMATS["bf16-torch"])
+    assert bench.acquire(FORMATS["bf16-torch"]) is first
+    second = bench.acquire(FORMATS["a16w8-torchao"])
+    assert second is not first
+    bench.release()
+    assert bench.acquire(FORMATS["a16w8-torchao"]) is not second
+
+
+# -- what can't be measured -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [decode(), Case("quality", FORMATS["a16w8-torchao"])], ids=lambda case: case.kind)
+def test_nan_weights_are_an_error_that_names_the_case(folder, source, case):
+    bench = make_lab(folder, source)
+    if case.kind == "quality":
+        bench._scorer.reference(bench.host)  # of whole weights: the format's own NaN must show
+    with torch.no_grad():
+        bench.host.master.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(LowbitError, match="NaN/Inf logits from " + case.name.replace("[", r"\[")):
+        take(bench, case)
+    bench.close()
+
+
+def test_a_context_beyond_the_models_is_unmet(bench):
+    unmet = bench.unmet(decode(workload=Workload("b1_c300", "decode", 1, 300, 8, "small")))
+    assert (unmet.kind, unmet.reason) == ("shape", "b1_c300 needs 308 positions, the model has 256")
+
+
+def test_what_does_not_fit_is_unmet_with_the_figures(folder, source):
+    small = dataclasses.replace(CPU, total_mib=6.0)
+    bench = make_lab(folder, source, small)
+    assert bench.unmet(decode()) is None
+    cache = Workload("b64_c192", "decode", 64, 192, 8, "small")
+    unmet = bench.unmet(decode("a16w8-torchao", workload=cache))
+    assert unmet.kind == "memory"
+    # 0.8 + ... MiB of weights in int8, 1.6 of one bf16 layer, 64 x 200 x 512 bytes of keys and values
+    assert unmet.reason == (
+        f"quantized weights, KV cache and one 16-bit layer: needs {_needed(bench, cache):,.0f} MiB, "
+        "6 of 6 MiB are free on a test's CPU"
+    )
+    assert bench.unmet(decode("a16w8-torchao")) is None
+    bench.close()
+
+
+def _needed(bench, workload):
+    config = bench.host_config
+    linears = 2 * 256 * 256 + 2 * 256 * 64 + 3 * 256 * 768
+    head = 2 * config.vocab_size * 256 * 2
+    weights = 2 * linears * 8.5 / 8 + head + linears * 2
+    return (weights + workload.batch * workload.context_tokens * 2 * 2 * 64 * 2) / 2**20
+
+
+def test_a_reference_that_does_not_fit_is_streamed(folder, source):
+    """On a card too small for bf16 the reference logits come layer by layer, and are the same."""
+    case = Case("quality", FORMATS["a16w8-torchao"])
+    whole = make_lab(folder, source)
+    expected = take(whole, case)
+    whole.close()
+    small = make_lab(folder, source, dataclasses.replace(CPU, total_mib=4.0))
+    need = scoring.reference_mib(FORMATS["bf16-torch"], small.host_config, 32)
+    assert measure.memory_fits(small.device, need).kind == "memory"
+    record = take(small, case)
+    assert _quality(record.metrics) == _quality(expected.metrics)
+    (note,) = record.info["notes"]
+    assert note.startswith("bf16-torch does not fit (needs ")
+    assert note.endswith("4 of 4 MiB are free on a test's CPU): reference logits streamed layer by layer")
+    assert expected.info["notes"] == []
+    small.close()
+
+
+def test_quality_beside_dummy_weights_is_the_embedded_models(folder, source):
+    bench = make_lab(folder, source)
+    stand_in = bench.host
+    bench.choice = dataclasses.replace(bench.choice, load_format="dummy")
+    bench._embedded = dataclasses.replace(stand_in, name="embedded")
+    record = take(bench, Case("quality", FORMATS["a16w8-torchao"]))
+    assert record.info["quality_model"] == "embedded"
+    assert record.unavailable["ppl"] == "dummy weights: quality is not applicable"
+    assert "weights_mib" not in record.metrics
+    assert "checkpoint_mb" not in record.metrics
+    bench.close()
+
+
+def test_a_format_without_a_dtype_here_is_an_error(bench):
+    nothing = dataclasses.replace(FORMATS["bf16-torch"], name="none", dtypes=())
+    with pytest.raises(LowbitError, match="none-torch needs one of "):
+        bench.acquire(nothing)
+
+
+def test_coverage_is_proven_before_anything_is_measured(bench, monkeypatch):
+    bench.release()
+    monkeypatch.setattr(lab.quantized.backends, "get", lambda name: SimpleNamespace(PACKAGES=(), quantize=_nothing))
+    with pytest.raises(coverage.CoverageError):
+        take(bench, decode("a16w8-torchao"))
+    bench.release()
+
+
+def _nothing(module, fmt, dtype):
+    """A library that leaves every linear as it is, without a word."""
