@@ -76,15 +76,13 @@ def _hush_transformers(module: ModuleType) -> None:
     module.utils.logging.disable_progress_bar()
 
 
-def _hush_bitsandbytes(module: ModuleType) -> None:
-    # LLM.int8 says on every call, in every layer, that it casts to fp16
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+_HUSH: dict[str, Callable[[ModuleType], None]] = {"transformers": _hush_transformers}
+_LOGGERS = frozenset({"bitsandbytes"})
+"""Libraries that log too much: at import, and LLM.int8 on every call, in every layer, that it casts to fp16.
 
-
-_HUSH: dict[str, Callable[[ModuleType], None]] = {
-    "transformers": _hush_transformers,
-    "bitsandbytes": _hush_bitsandbytes,
-}
+Silenced before the import. A handler that keeps records (pytest's) would keep the frames of their exceptions, and
+with these what the importing functions hold, a model among it.
+"""
 _hushed: set[str] = set()
 
 
@@ -95,15 +93,17 @@ def quiet_import(name: str) -> ModuleType:
     import raises, with a note holding what the library printed.
     """
     loaded = sys.modules.get(name)
-    if loaded is not None and (name in _hushed or name not in _HUSH):
+    if loaded is not None and (name in _hushed or name not in _HUSH.keys() | _LOGGERS):
         return loaded
     with captured_output() as output, warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        if name in _LOGGERS:
+            logging.getLogger(name).setLevel(logging.ERROR)
         try:
             module = importlib.import_module(name)
             if hush := _HUSH.get(name):
                 hush(module)
-                _hushed.add(name)
+            _hushed.add(name)
         except BaseException as error:
             if printed := output().strip():
                 error.add_note(f"{name} printed while it was imported:\n{printed}")

@@ -86,3 +86,11 @@ def test_a_library_that_was_loaded_before_is_hushed_once(library, monkeypatch):
 def test_llm_int8_does_not_repeat_itself():
     quiet_import("bitsandbytes")
     assert not logging.getLogger("bitsandbytes.autograd._functions").isEnabledFor(logging.WARNING)
+
+
+def test_a_loud_librarys_import_logs_nothing(library, monkeypatch, caplog):
+    name = library("loud_logger", "import logging\nlogging.getLogger(__name__).warning('no kernel here')\n")
+    monkeypatch.setattr(quiet, "_LOGGERS", frozenset({name}))
+    quiet_import(name)
+    logging.getLogger(f"{name}.ops").warning("a cast")
+    assert caplog.records == []
