@@ -32,6 +32,7 @@ from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS, Unmet
 from lowbit.pytest_plugin import children, session
 from lowbit.record import Record
+from lowbit.spent import Spent
 
 FAKE_GPU = Device(
     kind="cuda",
@@ -67,9 +68,9 @@ def read_plan() -> dict:
 class FakeLab:
     """The lab's face, without a model."""
 
-    def __init__(self, device, choice, source=None, progress=print):
+    def __init__(self, device, choice, source=None, progress=print, spent=None, own_pids=set):
         self.device, self.choice, self.source, self.progress = device, choice, source, progress
-        self.spent = SimpleNamespace(load=0.0, quantize=0.0, compile=0.0, measure=0.0, quality=0.0, confirm=0.0)
+        self.spent = Spent()
         self.faulted = False
 
     def unmet(self, case):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -94,16 +93,15 @@ def _note(bench: BenchSession, record: Record, verdicts: list[Verdict]) -> None:
 
 def _confirm(bench: BenchSession, case: Case, record: Record, verdicts: list[Verdict]) -> list[Verdict]:
     """Measure again in fresh processes, the device freed for them, until one acquits or all have spoken."""
-    started = time.perf_counter()
     repeats: list[Record] = []
     suspected = ", ".join(verdict.metric for verdict in regression.suspicions(verdicts))
     for turn in range(1, regression.REPEATS + 1):
         bench.progress(
             f"{case.name}: {suspected} beyond the limit; confirming in fresh process {turn} of {regression.REPEATS}"
         )
-        repeats.append(bench.run_child(record.case)[0])
+        with bench.lab.spent.on("confirm"):
+            repeats.append(bench.run_child(record.case)[0])
         confirmed = regression.confirm(verdicts, repeats)
         if not regression.suspicions(confirmed):
             break
-    bench.lab.spent.confirm += time.perf_counter() - started
     return confirmed

@@ -54,7 +54,7 @@ class BenchSession:
         self.refused = False
         self.baseline: Baseline | None = gate.find_baseline(self)
         self.spreads = pool_spread(self.baseline.rows.values()) if self.baseline else Spreads()
-        self.lab = Lab(self.device, self.choice, self.source, progress)
+        self.lab = Lab(self.device, self.choice, self.source, progress, own_pids=children.own_pids)
 
     @property
     def in_worker(self) -> bool:
@@ -214,7 +214,8 @@ class BenchSession:
         return record
 
     def _measure_elsewhere(self, item: pytest.Item, benchmark: Any) -> Record:
-        record, stats = self.run_child(item.nodeid)
+        with self.lab.spent.on("measure"):
+            record, stats = self.run_child(item.nodeid)
         self._present(item, benchmark, record, stats)
         return record
 

@@ -13,6 +13,7 @@ from lowbit import runs
 from lowbit.pytest_plugin import collection, gate, updating
 from lowbit.report import recommendation, terminal
 from lowbit.report.progress import Progress
+from lowbit.spent import host_peak_mib
 
 if TYPE_CHECKING:
     from lowbit.pytest_plugin.session import BenchSession
@@ -87,8 +88,6 @@ def _results(bench: BenchSession, color: bool) -> list[str]:
     records = list(bench.records.values())
     if not records:
         return []
-    from lowbit.lab import host_peak_mib  # brings torch, which tests/ alone need not wait for
-
     vram = bench.settings.max_vram or bench.device.total_mib
     arguments = bench.model_arguments()
     parts = [

@@ -48,7 +48,8 @@ def update(bench: BenchSession, exitstatus: int) -> None:
         )
     wanted = bench.settings.baseline_runs
     while len(usable := usable_runs(bench)) < wanted:
-        _measure_once_more(bench, len(usable) + 1)
+        with bench.lab.spent.on("measure"):
+            _measure_once_more(bench, len(usable) + 1)
         if len(usable_runs(bench)) <= len(usable):
             raise LowbitError(
                 f"--update-baselines: a further run can't be used ({len(usable)} of {wanted} are there), nothing was "
