@@ -77,8 +77,7 @@ class Device:
 
     def dtype_for(self, fmt: Format) -> str | None:
         """The first of the format's base dtypes that this device has: SM75 has no bf16. None: it has none of them."""
-        order = (self.kind == "cuda" and fmt.cuda_dtypes) or fmt.dtypes
-        return next((dtype for dtype in order if self.has_dtype(dtype)), None)
+        return next((dtype for dtype in fmt.dtypes if self.has_dtype(dtype)), None)
 
 
 def slugify(name: str) -> str:

@@ -9,6 +9,10 @@ class LowbitError(Exception):
     """A mistake that the user can mend. Its text says what, on what, expected, got, and what to do next."""
 
 
+class LoadError(LowbitError):
+    """The model can't be loaded: no case of this run can be measured."""
+
+
 def unknown(what: str, got: str, known: Iterable[str]) -> LowbitError:
     """The error for a name that is not in a table: lists the names that are."""
     return LowbitError(f"unknown {what} {got!r}; known: {', '.join(sorted(known))}")

@@ -34,8 +34,8 @@ class Format:
 
     ``id`` is ``<name>-<backend>``, e.g. ``a16w4_g128-torchao``: activation bits, weight bits, ``_g`` group size.
     ``dtypes`` are the base dtypes (activations, norms, head) in order of preference; the first one that the device
-    has is taken; ``cuda_dtypes`` where a GPU's order is another. ``inductor`` are Inductor flags that this row's
-    generated kernels need to be fast; they are set for its compile only. ``options`` are the scheme's own;
+    has is taken. ``inductor`` are Inductor flags that this row's generated kernels need to be fast, ``cuda_inductor``
+    further ones on a GPU; they are set for its compile only. ``options`` are the scheme's own;
     three of them others read: ``pads_k_to`` (the kernel stores K rounded up to it), ``waits_for_host`` (what in a
     forward pass waits for the host, so that no CUDA graph can hold it) and ``compiled_min_rows`` (tokens per forward
     pass that its compiled CUDA kernel asks for). ``fast`` is False for a reference row: right, but not a path anybody
@@ -49,10 +49,10 @@ class Format:
     weight_bits: float
     group_size: int | None = None
     dtypes: tuple[str, ...] = ("bf16", "fp16")
-    cuda_dtypes: tuple[str, ...] = ()
     devices: tuple[str, ...] = ("cpu", "cuda")
     targets: tuple[str, ...] = LINEARS
     inductor: Mapping[str, Any] = field(default_factory=dict)
+    cuda_inductor: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     keywords: tuple[str, ...] = ()
     fast: bool = True
@@ -104,11 +104,11 @@ FORMATS: dict[str, Format] = {
         _row(
             *("a16w8", "torchao", "int8_weight_only", (16, 8), "int8", "int8wo"),
             inductor=FUSED_MATVEC,
-            # In bf16 Inductor turns what is not a fused matvec into aten._weight_int8pack_mm
-            # (fx_passes/quantization.py), whose CUDA kernel took 7,879 ms for a prefill of 512 tokens of 8B on an H200,
-            # and 57 ms per decoded token without the flag above; fp16 does not match that pattern.
-            cuda_dtypes=("fp16", "bf16"),
-            note="on CUDA in fp16: Inductor's bf16 path takes a slow kernel",
+            # Else Inductor turns what is no fused matvec into aten._weight_int8pack_mm (fx_passes/quantization.py); its
+            # CUDA kernel took 7,879 ms for a prefill of 512 tokens of 8B on an H200 (eager: 40 ms), and 57 ms per
+            # decoded token without the flag above. fp16 does not match that pattern, but overflows: the products are
+            # summed before the scale is applied.
+            cuda_inductor={"pattern_matcher": False},
         ),
         _row(
             *("a8w8", "torchao", "int8_dynamic", (8, 8), "int8", "dynamic"),

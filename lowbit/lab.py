@@ -14,6 +14,7 @@ from lowbit.card import CardState, disturbed
 from lowbit.cases import Case
 from lowbit.ceilings import Ceilings, measure_ceilings
 from lowbit.device import MIB, Device
+from lowbit.errors import LoadError, LowbitError
 from lowbit.formats import Format, Unmet
 from lowbit.metrics import Measurement
 from lowbit.nvml import Nvml, NvmlUnavailable
@@ -63,10 +64,13 @@ class Lab:
 
     @property
     def host(self) -> models.HostModel:
-        """The master in host memory, read once."""
+        """The master in host memory, read once. Raises LoadError."""
         if self._host is None:
             with self.spent.on("load"):
-                self._host = models.load(self.choice, progress=self.progress, pin=self.device.kind == "cuda")
+                try:
+                    self._host = models.load(self.choice, progress=self.progress, pin=self.device.kind == "cuda")
+                except LowbitError as error:
+                    raise LoadError(str(error)) from error
         return self._host
 
     @property
@@ -133,12 +137,8 @@ class Lab:
             return self._current
         host = self.host
         self._import_library(fmt)
-        self._free()
-        start_mib = self.vram.process_mib()
-        made = self._make(host, fmt)
-        made.start_mib = start_mib
-        self._current = made
-        return made
+        self._current = self._make(host, fmt)
+        return self._current
 
     def _import_library(self, fmt: Format) -> None:
         with self.spent.on("imports"):
@@ -148,13 +148,17 @@ class Lab:
                 quiet_import(package)
 
     def _make(self, host: models.HostModel, fmt: Format) -> Quantized:
-        # Collections need not look at the libraries' million objects: 0.3 s each. No model is alive that could leak.
+        self._free()
+        start_mib = self.vram.process_mib()
+        # Collections need not look at the libraries' million objects: 0.3 s each. No model may be alive here: what
+        # hangs in a cycle would be frozen with them and never freed.
         gc.freeze()
         self.progress(f"{fmt.id}: quantizing")
         with self.spent.on("quantize") as seconds:
             self.vram.reset_peak()
             made = quantized.build(host, fmt, self.device)
         made.quantize_s, made.quantize_peak_mib = seconds(), self.vram.alloc_peak_mib()
+        made.start_mib = start_mib
         return made
 
     # -- one case -----------------------------------------------------------------------------------------------------

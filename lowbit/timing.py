@@ -111,7 +111,8 @@ class Stopwatch:
 
     def _compiler(self, case: Case, quantized: Quantized) -> Callable[[Any], Any]:
         mode, layers = case.mode or "eager", quantized.model.model.layers
-        return lambda call: compilers.compile_call(call, mode, self.device, case.format.inductor, list(layers))
+        flags = {**case.format.inductor, **(case.format.cuda_inductor if self.device.kind == "cuda" else {})}
+        return lambda call: compilers.compile_call(call, mode, self.device, flags, list(layers))
 
     def _time_once(self, call: Callable[[], object]) -> float:
         measure.synchronize(self.device)

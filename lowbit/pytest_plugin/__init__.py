@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from lowbit.cases import KINDS
-from lowbit.errors import LowbitError
+from lowbit.errors import LoadError, LowbitError
 from lowbit.pytest_plugin import children, collection, gate, summary, updating
 from lowbit.pytest_plugin.keys import CASE, RECORD, SESSION, STATS
 from lowbit.pytest_plugin.options import Settings, add_options
@@ -171,6 +171,10 @@ def measure_case(request: pytest.FixtureRequest, benchmark: Any) -> Iterator[Cal
             if benchmark.stats is not None:
                 benchmark.stats.extra_info["lowbit"] = record.to_dict(samples=False)
                 stats = benchmark.stats.as_dict(include_data=True)
+        except LoadError as error:
+            if bench.settings.child is None and not hasattr(request.config, "workerinput"):
+                pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)  # once, not in every case
+            pytest.fail(f"{where}: {error}", pytrace=False)
         except LowbitError as error:
             pytest.fail(f"{where}: {error}", pytrace=False)
         finally:

@@ -35,7 +35,7 @@ def add_options(parser: pytest.Parser) -> None:
         default="quick",
         metavar="|".join(SUITE_MODES),
         help="quick: every format × (eager, reduce-overhead) × (prefill, decode batch 1 at context 0); nightly: all "
-        "modes and workloads; full: also the optional evaluations",
+        "modes and workloads; full: also the optional evaluations, of which there are none yet",
     )
     group.addoption("--text", type=Path, metavar="FILE", help="score perplexity and KL on this text file")
     group.addoption(

@@ -11,6 +11,7 @@ import pytest
 
 from lowbit import runs
 from lowbit.pytest_plugin import collection, gate, updating
+from lowbit.record import Record
 from lowbit.report import recommendation, terminal
 from lowbit.report.progress import Progress
 from lowbit.spent import host_peak_mib
@@ -95,9 +96,24 @@ def _results(bench: BenchSession, color: bool) -> list[str]:
         terminal.notes(records, bench.verdicts, accept=bench.accept_command),
         gate.upgrades(bench) if bench.regressed else "",
         recommendation.recommendation(records, max_kld=bench.settings.max_kld, max_vram_mib=vram, arguments=arguments),
-        terminal.footer(bench.lab.spent, wall_s=time.perf_counter() - bench.started, host_peak_mib=host_peak_mib()),
+        _notes(records),
+        _footer(bench, records),
     ]
     return [part for part in parts if part]
+
+
+def _notes(records: list[Record]) -> str:
+    """What did not go as planned: page-locking refused, CUDA graphs given up, no NVML. Each once."""
+    return "\n".join(dict.fromkeys(f"note: {note}" for record in records for note in record.info.get("notes") or ()))
+
+
+def _footer(bench: BenchSession, records: list[Record]) -> str:
+    wall_s = time.perf_counter() - bench.started
+    workers = len(getattr(bench.config.option, "tx", None) or ())
+    if workers:  # who spent what, they know; this process only waited
+        measured_s = sum(record.info.get("wall_s", 0.0) for record in records)
+        return f"lowbit: {wall_s:.1f} s wall with {workers} workers, {measured_s:.1f} s of cases"
+    return terminal.footer(bench.lab.spent, wall_s=wall_s, host_peak_mib=host_peak_mib())
 
 
 def _consequences(bench: BenchSession) -> list[str]:
