@@ -181,7 +181,9 @@ class Bench:
         (self.root / "benches").mkdir()
         for name in ("test_decode.py", "test_prefill.py", "test_quality.py"):
             shutil.copy(BENCHES / name, self.root / "benches" / name)
-        (self.root / "pytest.ini").write_text("[pytest]\naddopts = --strict-markers\n")
+        for variable in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_XDIST_TESTRUNUID"):
+            monkeypatch.delenv(variable, raising=False)  # the inner session is no worker of the outer one
+        (self.root / "pytest.ini").write_text("[pytest]\naddopts = --strict-markers --import-mode=importlib\n")
         (self.root / "conftest.py").write_text('pytest_plugins = ["lowbit.pytest_plugin"]\n')
         monkeypatch.setenv(PLAN, str(self.root / "plan.json"))
         monkeypatch.setenv("PYTHONPATH", str(TESTS))
