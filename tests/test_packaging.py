@@ -84,7 +84,7 @@ def test_versions_agree(project):
 
 def test_tox_has_one_environment_per_duty(tox):
     assert {"testenv", "testenv:bench", "testenv:lint", "testenv:type"} <= set(tox.sections())
-    assert tox["testenv"]["commands"].split() == ["pytest", "{posargs:tests}"]
+    assert tox["testenv"]["commands"].split() == ["pytest", "{posargs:tests", "-n", "2}"]
     assert tox["testenv:bench"]["commands"].split() == ["pytest", "benches", "--compare-if-baseline", "{posargs}"]
     assert "lowbit.gpu_libraries" in tox["testenv:bench"]["commands_pre"]
     assert {"PIP_*", "HF_*", "CUDA_*", "LOWBIT_*"} <= set(tox["testenv"]["pass_env"].split())
