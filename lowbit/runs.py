@@ -189,13 +189,18 @@ def latest_incomplete(root: Path, header: Header) -> Run | None:
 
 
 def matching(root: Path, header: Header, n: int | None = None) -> list[Run]:
-    """Up to ``n`` runs that may become a baseline, newest first: same subject and environment, whole, unregressed."""
+    """Up to ``n`` runs that may become a baseline, newest first: same subject and environment, whole, unregressed.
+
+    None from before a regressed one: who accepts a slowdown in an unchanged environment means what is measured now.
+    """
     found: list[Run] = []
     for path in _alike(root, header):
         if n is not None and len(found) >= n:
             break
         run = read(path)
-        if run.complete and not run.regressed:
+        if run.regressed:
+            break
+        if run.complete:
             found.append(run)
     return found
 

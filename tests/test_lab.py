@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import random
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -258,6 +259,25 @@ def test_one_format_is_alive_at_a_time(bench):
     assert second is not first
     bench.release()
     assert bench.acquire(FORMATS["a16w8-torchao"]) is not second
+
+
+def test_quality_beside_dummy_weights_keeps_no_model_of_the_format_before(folder):
+    choice = models.choose(str(folder), "dummy", CPU, {})
+    bench = lab.Lab(CPU, choice, texts.choose_source(choice.name, "dummy", 512, None), progress=lambda text: None)
+    bench._ceilings = Ceilings(10.0, 10.0, 0.1)
+    take(bench, Case("quality", FORMATS["bf16-torch"]))  # the reference is made here, and what was loaded freed for it
+    take(bench, decode())
+    model = bench.acquire(FORMATS["bf16-torch"]).model
+    model.__dict__["itself"] = [model]  # compiled modules hang in cycles: only a collection frees them
+    held = weakref.ref(model)
+    del model
+    record = take(bench, Case("quality", FORMATS["a16w8-torchao"]))
+    assert record.info["quality_model"] == "embedded"
+    assert "kld_embedded_512_8176tok" in record.metrics
+    assert record.unavailable["ppl"] == "dummy weights: quality is not applicable"
+    bench.acquire(FORMATS["a16w8-torchao"])
+    assert held() is None
+    bench.close()
 
 
 # -- what can't be measured -------------------------------------------------------------------------------------------

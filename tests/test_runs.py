@@ -167,16 +167,17 @@ def test_a_finished_run_ends_what_can_be_resumed(tmp_path: Path) -> None:
     assert runs.latest_incomplete(tmp_path, header()) is None
 
 
-def test_matching_leaves_out_regressed_incomplete_and_other_environments(tmp_path: Path) -> None:
-    first = keep(tmp_path, record(), end={})
+def test_matching_leaves_out_incomplete_runs_other_environments_and_all_before_a_regression(tmp_path: Path) -> None:
+    keep(tmp_path, record(), end={})
     keep(tmp_path, record(), end={"regressed": True})
+    first = keep(tmp_path, record(), end={})
     keep(tmp_path, record(), end={"complete": False})
     keep(tmp_path, record())
     keep(tmp_path, record(), end={}, environment={"torch": "2.13.0"})
     last = keep(tmp_path, record(), end={})
     assert [run.path for run in runs.matching(tmp_path, header())] == [last, first]
     assert [run.path for run in runs.matching(tmp_path, header(), 1)] == [last]
-    assert len(runs.list_runs(tmp_path)) == 6
+    assert len(runs.list_runs(tmp_path)) == 7
 
 
 def test_wall_seconds_are_the_last_known_of_each_case(tmp_path: Path) -> None:
