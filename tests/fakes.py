@@ -4,7 +4,7 @@ A test says in ``plan.json`` of its project folder what the fakes do, so that fr
 
     {"formats": […], "environment": {…},            # what there is
      "tok_s": {"<part of a case's name>": 90},      # speeds other than DEFAULT_TOK_S
-     "error" | "bug" | "memory" | "fault" | "kill" | "interrupt" | "sleep" | "void": "<part of a case's name>",
+     "load" | "error" | "bug" | "memory" | "fault" | "kill" | "interrupt" | "sleep" | "void": "<part of a case's name>",
      "skip": ["<format>"], "real children": true}
 
 Everything behind the lab (records, baselines, gate, kept runs) is real. ``Bench`` runs sessions in this process; there
@@ -28,7 +28,7 @@ import torch
 
 from lowbit import cases, measure, texts
 from lowbit.device import Device
-from lowbit.errors import LowbitError
+from lowbit.errors import LoadError, LowbitError
 from lowbit.formats import FORMATS, Unmet
 from lowbit.pytest_plugin import children, session
 from lowbit.record import Record
@@ -108,6 +108,8 @@ class FakeLab:
 
     def misbehave(self, plan, name):
         """The faults that a test asks for."""
+        if is_planned(plan, "load", name):
+            raise LoadError("model.safetensors is truncated")
         if is_planned(plan, "error", name):
             raise LowbitError(f"NaN or Inf logits from {name}")
         if is_planned(plan, "bug", name):
@@ -181,8 +183,14 @@ class Bench:
         (self.root / "benches").mkdir()
         for name in ("test_decode.py", "test_prefill.py", "test_quality.py"):
             shutil.copy(BENCHES / name, self.root / "benches" / name)
-        for variable in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_XDIST_TESTRUNUID"):
-            monkeypatch.delenv(variable, raising=False)  # the inner session is no worker of the outer one
+        for variable in (
+            "CI",
+            "BUILD_NUMBER",
+            "PYTEST_XDIST_WORKER",
+            "PYTEST_XDIST_WORKER_COUNT",
+            "PYTEST_XDIST_TESTRUNUID",
+        ):
+            monkeypatch.delenv(variable, raising=False)  # no worker, no longer summary
         (self.root / "pytest.ini").write_text("[pytest]\naddopts = --strict-markers --import-mode=importlib\n")
         (self.root / "conftest.py").write_text('pytest_plugins = ["lowbit.pytest_plugin"]\n')
         monkeypatch.setenv(PLAN, str(self.root / "plan.json"))

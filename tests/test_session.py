@@ -47,6 +47,14 @@ def test_what_the_user_can_mend_fails_its_case_in_one_line(bench):
     assert outcomes(bench)[f"test_decode[{DECODE}]"] == "failed"
 
 
+def test_a_model_that_does_not_load_ends_the_run_with_one_error(bench):
+    bench.plan(load="bf16-torch")
+    result = bench.run()
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert (result.stdout.str() + result.stderr.str()).count("Exit: model.safetensors is truncated") == 1
+    assert list(outcomes(bench).values()) == ["failed"]
+
+
 def test_a_librarys_own_error_keeps_its_traceback_and_leaves_a_failed_record(bench):
     bench.plan(bug=f"decode[{DECODE}]")
     result = bench.run("--benchmark-json=out.json")
