@@ -301,7 +301,7 @@ def recompiles(m: Measurement) -> float | None:
     return None if m.recompiles is None else float(m.recompiles)
 
 
-@metric("nat/tok", "lower", Limit(relative=0.001), ("quality",))
+@metric("", "lower", Limit(relative=0.001), ("quality",))
 def ppl(m: Measurement) -> float | None:
     """Token perplexity in non-overlapping windows; stored as ppl_<protocol>."""
     return m.quality.ppl if m.quality else None

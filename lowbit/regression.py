@@ -193,26 +193,26 @@ def _number(value: float, beside: float = 0.0) -> str:
 def message(case: str, device: str, verdict: Verdict) -> str:
     """One line: ``decode[…] on nvidia-h200: decode_tok_s 268.7 -> 241.0 tok/s (-10.3 %, limit 2.0 %, 3 of 3 runs)``."""
     head = f"{short_name(case)} on {device}: {verdict.metric}"
-    baseline, now, unit = verdict.baseline, verdict.now, verdict.unit
+    baseline, now, unit = verdict.baseline, verdict.now, f" {verdict.unit}".rstrip()
     if baseline is None:
-        return f"{head} {_number(now) if now is not None else '?'} {unit} (not in the baseline)"
+        return f"{head} {_number(now) if now is not None else '?'}{unit} (not in the baseline)"
     if now is None:
-        return f"{head} {_number(baseline)} {unit} -> missing ({verdict.reason or 'not measured'})"
+        return f"{head} {_number(baseline)}{unit} -> missing ({verdict.reason or 'not measured'})"
     notes = []
     if not math.isfinite(now - baseline):
         notes.append("not a finite number")
     elif verdict.change_relative is None:
-        notes.append(f"{verdict.change:+.3g} {unit}")
+        notes.append(f"{verdict.change:+.3g}{unit}")
     else:
         small = verdict.limit_relative is not None and verdict.limit_relative < 0.01
         notes.append(f"{100 * verdict.change_relative:+.{2 if small else 1}f} %")
     if verdict.limit is not None:
         relative = None if verdict.in_units else verdict.limit_relative
         small = relative is not None and relative < 0.01
-        shown = f"{verdict.limit:.3g} {unit}" if relative is None else f"{100 * relative:.{2 if small else 1}f} %"
+        shown = f"{verdict.limit:.3g}{unit}" if relative is None else f"{100 * relative:.{2 if small else 1}f} %"
         notes.append(f"limit {shown}")
     if verdict.runs > 1:
         notes.append(f"{verdict.beyond} of {verdict.runs} runs")
     if verdict.reason:
         notes.append(verdict.reason)
-    return f"{head} {_number(baseline, now)} -> {_number(now, baseline)} {unit} ({', '.join(notes)})"
+    return f"{head} {_number(baseline, now)} -> {_number(now, baseline)}{unit} ({', '.join(notes)})"

@@ -126,7 +126,7 @@ def test_message_is_worded_as_promised() -> None:
     [
         ("vram_peak_mib", 1000.0, 1100.0, "vram_peak_mib 1000 -> 1100 MiB (+10.0 %, limit 64 MiB)"),
         ("graph_breaks", 0.0, 3.0, "graph_breaks 0.000 -> 3.000 count (+3 count, limit 0.5 count)"),
-        ("ppl_embedded_512", 10.0, 10.015, "ppl_embedded_512 10.00 -> 10.02 nat/tok (+0.15 %, limit 0.10 %)"),
+        ("ppl_embedded_512", 10.0, 10.015, "ppl_embedded_512 10.00 -> 10.02 (+0.15 %, limit 0.10 %)"),
         ("kld_e_8tok", 0.0, 2e-5, "kld_e_8tok 0 -> 2e-05 nat (+2e-05 nat, limit 1e-06 nat)"),
         ("decode_tok_s", 100.0, 120.0, "decode_tok_s 100.0 -> 120.0 tok/s (+20.0 %, limit 2.0 %)"),
     ],
