@@ -72,7 +72,8 @@ def build(runs: Sequence[Run]) -> Baseline:
         entries = [run.entries[case] for run in runs if case in run.entries]
         measured = [entry for entry in entries if entry.record.outcome == "measured"]
         skipped = [entry.record.unmet for entry in entries if entry.record.unmet is not None]
-        if measured:
+        last = newest.entries.get(case)
+        if measured and (last is None or last.record.unmet is None):  # a case that the newest run skips is a skip now
             rows[case] = _make_row([entry.record for entry in measured])
             timed = sorted((entry.stats for entry in measured if entry.stats), key=lambda found: float(found["median"]))
             if timed:

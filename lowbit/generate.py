@@ -192,6 +192,16 @@ class Decoder:
         self.position.fill_(ids.shape[1])
         check_finite(decode_logits(self.model, token, self.position, self.cache), source)
 
+    @torch.no_grad()
+    def check_length(self, source: str) -> None:
+        """LowbitError unless the cache's own count of its tokens is ours: a graph that replays nothing is very fast."""
+        lengths = {int(layer.cumulative_length) for layer in self.cache.layers}
+        if lengths != {self._used}:
+            raise LowbitError(
+                f"{source}: the KV cache should hold {self._used} tokens after its steps, its layers count "
+                f"{', '.join(map(str, sorted(lengths)))}: the compiled step does not do what the eager one does"
+            )
+
     def _rewind(self, tokens: int) -> None:
         # Only the lengths: what lies behind them is masked, and zeroing all keys and values would be timed as prefill
         lengths = [layer.cumulative_length for layer in self.cache.layers]

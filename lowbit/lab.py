@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from lowbit import backends, compilers, measure, metrics, models, quantized, roofline, texts
 from lowbit.card import CardState, disturbed
 from lowbit.cases import Case
@@ -56,6 +58,8 @@ class Lab:
             self.nvml = Nvml.open(self.device)
         except NvmlUnavailable as error:
             self.nvml_unavailable = str(error)
+        if self.device.kind == "cuda":
+            torch.cuda.set_device(self.device.torch)  # events, graphs and Triton launches go to the current device
         self.vram = measure.VramMeter(self.device, self.nvml)
         self._scorer = Scorer(self.device, self.source, self.vram, self.progress)
         self._stopwatch = Stopwatch(self.device, self.nvml, self.vram, self.spent, self.progress)
@@ -109,6 +113,7 @@ class Lab:
 
     def close(self) -> None:
         self._scorer.close()
+        self._host = self._embedded = None
         self._free()
         gc.unfreeze()
         if self.nvml is not None:
@@ -129,6 +134,9 @@ class Lab:
         if reason is None and (case.kind != "quality" or self.choice.load_format != "dummy"):
             held_mib = 0.0 if self._current is None else self._current.coverage.resident_bytes / MIB
             reason = quantized.too_large(case.format, config, case.workload, self.device, held_mib)
+            if reason is not None:  # what a failed test's traceback held is freed by a collection only
+                self.vram.release()
+                reason = quantized.too_large(case.format, config, case.workload, self.device, held_mib)
         return reason
 
     def acquire(self, fmt: Format) -> Quantized:

@@ -249,7 +249,7 @@ def vram_end_mib(m: Measurement) -> float | None:
     return m.vram_end_mib
 
 
-@metric("J/tok", "lower", Limit(relative=0.05), ("decode",))
+@metric("J/tok", "lower", Limit(relative=0.05), ("decode",), host_bound_limit=HOST_BOUND)
 def energy_j_per_tok(m: Measurement) -> float | None:
     """Joules of the whole card (NVML's total-energy counter) per decoded token, over the energy window."""
     return m.energy_j / m.energy_tokens if m.energy_j is not None and m.energy_tokens else None

@@ -148,9 +148,13 @@ def confirm(verdicts: Sequence[Verdict], repeats: Sequence[Record]) -> list[Verd
 
     A suspicion stays a regression only if every repeat is beyond the same limit too; one within it acquits, so the
     caller may stop there, and otherwise makes ``REPEATS`` of them. A repeat without the metric (it failed) does not
-    acquit, a void one is no evidence either way. The value reported is the median of the runs.
+    acquit; a void or skipped one is no evidence either way, and where there is none but that, nothing is confirmed.
+    The value reported is the median of the runs.
     """
-    evidence = [repeat.metrics for repeat in repeats if repeat.outcome != "void"]
+    evidence = [repeat.metrics for repeat in repeats if repeat.outcome not in ("void", "skipped")]
+    if repeats and not evidence:
+        why = f"not confirmed: its repeats were {', '.join(repeat.outcome for repeat in repeats)}"
+        return [replace(v, status="ok", reason=why) if v.status == "regression" else v for v in verdicts]
     final = []
     for verdict in verdicts:
         metric = metrics.find(verdict.metric)

@@ -51,6 +51,7 @@ class Stopwatch:
             decoder.prefill(ids)
             probed = min(m.new_tokens, PROBE_STEPS)
             step_s = self._time_once(lambda: decoder.decode(probed)) / probed
+            decoder.check_length(case.name)
         clock = measure.StepClock(self.device)
 
         def setup() -> None:

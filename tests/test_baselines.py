@@ -311,3 +311,11 @@ def test_keys_are_pytest_benchmarks(tmp_path: Path) -> None:
     assert set(row["stats"]) == set(documents.STATS)
     assert row["extra_info"]["lowbit"]["metrics"]["decode_tok_s"]["median"] == 102
     assert row["params"] == {"format": "bf16-torch", "mode": "default", "workload": "b1_c0"}
+
+
+def test_a_case_that_the_newest_run_skips_is_a_skip_whatever_older_runs_measured() -> None:
+    old = run(entry("a", 100.0), entry("b", 200.0), started="2026-11-20")
+    gone = entry("b", 200.0, outcome="skipped", unmet=Unmet("package", "g++ is gone"), metrics={})
+    made = build([run(entry("a", 101.0), gone, started="2026-11-21"), old])
+    assert list(made.rows) == [node("a")]
+    assert made.skips == {node("b"): ("package", "g++ is gone")}

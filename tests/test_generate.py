@@ -207,3 +207,16 @@ def test_check_finite_counts(model: Any) -> None:
     check_finite(torch.ones(4), "x")
     with pytest.raises(LowbitError, match="2 of 4"):
         check_finite(torch.tensor([1.0, float("inf"), float("nan"), 0.0]), "x")
+
+
+def test_a_step_that_does_not_advance_the_cache_is_found(model: Any) -> None:
+    decoder = Decoder(model, 1, 12)
+    ids = torch.tensor([[1, 2, 3]])
+    decoder.prefill(ids)
+    decoder.decode(4)
+    decoder.check_length("decode[a]")
+    decoder.compile(lambda step: lambda token, position: token)  # what an empty CUDA graph replays
+    decoder.prefill(ids)
+    decoder.decode(4)
+    with pytest.raises(LowbitError, match=r"decode\[a\]: the KV cache should hold 7 tokens.*its layers count 3"):
+        decoder.check_length("decode[a]")

@@ -155,7 +155,14 @@ def test_a_repeat_without_the_metric_does_not_acquit() -> None:
 def test_without_repeats_a_suspicion_stays() -> None:
     first = [verdict(90.0, decode_tok_s=[100.0])]
     assert confirm(first, []) == first
-    assert confirm(first, [record({"decode_tok_s": 99.0}, outcome="void")]) == first
+
+
+@pytest.mark.parametrize("outcome", ["void", "skipped"])
+def test_repeats_that_say_nothing_confirm_nothing(outcome: str) -> None:
+    """Two disturbed or skipped repeats: one run alone never fails."""
+    (final,) = confirm([verdict(90.0, decode_tok_s=[100.0])], [record({}, outcome=outcome)] * 2)
+    assert not final.fails
+    assert final.reason == f"not confirmed: its repeats were {outcome}, {outcome}"
 
 
 def test_an_improvement_is_never_confirmed_or_failed() -> None:

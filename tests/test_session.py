@@ -240,3 +240,18 @@ def test_resume_without_an_interrupted_run_says_so(bench):
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     assert "--resume: no interrupted run of embedded (auto), suite quick" in result.stderr.str()
     assert bench.runs() == []
+
+
+@pytest.mark.parametrize(
+    ("text", "fault", "memory"),
+    [
+        ("CUDA error: an illegal memory access was encountered", True, False),
+        ("Triton Error [CUDA]: an illegal memory access was encountered", True, False),
+        ("CUDA error: out of memory", False, True),
+        ("Triton Error [CUDA]: out of memory", False, True),
+        ("mat1 and mat2 shapes cannot be multiplied", False, False),
+    ],
+)
+def test_what_poisons_the_process(text, fault, memory):
+    assert is_device_fault(RuntimeError(text)) is fault
+    assert is_out_of_memory(RuntimeError(text)) is memory

@@ -102,6 +102,6 @@ def _confirm(bench: BenchSession, case: Case, record: Record, verdicts: list[Ver
         with bench.lab.spent.on("confirm"):
             repeats.append(bench.run_child(record.case)[0])
         confirmed = regression.confirm(verdicts, repeats)
-        if not regression.suspicions(confirmed):
+        if repeats[-1].outcome not in ("void", "skipped") and not regression.suspicions(confirmed):
             break
     return confirmed

@@ -191,7 +191,8 @@ class BenchSession:
         if entry is not None:
             self._present(item, benchmark, entry.record, _nested(entry.stats))
             return entry.record
-        unmet = self.lab.unmet(case)
+        # After a CUDA fault not even the card's free memory can be asked for here: the fresh process decides.
+        unmet = self.lab.unmet(case) if self.poisoned is None else None
         if unmet is not None:
             record = self._blank(case, item.nodeid)
             record.outcome, record.unmet = "skipped", unmet
@@ -228,9 +229,12 @@ class BenchSession:
     def _present(self, item: pytest.Item, benchmark: Any, record: Record, stats: dict[str, Any] | None) -> None:
         """Show pytest-benchmark a result of another process, in its table and JSON, in this item's place."""
         benchmark._mode = "measured in another process"  # it warns of an unused fixture otherwise
+        plugin: Any = self.config.pluginmanager.get_plugin("pytest-benchmark")
+        if benchmark.stats in plugin.benchmarks:  # what a disturbance spoilt here
+            plugin.benchmarks.remove(benchmark.stats)
+        benchmark.stats = None
         if stats is not None:
             foreign = ForeignBenchmark.for_item(item, stats, {"lowbit": record.to_dict(samples=False)})
-            plugin: Any = self.config.pluginmanager.get_plugin("pytest-benchmark")
             plugin.benchmarks.append(foreign)
             benchmark.stats = foreign
 
@@ -252,23 +256,27 @@ class BenchSession:
         self.records[nodeid] = record
         if is_device_fault(error):
             self.poisoned = record.error
-        else:
+            return
+        try:
             self.lab.release()
+        except RuntimeError as late:  # a fault shows where the device is next waited for
+            if not is_device_fault(late):
+                raise
+            self.poisoned = str(late)
 
 
 def is_device_fault(error: BaseException) -> bool:
     """True for an error after which nothing works in this process: a CUDA fault, not an out-of-memory."""
     text = str(error)
     return not is_out_of_memory(error) and any(
-        word in text for word in ("CUDA error", "cudaError", "CUDA driver error")
+        word in text for word in ("CUDA error", "cudaError", "CUDA driver error", "Triton Error [CUDA]")
     )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """True where the device's or the host's memory did not do; torch has no class of its own for the host's."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: can't allocate" in str(
-        error
-    )
+    texts = ("DefaultCPUAllocator: can't allocate", "CUDA error: out of memory", "Triton Error [CUDA]: out of memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in texts)
 
 
 def _nested(columns: dict[str, Any] | None) -> dict[str, Any] | None:

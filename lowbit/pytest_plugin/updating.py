@@ -30,7 +30,8 @@ def usable_runs(bench: BenchSession) -> list[runs.Run]:
 
 def nothing_to_measure(bench: BenchSession) -> bool:
     """True when --update-baselines can take kept runs alone."""
-    wanted = bench.settings.update_baselines and bool(bench.selected)
+    # A worker must do what its controller hands out, and that one selects nothing before its workers have collected.
+    wanted = bench.settings.update_baselines and bool(bench.selected) and not bench.in_worker
     return wanted and len(usable_runs(bench)) >= bench.settings.baseline_runs
 
 
