@@ -121,6 +121,12 @@ class VramMeter:
                 torch.cuda.empty_cache()
             torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]
 
+    def trim(self) -> None:
+        """Give torch's unused blocks back: scratch of compiling and tuning is no part of a case's peak."""
+        if self._cuda:
+            synchronize(self._device)
+            torch.cuda.empty_cache()
+
     def warm_up(self) -> float | None:
         """Load what every case loads (context, cuBLAS, attention), release, and return the process's size then.
 

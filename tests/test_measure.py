@@ -137,6 +137,13 @@ def test_release_gives_everything_back(cuda):
     assert cuda.calls == ["synchronize", "workspaces", "empty_cache", "ipc_collect"]
 
 
+def test_trim_gives_the_allocators_unused_blocks_back(cuda):
+    VramMeter(CARD, None).trim()
+    assert cuda.calls == ["synchronize", "empty_cache"]
+    VramMeter(CPU, None).trim()
+    assert cuda.calls == ["synchronize", "empty_cache"]
+
+
 def test_the_allocators_peak(cuda, monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5 * MIB)
     meter = VramMeter(CARD, None)
