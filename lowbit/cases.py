@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lowbit import workloads
 from lowbit.errors import unknown
 from lowbit.formats import FORMATS, Format
-from lowbit.record import Kind
+from lowbit.record import Kind, Record
 from lowbit.workloads import Workload
 
 SUITE_MODES: dict[str, tuple[str, ...]] = {
@@ -47,6 +47,11 @@ class Case:
     def name(self) -> str:
         """The case as messages word it: ``decode[a16w4_g128-torchao-reduce-overhead-b1_c0]``."""
         return f"{self.kind}[{self.id}]"
+
+    def record(self, nodeid: str, model: str, load_format: str) -> Record:
+        """This case's record before anything is known of it; ``nodeid`` is its test's."""
+        workload = self.workload.id if self.workload else None
+        return Record(nodeid, self.kind, self.format.id, self.mode, workload, model, load_format)
 
 
 def enumerate_cases(kind: Kind, suite: str, parameters: int, formats: Iterable[Format] | None = None) -> list[Case]:

@@ -23,9 +23,6 @@ Step = Callable[[Tensor, Tensor], Tensor]
 PrefillStep = Callable[[Tensor], Tensor]
 """ids [B, S] -> next token [B, 1]."""
 
-WARMUP_STEPS = 3
-"""Steps until a compiled step only replays: CUDA graph trees compile and run in the first, record in the second."""
-
 CACHE_MULTIPLE = 16
 """Cache lengths are rounded up to this: fused attention pads a mask whose rows are not 16-byte aligned, every layer."""
 

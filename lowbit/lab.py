@@ -175,15 +175,7 @@ class Lab:
         """Measure one case. A failure inside a library leaves as an exception; the caller records it."""
         started = time.perf_counter()
         self._begin()
-        record = Record(
-            case=nodeid,
-            kind=case.kind,
-            format=case.format.id,
-            mode=case.mode,
-            workload=case.workload.id if case.workload else None,
-            model=self.choice.name,
-            load_format=self.choice.load_format,
-        )
+        record = case.record(nodeid, self.choice.name, self.choice.load_format)
         before = CardState.read(self.nvml, self.own_pids())
         take = self._measure_quality if case.kind == "quality" else self._measure_speed
         measurement = take(case, record, rounds)

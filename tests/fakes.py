@@ -20,6 +20,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,7 +32,6 @@ from lowbit.device import Device
 from lowbit.errors import LoadError, LowbitError
 from lowbit.formats import FORMATS, Unmet
 from lowbit.pytest_plugin import children, session
-from lowbit.record import Record
 from lowbit.spent import Spent
 
 FAKE_GPU = Device(
@@ -131,16 +131,7 @@ class FakeLab:
 
 
 def blank_record(case, nodeid, **fields):
-    return Record(
-        case=nodeid,
-        kind=case.kind,
-        format=case.format.id,
-        mode=case.mode,
-        workload=case.workload.id if case.workload else None,
-        model=FAKE_CHOICE.name,
-        load_format=FAKE_CHOICE.load_format,
-        **fields,
-    )
+    return replace(case.record(nodeid, FAKE_CHOICE.name, FAKE_CHOICE.load_format), **fields)
 
 
 def is_planned(plan: dict, what: str, name: str) -> bool:

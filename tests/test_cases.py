@@ -61,3 +61,16 @@ def test_one_format_is_alive_at_a_time():
     order = [case.format.id for case in sorted(every, key=cases.run_order)]
     changes = sum(a != b for a, b in pairwise(order))
     assert changes == len(FORMATS) - 1
+
+
+def test_a_cases_record_joins_by_format_mode_and_workload():
+    decode, *_ = cases.enumerate_cases("decode", "quick", LARGE)
+    record = decode.record("benches/test_decode.py::test_a", "llama-3.1-8b", "dummy")
+    assert (record.kind, record.format, record.mode, record.workload) == ("decode", "bf16-torch", "eager", "b1_c0")
+    assert (record.case, record.model, record.load_format) == (
+        "benches/test_decode.py::test_a",
+        "llama-3.1-8b",
+        "dummy",
+    )
+    quality = Case("quality", FORMATS["bf16-torch"]).record("a", "b", "auto")
+    assert (quality.mode, quality.workload) == (None, None)

@@ -67,11 +67,10 @@ def judge(bench: BenchSession, case: Case, record: Record) -> list[str]:
     row = baseline.rows.get(record.case)
     accept = bench.accept_command(selection(record.case))
     if record.outcome == "skipped":
-        if row is None:
-            return []
         return [
-            f"{case.name} on {slug}: measured in the baseline, skipped now ({record.unmet}); "
+            f"{case.name} on {slug}: measured in the baseline, skipped now ({reason}); "
             f"mend the environment, or accept the skip with: {accept}"
+            for reason in baselines.new_skips(baseline, [record]).values()
         ]
     if row is None:
         return [f"{case.name} on {slug}: not in the baseline {baseline.path.name}; accept it with: {accept}"]

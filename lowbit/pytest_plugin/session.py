@@ -239,15 +239,7 @@ class BenchSession:
             benchmark.stats = foreign
 
     def _blank(self, case: Case, nodeid: str) -> Record:
-        return Record(
-            case=nodeid,
-            kind=case.kind,
-            format=case.format.id,
-            mode=case.mode,
-            workload=case.workload.id if case.workload else None,
-            model=self.choice.name,
-            load_format=self.choice.load_format,
-        )
+        return case.record(nodeid, self.choice.name, self.choice.load_format)
 
     def _note_failure(self, case: Case, nodeid: str, error: Exception) -> None:
         record = self._blank(case, nodeid)
