@@ -16,7 +16,8 @@ SUITE_MODES: dict[str, tuple[str, ...]] = {
     "nightly": ("eager", "default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune", "regional"),
     "full": ("eager", "default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune", "regional"),
 }
-"""Compile modes by suite; lowbit/compilers.py says what each is."""
+"""Compile modes by suite, the smallest first: a suite has the formats of those before it. lowbit/compilers.py says what
+each mode is."""
 
 KINDS: tuple[Kind, ...] = ("quality", "prefill", "decode")
 
@@ -58,13 +59,16 @@ def enumerate_cases(kind: Kind, suite: str, parameters: int, formats: Iterable[F
     """Every case of one test function for a model of this many parameters. Raises LowbitError on an unknown suite."""
     if suite not in SUITE_MODES:
         raise unknown("suite", suite, SUITE_MODES)
-    rows = list(FORMATS.values() if formats is None else formats)
+    suites = list(SUITE_MODES)
+    held = suites[: suites.index(suite) + 1]
+    rows = [row for row in (FORMATS.values() if formats is None else formats) if row.suite in held]
     if kind == "quality":
         return [Case("quality", row) for row in rows]
     return [
         Case(kind, row, mode, workload)
         for row in rows
         for mode in SUITE_MODES[suite]
+        if not row.modes or mode in row.modes
         for workload in workloads.select(kind, suite, parameters)
     ]
 

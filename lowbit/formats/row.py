@@ -1,0 +1,91 @@
+"""Format: what one row of the format tables says, and the words that rows share. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The seven linears of a Llama decoder layer, 224 in Llama-3.1-8B; lm_head stays as it is unless a row names it."""
+
+Suite = Literal["quick", "nightly", "full"]
+UnmetKind = Literal["capability", "package", "shape", "memory"]
+
+
+class Unmet(NamedTuple):
+    """Why a case can't run here: a fixed kind, and the exact requirement ("needs SM89 (fp8), this is SM80")."""
+
+    kind: UnmetKind
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Format:
+    """One row: what a linear's weight and activation become, by which library.
+
+    ``id`` is ``<name>-<backend>``, e.g. ``a16w4_g128-torchao``: activation bits, weight bits, ``_g`` group size.
+    ``dtypes`` are the base dtypes (activations, norms, head) in order of preference; the first one that the device
+    has is taken. ``inductor`` are Inductor flags that this row's generated kernels need to be fast, ``cuda_inductor``
+    further ones on a GPU; they are set for its compile only. ``options`` are the scheme's own;
+    three of them others read: ``pads_k_to`` (the kernel stores K rounded up to it), ``waits_for_host`` (what in a
+    forward pass waits for the host, so that no CUDA graph can hold it) and ``compiled_min_rows`` (tokens per forward
+    pass that its compiled CUDA kernel asks for). ``fast`` is False for a reference row: right, but not a path anybody
+    would serve. ``suite`` is the smallest suite that measures the row: the formats of a first choice are in ``quick``,
+    further group sizes and variants in ``nightly``, reference rows in ``full``. ``modes`` are the compile modes that it
+    is measured under; empty: every one of the suite.
+    """
+
+    name: str
+    backend: str
+    scheme: str
+    activation_bits: int
+    weight_bits: float
+    group_size: int | None = None
+    dtypes: tuple[str, ...] = ("bf16", "fp16")
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    targets: tuple[str, ...] = LINEARS
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+    cuda_inductor: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    keywords: tuple[str, ...] = ()
+    fast: bool = True
+    suite: Suite = "quick"
+    modes: tuple[str, ...] = ()
+    note: str = ""
+
+    @property
+    def id(self) -> str:
+        return f"{self.name}-{self.backend}"
+
+    @property
+    def is_baseline(self) -> bool:
+        """True for the unquantized row that speed-ups and quality are taken against."""
+        return self.id == "bf16-torch"
+
+    @property
+    def quantized(self) -> bool:
+        return self.weight_bits < 16
+
+    @property
+    def selectors(self) -> frozenset[str]:
+        """Extra ``-k`` words: the library, ``A16W4`` and vLLM's ``W4A16``, ``int4`` or ``fp8``, the group size."""
+        weight, activation = f"w{self.weight_bits:g}", f"a{self.activation_bits}"
+        words = {self.id, self.name, self.backend, activation + weight, weight + activation, *self.keywords}
+        if self.group_size:
+            words.add(f"g{self.group_size}")
+        return frozenset(words | {word.upper() for word in (activation + weight, weight + activation)})
+
+
+def row(name: str, backend: str, scheme: str, bits: tuple[int, float], *keywords: str, **fields: Any) -> Format:
+    """One row: ``bits`` are those of activation and weight, ``keywords`` further words for ``-k``."""
+    return Format(name, backend, scheme, bits[0], bits[1], keywords=keywords, **fields)
+
+
+BF16: dict[str, Any] = {"dtypes": ("bf16",)}
+CUDA: dict[str, Any] = {"devices": ("cuda",)}
+FP16_FIRST: dict[str, Any] = {"dtypes": ("fp16", "bf16")}
+"""gemlite's and bitsandbytes' int8 kernels work in fp16; in bf16 they cast or accumulate elsewhere."""
