@@ -116,7 +116,9 @@ class Stopwatch:
 
     def _compiler(self, case: Case, quantized: Quantized) -> Callable[[Any], Any]:
         mode, layers = case.mode or "eager", quantized.model.model.layers
-        flags = {**case.format.inductor, **(case.format.cuda_inductor if self.device.kind == "cuda" else {})}
+        flags = dict(case.format.inductor)
+        if self.device.kind == "cuda" and case.rows != 1:
+            flags |= case.format.cuda_matmul_inductor
         return lambda call: compilers.compile_call(call, mode, self.device, flags, list(layers))
 
     def _time_once(self, call: Callable[[], object]) -> float:

@@ -29,8 +29,9 @@ class Format:
 
     ``id`` is ``<name>-<backend>``, e.g. ``a16w4_g128-torchao``: activation bits, weight bits, ``_g`` group size.
     ``dtypes`` are the base dtypes (activations, norms, head) in order of preference; the first one that the device
-    has is taken. ``inductor`` are Inductor flags that this row's generated kernels need to be fast, ``cuda_inductor``
-    further ones on a GPU; they are set for its compile only. ``options`` are the scheme's own;
+    has is taken. ``inductor`` are Inductor flags that this row's generated kernels need to be fast,
+    ``cuda_matmul_inductor`` further ones on a GPU for products of more than one token (prefill, batches); they are set
+    for its compile only. ``options`` are the scheme's own;
     three of them others read: ``pads_k_to`` (the kernel stores K rounded up to it), ``waits_for_host`` (what in a
     forward pass waits for the host, so that no CUDA graph can hold it) and ``compiled_min_rows`` (tokens per forward
     pass that its compiled CUDA kernel asks for). ``fast`` is False for a reference row: right, but not a path anybody
@@ -49,7 +50,7 @@ class Format:
     devices: tuple[str, ...] = ("cpu", "cuda")
     targets: tuple[str, ...] = LINEARS
     inductor: Mapping[str, Any] = field(default_factory=dict)
-    cuda_inductor: Mapping[str, Any] = field(default_factory=dict)
+    cuda_matmul_inductor: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     keywords: tuple[str, ...] = ()
     fast: bool = True
