@@ -22,7 +22,7 @@ STAGES = (
     {"regression"},
     {"simulation"},
     {"device", "nvml"},
-    {"ceilings", "card"},
+    {"ceilings", "card", "kernels"},
     {"embedded", "checkpoint", "presets", "hostmodel"},
     {"hub", "loading"},
     {"models"},

@@ -1,0 +1,33 @@
+"""lowbit's own kernels: weight formats, packing, and the operations on packed weights, defined in plain PyTorch."""
+
+from __future__ import annotations
+
+from lowbit.kernels.quantizer import quantize
+from lowbit.kernels.weights import (
+    WEIGHT_FORMATS,
+    Packed,
+    WeightFormat,
+    dequantize,
+    embedding,
+    find,
+    matmul,
+    matvec,
+    pack,
+    specs,
+    unpack,
+)
+
+__all__ = [
+    "WEIGHT_FORMATS",
+    "Packed",
+    "WeightFormat",
+    "dequantize",
+    "embedding",
+    "find",
+    "matmul",
+    "matvec",
+    "pack",
+    "quantize",
+    "specs",
+    "unpack",
+]

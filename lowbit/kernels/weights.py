@@ -1,0 +1,279 @@
+"""Weight formats of the ``lowbit`` backend: how a matrix is stored, and plain PyTorch that defines what it means.
+
+Canonical storage, whatever a GPU kernel makes of it: ``codes`` [n, k·bits/8] uint8, one row of the matrix per row,
+values little-endian along k (value 0 in the lowest bits of byte 0; a 3-bit value may straddle two bytes). A weight is
+
+    w[r, c] = (code·step + offset) · scale[r, c // group] (+ zero[r, c // group])       for ``kind`` "int"
+    w[r, c] = float(code) · scale[r, c // group] (· tensor_scale)                       for the float kinds
+
+computed in fp32. A product of a code and an fp16 scale is exact there, so fused and separate adds give the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import LowbitError, unknown
+
+Kind = Literal["bf16", "int", "e4m3", "e2m1"]
+Rule = Literal["cast", "range", "absmax", "absmean", "mx", "nv"]
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""Magnitudes of codes 0 to 7; bit 3 is the sign (OCP Microscaling Formats v1.0, section 5.3.3)."""
+E2M1_MAX, E4M3_MAX = 6.0, 448.0
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """One row: how weights are stored.
+
+    ``group_size`` counts weights along k that share a scale; None: the whole row does. ``scale`` and ``zero`` are the
+    dtypes of [n, groups] tensors or None; ``zero`` is in units of the weight (the value of code 0) and is added.
+    ``offset`` and ``step`` turn an integer code into its value. ``tensor_scale``: one more fp32 factor, [1]. ``rule``
+    is how ``quantize`` finds scales. ``version`` counts changes of the storage; files carry it.
+    """
+
+    name: str
+    bits: int
+    kind: Kind
+    rule: Rule
+    group_size: int | None = None
+    scale: torch.dtype | None = torch.float16
+    zero: torch.dtype | None = None
+    offset: int = 0
+    step: int = 1
+    tensor_scale: bool = False
+    version: int = 1
+
+    @property
+    def levels(self) -> int:
+        """The highest code that is used."""
+        return 2 if self.name == "ternary" else (1 << self.bits) - 1
+
+    def groups(self, k: int) -> int:
+        """How many scales a row of k weights has."""
+        return 1 if self.group_size is None else k // self.group_size
+
+    def row_bytes(self, k: int) -> int:
+        """Bytes of one row's codes."""
+        return k * self.bits // 8
+
+    def stored_bits(self, k: int) -> float:
+        """Bits per weight with scales and zeros, without the tensor scale."""
+        extra = sum(dtype.itemsize for dtype in (self.scale, self.zero) if dtype is not None)
+        return self.bits + 8 * extra * self.groups(k) / k
+
+    def check(self, n: int, k: int, what: str = "a weight") -> None:
+        """Raise LowbitError if a matrix [n, k] can't be stored: k in whole groups, a row in whole bytes."""
+        step = self.group_size or 8 // math.gcd(8, self.bits)
+        if n < 1 or k < 1 or k % step:
+            unit = f"groups of {step}" if self.group_size else f"whole bytes ({step} values)"
+            raise LowbitError(
+                f"{self.name} stores rows in {unit}: {what} of shape [{n}, {k}] has K={k}, which {step} does not "
+                "divide; take a format with a smaller group or one scale per row (int8, fp8_e4m3)"
+            )
+
+
+def _int(name: str, bits: int, group_size: int | None, *, zero: bool) -> WeightFormat:
+    if zero:
+        return WeightFormat(name, bits, "int", "range", group_size, zero=torch.float16)
+    return WeightFormat(name, bits, "int", "absmax", group_size, offset=-(1 << (bits - 1)))
+
+
+_ROW: dict[str, Any] = {"scale": torch.float32}
+
+WEIGHT_FORMATS: dict[str, WeightFormat] = {
+    row.name: row
+    for row in (
+        WeightFormat("bf16", 16, "bf16", "cast", scale=None),
+        WeightFormat("int8", 8, "int", "absmax", offset=-128, **_ROW),
+        WeightFormat("fp8_e4m3", 8, "e4m3", "absmax", **_ROW),
+        _int("int4_g128", 4, 128, zero=True),
+        _int("int4_g64", 4, 64, zero=True),
+        _int("int4_g32", 4, 32, zero=True),
+        _int("int4_sym_g128", 4, 128, zero=False),
+        _int("int4_sym_g64", 4, 64, zero=False),
+        _int("int4_sym_g32", 4, 32, zero=False),
+        WeightFormat("mxfp4", 4, "e2m1", "mx", 32, scale=torch.float8_e8m0fnu),
+        WeightFormat("nvfp4", 4, "e2m1", "nv", 16, scale=torch.float8_e4m3fn, tensor_scale=True),
+        _int("int3_g128", 3, 128, zero=True),
+        _int("int2_g128", 2, 128, zero=True),
+        WeightFormat("ternary", 2, "int", "absmean", offset=-1, **_ROW),
+        WeightFormat("binary", 1, "int", "absmean", offset=-1, step=2, **_ROW),
+    )
+}
+
+
+def find(name: str) -> WeightFormat:
+    """The row of this name. Raises LowbitError naming the known ones."""
+    try:
+        return WEIGHT_FORMATS[name]
+    except KeyError:
+        raise unknown("weight format", name, WEIGHT_FORMATS) from None
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """One matrix [n, k] in a weight format: ``codes`` [n, row bytes] uint8, ``scale`` and ``zero`` [n, groups]."""
+
+    format: str
+    n: int
+    k: int
+    codes: Tensor
+    scale: Tensor | None = None
+    zero: Tensor | None = None
+    tensor_scale: Tensor | None = None
+
+    @property
+    def row(self) -> WeightFormat:
+        return find(self.format)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.n, self.k
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What there is of codes, scale, zero, tensor_scale, by that name."""
+        named = {"codes": self.codes, "scale": self.scale, "zero": self.zero, "tensor_scale": self.tensor_scale}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+
+    def to(self, device: torch.device | str) -> Packed:
+        moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
+        return Packed(self.format, self.n, self.k, **moved)
+
+    def rows(self, start: int, stop: int) -> Packed:
+        """Rows start .. stop, sharing memory."""
+        parts = {name: t if name == "tensor_scale" else t[start:stop] for name, t in self.tensors().items()}
+        return Packed(self.format, len(range(self.n)[start:stop]), self.k, **parts)
+
+    def check(self, what: str = "a packed weight") -> None:
+        """Raise LowbitError unless every tensor has the shape and dtype that the format says."""
+        self.row.check(self.n, self.k, what)
+        expected = specs(self.format, self.n, self.k)
+        found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in self.tensors().items()}
+        if found != expected:
+            raise LowbitError(f"{what} [{self.n}, {self.k}] in {self.format}: expected {expected}, got {found}")
+
+
+def specs(name: str, n: int, k: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every tensor of a matrix [n, k] in this format."""
+    row = find(name)
+    found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"codes": ((n, row.row_bytes(k)), torch.uint8)}
+    for part, dtype in (("scale", row.scale), ("zero", row.zero)):
+        if dtype is not None:
+            found[part] = ((n, row.groups(k)), dtype)
+    if row.tensor_scale:
+        found["tensor_scale"] = ((1,), torch.float32)
+    return found
+
+
+# -- bits --------------------------------------------------------------------------------------------------------------
+
+
+def _block(bits: int) -> tuple[int, int, torch.dtype]:
+    """Values and bytes of the smallest whole number of bytes, and an integer type that holds them."""
+    size = math.lcm(bits, 8) // 8
+    return 8 * size // bits, size, torch.uint8 if size == 1 else torch.int32 if size < 4 else torch.int64
+
+
+def split(tensor: Tensor, size: int) -> Tensor:
+    """[..., m] -> [..., m / size, size]."""
+    return tensor.reshape(*tensor.shape[:-1], tensor.shape[-1] // size, size)
+
+
+def pack(values: Tensor, bits: int) -> Tensor:
+    """Codes of 1 to 8 bits, one per uint8, [..., k] -> [..., k·bits/8] uint8, little-endian."""
+    if bits == 8:
+        return values.contiguous()
+    count, size, dtype = _block(bits)
+    blocks = split(values, count)
+    word = blocks[..., 0].to(dtype)
+    for index in range(1, count):
+        word = word | (blocks[..., index].to(dtype) << (bits * index))
+    if size == 1:
+        return word
+    return torch.stack([((word >> (8 * index)) & 255).to(torch.uint8) for index in range(size)], -1).flatten(-2)
+
+
+def unpack(codes: Tensor, bits: int) -> Tensor:
+    """The inverse of ``pack``: [..., k·bits/8] uint8 -> [..., k] uint8."""
+    if bits == 8:
+        return codes
+    count, size, dtype = _block(bits)
+    word = codes
+    if size > 1:
+        parts = split(codes, size)
+        word = parts[..., 0].to(dtype)
+        for index in range(1, size):
+            word = word | (parts[..., index].to(dtype) << (8 * index))
+    mask = (1 << bits) - 1
+    return torch.stack([((word >> (bits * index)) & mask).to(torch.uint8) for index in range(count)], -1).flatten(-2)
+
+
+# -- meaning -----------------------------------------------------------------------------------------------------------
+
+CHUNK = 1 << 22
+"""Weights that are worked on at once, so that a head of 525 million needs no gigabytes beside it."""
+
+
+def row_chunks(n: int, k: int) -> list[tuple[int, int]]:
+    """Row ranges of about CHUNK weights."""
+    step = max(1, CHUNK // k)
+    return [(start, min(start + step, n)) for start in range(0, n, step)]
+
+
+def code_values(codes: Tensor, row: WeightFormat) -> Tensor:
+    """The fp32 value of each code, before any scale: [..., row bytes] uint8 -> [..., k]."""
+    if row.kind == "bf16":
+        return codes.contiguous().view(torch.bfloat16).float()
+    if row.kind == "e4m3":
+        return codes.contiguous().view(torch.float8_e4m3fn).float()
+    values = unpack(codes, row.bits)
+    if row.kind == "e2m1":
+        table = torch.tensor((*E2M1, *(-value for value in E2M1)), device=codes.device)
+        return table[values.int()]
+    return values.float() * row.step + row.offset
+
+
+def dequantize(packed: Packed) -> Tensor:
+    """What the packed weight stands for: fp32 [n, k]."""
+    row = packed.row
+    values = code_values(packed.codes, row)
+    if packed.scale is None:
+        return values
+    scale = packed.scale.float()
+    if packed.tensor_scale is not None:
+        scale = scale * packed.tensor_scale
+    grouped = split(values, packed.k // scale.shape[-1]) * scale.unsqueeze(-1)
+    if packed.zero is not None:
+        grouped = grouped + packed.zero.float().unsqueeze(-1)
+    return grouped.flatten(-2)
+
+
+def matmul(x: Tensor, packed: Packed) -> Tensor:
+    """x [..., k] times the weight's transpose, all in fp32: [..., n] fp32. The definition of every product here."""
+    wide = x.float()
+    parts = [wide @ dequantize(packed.rows(*rows)).T for rows in row_chunks(packed.n, packed.k)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def matvec(x: Tensor, packed: Packed) -> Tensor:
+    """x [k] -> [n] fp32."""
+    return matmul(x.unsqueeze(0), packed).squeeze(0)
+
+
+def embedding(ids: Tensor, packed: Packed) -> Tensor:
+    """Rows of a packed table: ids [...] int64 -> [..., k] fp32."""
+    flat = ids.reshape(-1)
+    parts = {name: t if name == "tensor_scale" else t[flat] for name, t in packed.tensors().items()}
+    rows = dequantize(Packed(packed.format, flat.numel(), packed.k, **parts))
+    return rows.reshape(*ids.shape, packed.k)
