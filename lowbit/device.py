@@ -205,9 +205,12 @@ def source_hash(root: Path = SOURCE) -> str:
 
 
 def source_commit(root: Path = SOURCE) -> str:
-    """The git commit of the checkout that lowbit runs from; empty where it is installed, or git does not tell."""
+    """The git commit of the checkout that lowbit runs from; empty where it is installed, or git does not tell.
+
+    An image has no ``.git``: there LOWBIT_COMMIT tells, which the Dockerfile takes as a build argument.
+    """
     if not (root.parent / ".git").exists():
-        return ""
+        return os.environ.get("LOWBIT_COMMIT", "")
     try:
         command = ["git", "-C", str(root.parent), "rev-parse", "--verify", "HEAD"]
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()

@@ -224,12 +224,16 @@ def test_edited_code_is_another_environment(tmp_path):
 def test_the_commit_is_that_of_lowbits_own_checkout(tmp_path, monkeypatch):
     package = tmp_path / "lowbit"
     package.mkdir()
+    monkeypatch.setenv("LOWBIT_COMMIT", "of the image")
+    assert device.source_commit(package) == "of the image"
+    monkeypatch.delenv("LOWBIT_COMMIT")
     assert device.source_commit(package) == ""  # installed somewhere, not in a checkout of its own
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run([*git, "init", "-q"], check=True)
     assert device.source_commit(package) == ""
     subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    monkeypatch.setenv("LOWBIT_COMMIT", "of an image")
     assert device.source_commit(package) == head
     monkeypatch.setenv("PATH", "")
     assert device.source_commit(package) == ""

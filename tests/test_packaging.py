@@ -105,8 +105,11 @@ def test_the_dockerfile_takes_the_same_pins_and_keeps_torch_before_the_code():
     order = ["COPY .ci/constraints.txt", "install --constraint /tmp/constraints.txt torch", "COPY . ."]
     positions = [text.index(step) for step in order]
     assert positions == sorted(positions)
-    assert text.index("USER lowbit") > text.index("COPY . .")
+    assert text.index("USER 1000") > text.index("COPY . .")
+    assert re.search(r'^HEALTHCHECK .*CMD \["python", "-m", "lowbit", "formats"\]$', text, re.M)
     assert text.endswith('ENTRYPOINT ["pytest"]\nCMD ["benches"]')
+    for name in ("LOWBIT_COMMIT", "COPY . ."):  # what changes with every commit comes after what does not
+        assert text.index(name) > text.index("install --requirement /tmp/constraints.txt")
 
 
 def test_the_build_context_is_small_and_has_what_is_copied():
