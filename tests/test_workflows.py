@@ -1,4 +1,4 @@
-"""CI as text: linters on workflows, scripts and Dockerfile; secrets; what the scripts do, with docker and gh as fakes."""
+"""CI as text: linters on workflows, scripts and Dockerfile; secrets; the scripts, with docker and gh as fakes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -161,7 +162,7 @@ def test_an_image_has_a_tag_per_commit_and_per_release(publish, ref, tags):
     build, *tries = commands
     assert build[0] == "build"
     names = [f"ghcr.io/some-one/lowbit:{tag}" for tag in tags]
-    assert [word for before, word in zip(build, build[1:], strict=False) if before == "--tag"] == names
+    assert [word for before, word in pairwise(build) if before == "--tag"] == names
     assert f"LOWBIT_COMMIT={'0' * 40}" in build
     assert [command[0] for command in tries] == ["run", "run", *["push"] * len(tags)]  # tried before it is pushed
     assert [command[1] for command in tries if command[0] == "push"] == names
