@@ -101,6 +101,8 @@ def _make_row(records: list[Record]) -> Row:
         )
     last = records[-1]
     info = {key: value for key, value in last.info.items() if _is_small(value)}
+    if isinstance(ceilings := last.info.get("ceilings"), Mapping):  # what mbu was held against: the report draws by it
+        info["ceilings"] = {key: _rounded(value, DIGITS) for key, value in ceilings.items() if isinstance(value, float)}
     return Row(last.case, last.kind, last.format, last.mode, last.workload, last.dtype, metrics, info)
 
 
