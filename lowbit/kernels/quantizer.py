@@ -211,7 +211,7 @@ def _mx(weight: Tensor, search: bool) -> tuple[Tensor, Tensor]:
         scale = torch.ldexp(torch.ones_like(largest), shared)
         best.offer(_loss(weight, _e2m1_values(weight * _inverse(scale)) * scale), scale)
     (scale,) = best.kept
-    return e2m1_codes(weight * _inverse(scale)), scale.to(torch.float8_e8m0fnu)
+    return e2m1_codes(weight * _inverse(scale)), scale.to(torch.float8_e8m0fnu).view(torch.uint8)
 
 
 def _nv(weight: Tensor, tensor_scale: Tensor, search: bool) -> tuple[Tensor, Tensor]:
@@ -227,4 +227,4 @@ def _nv(weight: Tensor, tensor_scale: Tensor, search: bool) -> tuple[Tensor, Ten
         scale = stored * tensor_scale
         best.offer(_loss(weight, _e2m1_values(weight * _inverse(scale)) * scale), stored)
     (stored,) = best.kept
-    return e2m1_codes(weight * _inverse(stored * tensor_scale)), stored.to(torch.float8_e4m3fn)
+    return e2m1_codes(weight * _inverse(stored * tensor_scale)), stored.to(torch.float8_e4m3fn).view(torch.uint8)

@@ -33,9 +33,10 @@ class WeightFormat:
     """One row: how weights are stored.
 
     ``group_size`` counts weights along k that share a scale; None: the whole row does. ``scale`` and ``zero`` are the
-    dtypes of [n, groups] tensors or None; ``zero`` is in units of the weight (the value of code 0) and is added.
-    ``offset`` and ``step`` turn an integer code into its value. ``tensor_scale``: one more fp32 factor, [1]. ``rule``
-    is how ``quantize`` finds scales. ``version`` counts changes of the storage; files carry it.
+    dtypes of [n, groups] numbers or None; 8-bit floats are kept as their bytes, uint8. ``zero`` is in units of the
+    weight (the value of code 0) and is added. ``offset`` and ``step`` turn an integer code into its value.
+    ``tensor_scale``: one more fp32 factor, [1]. ``rule`` is how ``quantize`` finds scales. ``version`` counts changes
+    of the storage; files carry it.
     """
 
     name: str
@@ -170,7 +171,8 @@ def specs(name: str, n: int, k: int) -> dict[str, tuple[tuple[int, ...], torch.d
     found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"codes": ((n, row.row_bytes(k)), torch.uint8)}
     for part, dtype in (("scale", row.scale), ("zero", row.zero)):
         if dtype is not None:
-            found[part] = ((n, row.groups(k)), dtype)
+            # torch multiplies, hashes and moves no 8-bit floats, and nn.Module.to(dtype) would convert them
+            found[part] = ((n, row.groups(k)), torch.uint8 if dtype.itemsize == 1 else dtype)
     if row.tensor_scale:
         found["tensor_scale"] = ((1,), torch.float32)
     return found
@@ -244,13 +246,20 @@ def code_values(codes: Tensor, row: WeightFormat) -> Tensor:
     return values.float() * row.step + row.offset
 
 
+def scale_values(scale: Tensor, row: WeightFormat) -> Tensor:
+    """Scales as numbers: [n, groups] as stored -> fp32."""
+    if row.scale is not None and row.scale.itemsize == 1:
+        scale = scale.contiguous().view(row.scale)
+    return scale.float()
+
+
 def dequantize(packed: Packed) -> Tensor:
     """What the packed weight stands for: fp32 [n, k]."""
     row = packed.row
     values = code_values(packed.codes, row)
     if packed.scale is None:
         return values
-    scale = packed.scale.float()
+    scale = scale_values(packed.scale, row)
     if packed.tensor_scale is not None:
         scale = scale * packed.tensor_scale
     grouped = split(values, packed.k // scale.shape[-1]) * scale.unsqueeze(-1)
