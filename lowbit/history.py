@@ -1,0 +1,150 @@
+"""History: the kept runs of a device, oldest first, as nights; what trend and report draw their series from.
+
+A folder of kept runs is ``.lowbit/runs`` or any other (``--history DIR``): run folders, ``run.json`` documents under
+any name, and CI artefacts that hold either, however deep. Nothing is ever written here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from lowbit import runs
+from lowbit.errors import LowbitError
+from lowbit.runs import DOCUMENT, JOURNAL, Run
+
+NOT_COUNTED = ("--profile",)
+"""Options of a bench run whose figures are no history: measuring was disturbed on purpose."""
+
+
+@dataclass(frozen=True)
+class Night:
+    """One kept run. ``metrics`` maps a measured case to its finite metrics by stored name (``ppl_embedded_512``).
+
+    Void, failed and skipped cases have none. ``started`` is UTC, ISO 8601; ``commit`` is lowbit's own.
+    """
+
+    started: str
+    path: Path
+    environment: Mapping[str, str]
+    commit: str = ""
+    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    @property
+    def date(self) -> str:
+        """``2026-11-21``: the UTC day on which it started."""
+        return _time(self.started).date().isoformat()
+
+
+@dataclass(frozen=True)
+class History:
+    """All nights of one device, model and load format, oldest first. The quality protocol is in the metrics' names."""
+
+    device: str
+    device_name: str
+    model: str
+    load_format: str
+    nights: list[Night] = field(default_factory=list)
+
+    def cases(self) -> dict[str, list[str]]:
+        """Every case that was ever measured, with the stored names of its metrics; in order of first appearance."""
+        found: dict[str, dict[str, None]] = {}
+        for night in self.nights:
+            for case, metrics in night.metrics.items():
+                found.setdefault(case, {}).update(dict.fromkeys(metrics))
+        return {case: list(metrics) for case, metrics in found.items()}
+
+    def series(self, case: str, metric: str) -> list[float]:
+        """[nights] the metric's value in each night; NaN where the case or the metric was not measured."""
+        return [night.metrics.get(case, {}).get(metric, math.nan) for night in self.nights]
+
+
+@dataclass(frozen=True)
+class Histories:
+    """What a folder holds: one History per device, model and load format, and the reasons for what can't be read."""
+
+    found: list[History] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+
+
+def read(root: Path, *, device: str | None = None, model: str | None = None) -> Histories:
+    """All kept runs under ``root``, of ``device`` (slug) and ``model`` alone where given.
+
+    A run that can't be read costs itself and is named in ``unreadable``. Raises LowbitError when ``root`` is no folder
+    or holds no run that was asked for, with what it does hold.
+    """
+    if not root.is_dir():
+        raise LowbitError(f"{root}: no such folder of kept runs; give one with --history, or keep runs: pytest benches")
+    kept, unreadable = [], []
+    for path in _paths(root):
+        try:
+            run = runs.read(path)
+            _time(run.header.started)
+        except LowbitError as error:
+            unreadable.append(str(error))
+            continue
+        kept.append(run)
+    histories = group(kept)
+    chosen = [h for h in histories if device in (None, h.device) and model in (None, h.model)]
+    if not chosen:
+        have = ", ".join(f"{h.model} ({h.load_format}) on {h.device}" for h in histories) or "no readable run"
+        asked = " ".join(word for word in (model, f"on {device}" if device else None) if word) or "any kept run"
+        raise LowbitError(f"{root}: expected {asked}, got {have}" + "".join(f"; {why}" for why in unreadable[:3]))
+    return Histories(chosen, unreadable)
+
+
+def group(kept: Iterable[Run]) -> list[History]:
+    """Runs → one History per device, model and load format, the one with most nights first. Copies count once."""
+    histories: dict[tuple[str, str, str], History] = {}
+    for run in sorted(kept, key=lambda run: _time(run.header.started)):
+        header = run.header
+        if any(option in header.argv for option in NOT_COUNTED):
+            continue
+        key = (header.device, header.model, header.load_format)
+        history = histories.setdefault(key, History(header.device, header.device_name, header.model, key[2]))
+        night = Night(header.started, run.path, header.environment, header.commit, _metrics(run))
+        copies = (other for other in reversed(history.nights) if other.started == night.started)
+        if night.metrics and not any(other.metrics == night.metrics for other in copies):
+            history.nights.append(night)
+    return sorted((history for history in histories.values() if history.nights), key=lambda h: -len(h.nights))
+
+
+def _metrics(run: Run) -> dict[str, dict[str, float]]:
+    return {
+        record.case: {name: float(value) for name, value in record.metrics.items() if math.isfinite(value)}
+        for record in run.records()
+        if record.outcome == "measured"
+    }
+
+
+def _paths(root: Path) -> Iterator[Path]:
+    """Journals, and documents of kept runs that have no journal beside them."""
+    journals = sorted(root.rglob(JOURNAL))
+    yield from journals
+    beside = {path.with_name(DOCUMENT) for path in journals}
+    for path in sorted(root.rglob("*.json")):
+        if path not in beside and _may_be_a_run(path):
+            yield path
+
+
+def _may_be_a_run(path: Path) -> bool:
+    """False for JSON of another kind: baselines, pytest-benchmark's own files, anything else. Broken JSON may be."""
+    try:
+        data = json.loads(path.read_bytes())
+    except ValueError:
+        return True
+    part = data.get("lowbit") if isinstance(data, dict) else None
+    return isinstance(part, dict) and part.get("kind") == "run"
+
+
+def _time(started: str) -> datetime:
+    """Raises LowbitError for what is no ISO 8601 time."""
+    try:
+        time = datetime.fromisoformat(started)
+    except ValueError as error:
+        raise LowbitError(f"expected the start of a run in ISO 8601, got {started!r}") from error
+    return time if time.tzinfo else time.replace(tzinfo=UTC)
