@@ -237,6 +237,7 @@ class Lab:
             batch=workload.batch,
             prompt_tokens=workload.prompt_tokens,
             new_tokens=workload.new_tokens,
+            bits_per_weight=made.coverage.bits_per_weight,
             weights_bytes=made.coverage.resident_bytes,
             read_gb_s=ceilings.read_gb_s,
             matmul_tflop_s=ceilings.matmul_tflop_s,
@@ -284,18 +285,5 @@ class Lab:
             self._import_library(case.format)
             made = self._make(host, case.format)
             record.unavailable |= {"ppl": "dummy weights: quality is not applicable"}
-        record.dtype = made.dtype
-        record.info["coverage"] = made.coverage.to_dict()
-        record.info["quality_model"] = host.name
         with self.spent.on("quality"):
-            scored = self._scorer.score(made, host, case.name, rounds)
-        unsaved = sum(buffer.numel() * buffer.element_size() for buffer in made.model.model.rotary_emb.buffers())
-        return Measurement(
-            kind="quality",
-            quality=scored,
-            weights_bytes=made.coverage.resident_bytes if own else None,
-            # No checkpoint holds RoPE's inverse frequencies: they follow from the config
-            checkpoint_bytes=made.coverage.resident_bytes - unsaved if own else None,
-            load_s=host.load_s,
-            quantize_s=made.quantize_s,
-        )
+            return self._scorer.measure(made, host, case, record, rounds, own=own)

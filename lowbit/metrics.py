@@ -83,6 +83,8 @@ class Measurement:
     read_gb_s: float | None = None
     matmul_tflop_s: float | None = None
     weights_bytes: int | None = None
+    bits_per_weight: float | None = None
+    kernel_error: float | None = None
     checkpoint_bytes: int | None = None
     vram_start_mib: float | None = None
     vram_end_mib: float | None = None
@@ -219,6 +221,12 @@ def weights_mib(m: Measurement) -> float | None:
     return None if m.weights_bytes is None else m.weights_bytes / MIB
 
 
+@metric("bit", "lower", Limit(relative=1e-9), EVERY)
+def bits_per_weight(m: Measurement) -> float | None:
+    """Bits stored per weight of the quantized linears, scales and zeros included, counted from their storages."""
+    return m.bits_per_weight
+
+
 @metric("MiB", "lower", Limit(absolute=64))
 def vram_peak_mib(m: Measurement) -> float | None:
     """Peak of this process in the measured rounds by NVML, less what earlier cases left loaded in the process."""
@@ -329,6 +337,16 @@ def ln_ppl_ratio(m: Measurement) -> float | None:
 def checkpoint_mb(m: Measurement) -> float | None:
     """Bytes of the quantized model's state as safetensors would hold them, in 10^6 bytes."""
     return None if m.checkpoint_bytes is None else m.checkpoint_bytes / 1e6
+
+
+@metric("ratio", "lower", Limit(relative=0.50, absolute=1e-4), ("quality",))
+def kernel_rel_error(m: Measurement) -> float | None:
+    """Largest relative error of a row of a linear's output against the product with the format's own weights.
+
+    Of one linear of each kind (lowbit/truth.py). Beyond the compute dtype's bound the case fails by itself; the limit
+    here tells an upgrade that rounds more often.
+    """
+    return m.kernel_error
 
 
 PROTOCOL_METRICS = ("ppl", "kld", "top1", "ln_ppl_ratio")

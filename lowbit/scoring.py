@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lowbit import backends, compilers, measure, quality, quantized, streamed, texts
+from lowbit import backends, compilers, measure, quality, quantized, streamed, texts, truth
+from lowbit.cases import Case
 from lowbit.device import MIB, Device
 from lowbit.formats import FORMATS, Format
 from lowbit.hostmodel import HostModel
-from lowbit.metrics import Quality
+from lowbit.metrics import Measurement, Quality
 from lowbit.quantized import TORCH_DTYPES, Quantized
+from lowbit.record import Record
 
 Progress = Callable[[str], None]
 
@@ -63,6 +65,43 @@ class Scorer:
         self.notes.append(f"{base.id} does not fit ({unmet.reason}): reference logits streamed layer by layer")
         dtype = TORCH_DTYPES[self.device.dtype_for(base) or "fp16"]
         return streamed.stream(host, self.device.torch, dtype, text.windows(), self.progress)
+
+    def measure(
+        self, made: Quantized, host: HostModel, case: Case, record: Record, rounds: Callable[..., Any], *, own: bool
+    ) -> Measurement:
+        """Everything about a format's quality. ``own``: ``made`` is the run's model, not the embedded one beside it."""
+        record.dtype = made.dtype
+        record.info["coverage"] = made.coverage.to_dict()
+        record.info["quality_model"] = host.name
+        kernel_error = self.prove(made, host, record)
+        scored = self.score(made, host, case.name, rounds)
+        unsaved = sum(buffer.numel() * buffer.element_size() for buffer in made.model.model.rotary_emb.buffers())
+        return Measurement(
+            kind="quality",
+            quality=scored,
+            kernel_error=kernel_error,
+            bits_per_weight=made.coverage.bits_per_weight if own else None,
+            weights_bytes=made.coverage.resident_bytes if own else None,
+            # No checkpoint holds RoPE's inverse frequencies: they follow from the config
+            checkpoint_bytes=made.coverage.resident_bytes - unsaved if own else None,
+            load_s=host.load_s,
+            quantize_s=made.quantize_s,
+        )
+
+    def prove(self, made: Quantized, host: HostModel, record: Record) -> float | None:
+        """The largest kernel error of the model's linears, or None with the reason in the record's ``unavailable``.
+
+        What each linear showed goes into the record's info. Raises TruthError beyond the dtype's bound.
+        """
+        self.progress(f"{made.format.id}: kernels against the product with their own weights")
+        try:
+            with compilers.preserved_state(), measure.cpu_threads(self.device):
+                found = truth.prove(made.model, made.format, TORCH_DTYPES[made.dtype], host.master)
+        except backends.NoTruth as reason:
+            record.unavailable["kernel_rel_error"] = str(reason)
+            return None
+        record.info["truth"] = {path: asdict(one) for path, one in found.items()}
+        return max(one.kernel for one in found.values())
 
     def score(self, made: Quantized, host: HostModel, name: str, rounds: Callable[..., Any]) -> Quality:
         """Perplexity, KL and top-1 of a model. ``rounds`` runs it once. Raises LowbitError naming ``name`` on NaN."""

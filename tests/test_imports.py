@@ -27,7 +27,7 @@ STAGES = (
     {"hub", "loading"},
     {"models"},
     {"backends"},
-    {"regional", "logits_store"},
+    {"regional", "logits_store", "truth"},
     {"compilers", "generate"},
     {"measure", "quality"},
     {"texts", "streamed", "quantized"},

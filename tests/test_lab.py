@@ -16,12 +16,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from lowbit import compilers, lab, measure, metrics, models, scoring, texts
 from lowbit.backends import coverage
+from lowbit.backends.torchao import unpacking
 from lowbit.cases import Case
 from lowbit.ceilings import Ceilings
 from lowbit.device import Device
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS
 from lowbit.record import Record
+from lowbit.truth import TruthError
 from lowbit.workloads import Workload
 
 CPU = Device("cpu", 0, "a test's CPU", "cpu-test", None, 100_000.0, 2, driver=None, cuda=None)
@@ -107,6 +109,31 @@ def test_a_record_has_every_metric_of_its_kind_or_the_reason(bench, case):
     assert record.info["coverage"]["linears"] == 14
     assert record.info["wall_s"] > 0
     assert Record.from_dict(record.to_dict()) == record
+
+
+def test_a_quality_record_proves_its_kernels(bench):
+    record = take(bench, Case("quality", FORMATS["a16w8-torchao"]))
+    assert 0 < record.metrics["kernel_rel_error"] < 2**-7
+    assert len(record.info["truth"]) == 7
+    assert max(one["kernel"] for one in record.info["truth"].values()) == record.metrics["kernel_rel_error"]
+    assert 0 < record.info["truth"]["model.layers.0.mlp.up_proj"]["weight"] < 0.02  # against the master's own weights
+    assert 8 < record.metrics["bits_per_weight"] < 8.5
+
+
+def test_a_library_that_hides_its_weights_says_so_in_the_record(bench, monkeypatch):
+    monkeypatch.delattr("lowbit.backends.torchao.dequantize")
+    record = take(bench, Case("quality", FORMATS["a16w8-torchao"]))
+    assert record.unavailable["kernel_rel_error"] == "torchao gives its weights back in no way that lowbit knows"
+    assert "kernel_rel_error" not in record.metrics
+
+
+def test_a_wrong_kernel_fails_its_case(bench, monkeypatch):
+    def spoilt(module):
+        return 1.05 * unpacking.dequantize(module)
+
+    monkeypatch.setattr("lowbit.backends.torchao.dequantize", spoilt)
+    with pytest.raises(TruthError, match=r"a16w8-torchao: .* relative error of at most 0\.00781 .*q_proj 0\.04"):
+        take(bench, Case("quality", FORMATS["a16w8-torchao"]))
 
 
 def test_samples_are_those_of_the_rounds(bench):

@@ -50,7 +50,8 @@ def quality() -> Measurement:
     scored = Quality(
         "embedded_512", 9000, 12.5, 8192, kld=0.02, top1=0.97, ln_ppl_ratio=0.01, ln_ppl_ratio_stderr=0.001
     )
-    return Measurement(kind="quality", quality=scored, weights_bytes=MIB, checkpoint_bytes=2_500_000)
+    sizes = {"weights_bytes": MIB, "checkpoint_bytes": 2_500_000, "bits_per_weight": 4.25}
+    return Measurement(kind="quality", quality=scored, kernel_error=0.002, **sizes)
 
 
 EXPECTED = {
@@ -103,6 +104,8 @@ def test_quality_names_carry_the_protocol_and_the_count() -> None:
             "ln_ppl_ratio_embedded_512": 0.01,
             "weights_mib": 1.0,
             "checkpoint_mb": 2.5,
+            "bits_per_weight": 4.25,
+            "kernel_rel_error": 0.002,
         }
     )
 
@@ -138,6 +141,7 @@ def test_better_directions() -> None:
     higher = {"decode_tok_s", "speed_ratio", "prefill_tok_s", "throughput_tok_s", "mbu", "mfu", "top1"}
     lower = {"ttft_ms", "tpot_ms_p50", "latency_ms", "weights_mib", "vram_peak_mib", "energy_j_per_tok", "compile_s"}
     lower |= {"graph_breaks", "recompiles", "ppl", "kld", "ln_ppl_ratio", "checkpoint_mb", "load_s", "quantize_s"}
+    lower |= {"bits_per_weight", "kernel_rel_error"}
     assert {METRICS[name].better for name in higher} == {"higher"}
     assert {METRICS[name].better for name in lower} == {"lower"}
 
@@ -157,6 +161,8 @@ def test_gated_metrics_and_their_floors() -> None:
         "ppl": Limit(relative=0.001),
         "kld": Limit(relative=0.05, absolute=1e-6),
         "checkpoint_mb": Limit(relative=1e-9),
+        "bits_per_weight": Limit(relative=1e-9),
+        "kernel_rel_error": Limit(relative=0.50, absolute=1e-4),
     }
     assert {name: METRICS[name].limit for name in floors} == floors
     for name in ("decode_tok_s", "ttft_ms"):

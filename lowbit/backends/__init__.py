@@ -7,6 +7,17 @@ A backend module has
   library, whose import may crash here;
 - ``quantize(module, fmt, dtype) -> None``: in place, every target linear inside ``module``, which is on its device;
 - ``is_quantized(module) -> bool``: whether this one module holds this library's weights.
+
+and, where the library allows it, for kernel truth (lowbit/truth.py):
+
+- ``dequantize(module) -> Tensor``: the weights that this quantized linear stands for, [n, k] fp32, read from what is
+  stored and not by its kernel;
+- ``quantize_activations(module, x) -> Tensor``: x [m, k] as a format with ``activation_bits < 16`` sees it: quantized
+  and dequantized again, [m, k] fp32.
+
+Both raise NoTruth, whose text is the reason, for a scheme whose library can't tell.
+
+A backend is a file or a package of this folder; files whose name begins with an underscore help them.
 """
 
 from __future__ import annotations
@@ -27,9 +38,27 @@ from lowbit.quiet import quiet_import
 if TYPE_CHECKING:
     from lowbit.device import Device
 
-__all__ = ["BACKENDS", "Backend", "Shape", "Target", "get", "minimum_sm", "quiet_import", "shapes", "targets", "unmet"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "NoTruth",
+    "Shape",
+    "Target",
+    "get",
+    "minimum_sm",
+    "quiet_import",
+    "shapes",
+    "targets",
+    "unmet",
+]
 
-BACKENDS = tuple(file.name for file in pkgutil.iter_modules(__path__) if file.name != "coverage")
+BACKENDS = tuple(
+    file.name for file in pkgutil.iter_modules(__path__) if file.name != "coverage" and not file.name.startswith("_")
+)
+
+
+class NoTruth(LowbitError):
+    """The library gives no way to see what this format's kernel works on: weights or quantized activations."""
 
 
 class Backend(Protocol):

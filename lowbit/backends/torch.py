@@ -32,3 +32,9 @@ def quantize(module: nn.Module, fmt: Format, dtype: torch.dtype) -> None:
 def is_quantized(module: nn.Module) -> bool:
     """True for an untouched linear: what "quantized" means for a row that only casts."""
     return type(module) is nn.Linear and type(module.weight) is nn.Parameter and module.weight.is_floating_point()
+
+
+def dequantize(module: nn.Module) -> torch.Tensor:
+    """The weights, [n, k] fp32: nothing was quantized."""
+    weight: torch.Tensor = module.get_parameter("weight")
+    return weight.detach().float()

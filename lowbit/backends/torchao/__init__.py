@@ -12,12 +12,15 @@ import torch
 from torch import nn
 
 from lowbit.backends import minimum_sm, shapes, targets
+from lowbit.backends.torchao.unpacking import dequantize, quantize_activations
 from lowbit.errors import unknown
 from lowbit.formats import Format, Unmet
 from lowbit.quiet import quiet_import
 
 if TYPE_CHECKING:
     from lowbit.device import Device
+
+__all__ = ["PACKAGES", "dequantize", "is_quantized", "quantize", "quantize_activations", "requirement"]
 
 PACKAGES: tuple[str, ...] = ("torchao",)
 

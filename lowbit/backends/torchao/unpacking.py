@@ -1,0 +1,111 @@
+"""torchao's tensors back in fp32, and activations as its kernels see them: what kernel truth is measured against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.quiet import quiet_import
+
+Pack = Callable[[Tensor], Tensor]
+
+
+def dequantize(module: nn.Module) -> Tensor:
+    """The weights that a linear's torchao tensor stands for, [n, k] fp32."""
+    weight: Any = module.weight
+    match type(weight).__name__:
+        case "Int4OpaqueTensor":
+            return _tinygemm(_unpack_cpu(weight.qdata), weight)
+        case "Int4TilePackedTo4dTensor":
+            return _tinygemm(_unpack_tiles(weight.qdata, pack_tile), weight)
+    dequantized: Tensor = weight.dequantize(torch.float32)
+    return dequantized
+
+
+def quantize_activations(module: nn.Module, x: Tensor) -> Tensor:
+    """x [m, k] as the linear's kernel takes it: through torchao's own quantizer and back to fp32."""
+    kwargs = quiet_import("torchao.quantization.quantize_.common.quantize_tensor_kwargs")
+    weight: Any = module.weight
+    scales = {"scale": weight.act_quant_scale, "zero_point": weight.act_quant_zero_point}
+    known = scales if hasattr(weight, "act_quant_scale") else {}
+    quantized = kwargs._choose_quant_func_and_quantize_tensor(x, weight.act_quant_kwargs, **known)
+    dequantized: Tensor = quantized.dequantize(torch.float32)
+    return dequantized
+
+
+# -- int4 in a kernel's own order --------------------------------------------------------------------------------------
+# No operator takes the packed orders apart. Each is a permutation of nibbles inside a tile, so packing the nibbles of
+# the positions' own numbers, a hexadecimal digit at a time, tells where each nibble goes.
+
+
+def permutation(pack: Pack, n: int, k: int, device: torch.device) -> Tensor:
+    """Where each stored nibble of a tile comes from: [n * k] int64, positions in the unpacked [n, k].
+
+    ``pack`` takes a tile of numbers 0 to 15, [n, k] int32, and gives its nibbles in the order they are stored in.
+    """
+    position = torch.arange(n * k, device=device).view(n, k)
+    source = torch.zeros(n * k, dtype=torch.int64, device=device)
+    for shift in range(0, (n * k - 1).bit_length(), 4):
+        source |= pack((position >> shift & 15).int()).flatten().long() << shift
+    return source
+
+
+def nibbles(packed: Tensor) -> Tensor:
+    """[...] uint8 or int32 -> [..., 2 or 8]: the nibbles of each number, the lowest first."""
+    shifts = torch.arange(0, 8 * packed.element_size(), 4, dtype=packed.dtype, device=packed.device)
+    return packed[..., None] >> shifts & 15
+
+
+BLOCK = 64
+"""Rows that the CPU kernel packs together (aten/src/ATen/native/cpu/int4mm_kernel.cpp: 64 with AVX512, 32 with AVX2;
+the rest of the rows by themselves)."""
+
+
+def _pack_cpu(tile: Tensor) -> Tensor:
+    return nibbles(torch.ops.aten._convert_weight_to_int4pack_for_cpu(tile, 1))
+
+
+def _unpack_cpu(packed: Tensor) -> Tensor:
+    """[n, k / 2] uint8, as _convert_weight_to_int4pack_for_cpu orders it -> [n, k] int64."""
+    n, k = packed.shape[0], 2 * packed.shape[1]
+    parts = []
+    for block in (packed[: n - n % BLOCK], packed[n - n % BLOCK :]):
+        if not len(block):
+            continue
+        height = min(BLOCK, block.shape[0])
+        source = permutation(_pack_cpu, height, k, packed.device)
+        stored = nibbles(block).view(-1, height * k)
+        parts.append(torch.empty_like(stored).scatter_(1, source.expand_as(stored), stored).view(-1, k))
+    return torch.cat(parts).long()
+
+
+TILE = (8, 128)
+"""[n, k] of one tile for inner_k_tiles = 8, which torchao fixes (int4_tile_packed_to_4d_tensor.py)."""
+
+
+def pack_tile(tile: Tensor) -> Tensor:
+    """One tile by the CUDA operator: [8, 128] int32 -> its nibbles as they are stored."""
+    pairs = (tile[:, ::2] << 4 | tile[:, 1::2]).to(torch.uint8)
+    return nibbles(torch.ops.aten._convert_weight_to_int4pack(pairs, 8))
+
+
+def _unpack_tiles(packed: Tensor, pack: Pack) -> Tensor:
+    """[n / 8, k / 128, 32, 4] int32 -> [n, k] int32, padding included."""
+    down, across = packed.shape[:2]
+    source = permutation(pack, *TILE, packed.device)
+    stored = nibbles(packed).reshape(down, across, -1)
+    tiles = torch.empty_like(stored).scatter_(2, source.expand_as(stored), stored)
+    return tiles.view(down, across, *TILE).transpose(1, 2).reshape(down * TILE[0], across * TILE[1])
+
+
+def _tinygemm(numbers: Tensor, weight: Any) -> Tensor:
+    """(q - 8) * scale + zero with scales and zeros [k / group, n, 2] (torchao pack_tinygemm_scales_and_zeros)."""
+    n, k = weight.shape
+    scale, zero = weight.scale_and_zero.float().transpose(0, 1).unbind(-1)  # [n, groups] each
+    groups = scale.shape[1]
+    grouped = (numbers.float() - 8).view(scale.shape[0], groups, -1)
+    dequantized: Tensor = (grouped * scale[..., None] + zero[..., None]).flatten(1)[:n, :k]
+    return dequantized

@@ -1,0 +1,138 @@
+"""Kernel truth: does a quantized linear compute the product with the weights that it stores?
+
+A format's weights may differ from the original ones as they like; that is quality's business (KL). What its kernel does
+with them may not: ``error = ||out - ref|| / ||ref||`` per row of the output, where ``ref`` is the fp64 product with the
+format's own dequantized weights, and its own quantized activations where it quantizes those. Asked of one linear of
+each kind of the first layer, on the device at hand, with rows of noise, a row of zeros, and a row with an outlier
+100 times the rest, one row at a time and several at once: kernels for one row are others than those for many.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit import backends
+from lowbit.backends import NoTruth
+from lowbit.errors import LowbitError
+from lowbit.formats import Format
+
+BOUNDS = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: 2.0**-16}
+"""Largest relative error of a row by compute dtype: bf16's and fp16's machine epsilon, which is twice what rounding a
+number to the dtype costs at worst and five times what it costs on average; room for two or three roundings (weights,
+scale, result). A kernel that reads one scale or one group wrong is off by far more. fp32: 128 epsilons."""
+
+CHUNK = 2**24
+"""Weights that are widened to fp64 at a time: 128 MiB."""
+
+
+class TruthError(LowbitError):
+    """A quantized linear does not compute the product with its own weights."""
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Of one linear. ``kernel``: the largest relative error of a row, on ``inputs``. ``weight``: ||dequantized - w||
+    / ||w|| over the original weights, None where those are not known: what quantization itself costs."""
+
+    kernel: float
+    inputs: str
+    weight: float | None = None
+
+
+def inputs(k: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Activations [m, k] by what they are: the same numbers in every process and on every device."""
+    generator = torch.Generator().manual_seed(k)
+    noise = torch.randn(6, k, generator=generator)
+    outlier = noise[1:2].clone()
+    outlier[0, k // 3] = 100.0
+    rows = noise[2:6].clone()
+    rows[1] = 0
+    rows[2, 2 * k // 3] = -100.0
+    named = {
+        "a row of noise": noise[:1],
+        "a row with an outlier": outlier,
+        "a row of zeros": torch.zeros(1, k),
+        "4 rows, one of zeros, one with an outlier": rows,
+    }
+    return {name: x.to(device, dtype) for name, x in named.items()}
+
+
+def product(weight: Tensor, x: Tensor) -> Tensor:
+    """x [m, k] by weight [n, k] transposed, in fp64 whatever they are in -> [m, n]."""
+    rows = max(1, CHUNK // weight.shape[1])
+    return torch.cat([x.double() @ part.double().T for part in torch.split(weight, rows)], dim=1)
+
+
+def errors(out: Tensor, ref: Tensor, typical: float) -> Tensor:
+    """Relative error of each row [m, n] -> [m]; inf where it is not finite.
+
+    A row whose true product is zero is held against ``typical``, the norm of the output for a row of noise.
+    """
+    norm = ref.norm(dim=1)
+    error = (out.double() - ref).norm(dim=1) / torch.where(norm > 0, norm, typical)
+    return torch.where(error.isfinite(), error, math.inf)
+
+
+@torch.no_grad()
+def measure(module: nn.Module, fmt: Format, dtype: torch.dtype, original: Tensor | None = None) -> Truth:
+    """The truth of one quantized linear. ``original``: the weight [n, k] that it was made from, if known.
+
+    Raises NoTruth if the format's library can't give its weights or activations back.
+    """
+    backend: Any = backends.get(fmt.backend)
+    if not hasattr(backend, "dequantize"):
+        raise NoTruth(f"{fmt.backend} gives its weights back in no way that lowbit knows")
+    weight = backend.dequantize(module).float()
+    quantizes = fmt.activation_bits < 16
+    if quantizes and not hasattr(backend, "quantize_activations"):
+        raise NoTruth(f"{fmt.backend} shows its quantized activations in no way that lowbit knows")
+    bias = getattr(module, "bias", None)
+    typical = float(weight.norm())
+    worst, where = 0.0, ""
+    for name, x in inputs(weight.shape[1], dtype, weight.device).items():
+        ref = product(weight, backend.quantize_activations(module, x) if quantizes else x)
+        if bias is not None:
+            ref = ref + bias.double()
+        error = float(errors(module(x), ref, typical).max())
+        if error > worst or not where:
+            worst, where = error, name
+    if original is None:
+        return Truth(worst, where)
+    original = original.to(weight.device).float()
+    return Truth(worst, where, float((weight - original).norm() / original.norm()))
+
+
+def _linears(model: Any, fmt: Format) -> Iterator[tuple[str, nn.Module]]:
+    """One linear of each kind: those of the first layer, and the head where the format names it."""
+    for path, module in model.named_modules():
+        inside = path.startswith("model.layers.")
+        if path.rsplit(".", 1)[-1] in fmt.targets and (path.startswith("model.layers.0.") or not inside):
+            yield path, module
+
+
+def prove(model: Any, fmt: Format, dtype: torch.dtype, master: Any = None) -> dict[str, Truth]:
+    """The truth of one linear of each kind of a quantized Llama, by path.
+
+    ``master``: the model that it was made from. Raises TruthError naming every linear whose error exceeds the bound of
+    ``dtype`` (``options["kernel_bound"]`` where a row has one, with the reason in its note), NoTruth as ``measure``.
+    """
+    originals = {} if master is None else dict(master.named_parameters(remove_duplicate=False))
+    found = {
+        path: measure(module, fmt, dtype, originals.get(f"{path}.weight")) for path, module in _linears(model, fmt)
+    }
+    bound = float(fmt.options.get("kernel_bound", BOUNDS[dtype]))
+    wrong = [
+        f"{path} {truth.kernel:.3g} ({truth.inputs})" for path, truth in found.items() if not truth.kernel <= bound
+    ]
+    if wrong:
+        raise TruthError(
+            f"{fmt.id}: expected a relative error of at most {bound:.3g} against the product with its own dequantized "
+            f"weights in {str(dtype).removeprefix('torch.')}, got {', '.join(wrong)}: the kernel is wrong here"
+        )
+    return found

@@ -1,0 +1,174 @@
+"""Kernel truth: right kernels pass with room, wrong ones do not, and what can't be known is said."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from lowbit import backends, truth
+from lowbit.backends import NoTruth
+from lowbit.backends.torchao import unpacking
+from lowbit.formats import FORMATS, LINEARS, Format
+from lowbit.truth import BOUNDS, TruthError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+BF16 = FORMATS["bf16-torch"]
+INT8 = FORMATS["a8w8-torchao"]
+KNOWN = [
+    row
+    for row in FORMATS.values()
+    if "cpu" in row.devices
+    and hasattr(backends.get(row.backend), "dequantize")
+    and backends.unmet(row, tiny.CPU, tiny.config()) is None
+]
+
+
+def quantized(fmt, dtype=torch.bfloat16):
+    made = tiny.model(dtype, num_hidden_layers=1)
+    backends.get(fmt.backend).quantize(made.model.layers[0], fmt, dtype)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("fmt", "name"),
+    [(row, name) for row in KNOWN for name in row.dtypes],
+    ids=lambda value: getattr(value, "id", value),
+)
+def test_every_row_computes_the_product_with_its_own_weights(fmt, name):
+    made = quantized(fmt, DTYPES[name])
+    found = truth.prove(made, fmt, DTYPES[name], tiny.model(DTYPES[name], num_hidden_layers=1))
+    assert {path.rsplit(".", 1)[-1] for path in found} == set(LINEARS)
+    assert all(math.isfinite(one.kernel) and one.kernel > 0 for one in found.values())  # 0: nothing was rounded
+    if fmt.quantized:
+        assert all(0 < one.weight < 1 for one in found.values())
+    else:
+        assert {one.weight for one in found.values()} == {0.0}
+
+
+def test_one_linear_of_each_kind_is_asked():
+    made = tiny.model()
+    assert list(truth.prove(made, BF16, torch.bfloat16)) == [
+        *(f"model.layers.0.self_attn.{name}" for name in LINEARS[:4]),
+        *(f"model.layers.0.mlp.{name}" for name in LINEARS[4:]),
+    ]
+    head = Format("bf16", "torch", "cast", 16, 16, targets=("lm_head",))
+    assert list(truth.prove(made, head, torch.bfloat16)) == ["lm_head"]
+
+
+# -- wrong kernels ----------------------------------------------------------------------------------------------------
+
+
+class Wrong(nn.Linear):
+    """A linear whose product is spoilt."""
+
+    def __init__(self, spoil):
+        super().__init__(256, 64, bias=False, dtype=torch.bfloat16)
+        self.spoil = spoil
+
+    def forward(self, x):
+        return self.spoil(self, x)
+
+
+def nan_on_zeros(linear, x):
+    out = nn.functional.linear(x, linear.weight)
+    return out / (x.abs().amax(dim=-1, keepdim=True) > 0)
+
+
+def one_group_dropped(linear, x):
+    x = x.clone()
+    x[:, 128:136] = 0
+    return nn.functional.linear(x, linear.weight)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "inputs"),
+    [
+        (nan_on_zeros, "a row of zeros"),
+        (one_group_dropped, "row"),
+        (lambda linear, x: nn.functional.linear(x, linear.weight) * 1.02, "row"),
+        (lambda linear, x: nn.functional.linear(x.clamp(-50, 50), linear.weight), "outlier"),
+        (lambda linear, x: nn.functional.linear(x, linear.weight) + 0.01 * (len(x) > 1), "4 rows"),
+    ],
+    ids=["nan", "group", "scale", "clamped", "many-rows"],
+)
+def test_a_wrong_kernel_is_named(spoil, inputs):
+    made = tiny.model()
+    made.model.layers[0].self_attn.k_proj = Wrong(spoil)
+    with pytest.raises(TruthError, match=r"bf16-torch: .* at most 0\.00781 .* bfloat16, got [^,]*k_proj") as e:
+        truth.prove(made, BF16, torch.bfloat16)
+    found = truth.measure(made.model.layers[0].self_attn.k_proj, BF16, torch.bfloat16)
+    assert found.kernel > BOUNDS[torch.bfloat16]
+    assert inputs in found.inputs
+    assert found.inputs in str(e.value)
+
+
+def test_a_row_may_have_a_bound_of_its_own():
+    made = tiny.model()
+    made.model.layers[0].self_attn.k_proj = Wrong(lambda linear, x: nn.functional.linear(x, linear.weight) * 1.02)
+    lenient = Format("bf16", "torch", "cast", 16, 16, options={"kernel_bound": 0.03})
+    assert 0.01 < max(one.kernel for one in truth.prove(made, lenient, torch.bfloat16).values()) < 0.03
+
+
+def test_small_rows_are_not_hidden_by_large_ones():
+    ref = torch.tensor([[1000.0, 0.0], [1.0, 0.0], [0.0, 0.0]]).double()
+    out = torch.tensor([[1000.0, 0.0], [1.5, 0.0], [0.0, 0.2]])
+    assert truth.errors(out, ref, typical=2.0).tolist() == pytest.approx([0.0, 0.5, 0.1])
+
+
+def test_the_product_is_exact_whatever_the_matmul_precision(monkeypatch):
+    monkeypatch.setattr(truth, "CHUNK", 64)  # several pieces
+    weight, x = torch.randn(40, 32), torch.randn(3, 32)
+    assert (truth.product(weight, x) - x.double() @ weight.double().T).abs().max() < 1e-12
+
+
+# -- what can't be known ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("offers", "reason"),
+    [
+        ({}, "other gives its weights back in no way"),
+        ({"dequantize": lambda module: module.weight}, "other shows its quantized activations in no way"),
+    ],
+)
+def test_a_library_that_cannot_tell(monkeypatch, offers, reason):
+    monkeypatch.setattr(backends, "get", lambda name: SimpleNamespace(**offers))
+    with pytest.raises(NoTruth, match=reason):
+        truth.prove(tiny.model(), Format("a8w8", "other", "x", 8, 8), torch.bfloat16)
+
+
+# -- torchao's packed int4 --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [64, 128, 208, 48])
+def test_the_cpu_kernels_order_is_taken_apart(n):
+    numbers = torch.randint(0, 16, (n, 96), dtype=torch.int32)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers, 1)
+    assert torch.equal(unpacking._unpack_cpu(packed), numbers.long())
+
+
+def test_tiles_of_any_order_are_taken_apart():
+    """The CUDA operator needs a GPU: a random order of nibbles stands in for its."""
+    order = torch.randperm(1024, generator=torch.Generator().manual_seed(1))
+    pack = lambda tile: tile.flatten()[order].view(32, 4, 8)  # noqa: E731
+    numbers = torch.randint(0, 16, (24, 384), dtype=torch.int32)
+    tiles = numbers.view(3, 8, 3, 128).transpose(1, 2)
+    stored = torch.stack([torch.stack([pack(tile) for tile in row]) for row in tiles])  # [3, 3, 32, 4, 8]
+    shifts = torch.arange(0, 32, 4)
+    packed = (stored.long() << shifts).sum(-1).to(torch.int32)
+    assert (packed < 0).any()  # a sign bit must not leak into the neighbours
+    assert torch.equal(unpacking._unpack_tiles(packed, pack), numbers)
+
+
+def test_activations_are_those_of_the_kernel():
+    linear = quantized(INT8).model.layers[0].self_attn.q_proj
+    x = torch.randn(3, 256, dtype=torch.bfloat16)
+    seen = unpacking.quantize_activations(linear, x)
+    step = x.float().abs().amax(dim=1, keepdim=True) / 127.5
+    assert ((seen - x).abs() <= 0.51 * step).all()
+    assert not torch.equal(seen, x.float())
