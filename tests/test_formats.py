@@ -46,7 +46,7 @@ def test_a_row_is_consistent(row):
     if "_g" in row.name:
         assert row.name.endswith(f"_g{row.group_size}")
     if row.quantized:
-        assert row.name.startswith(f"a{row.activation_bits}w{row.weight_bits:g}")
+        assert row.name.startswith(f"a{row.activation_bits:g}w{row.weight_bits:g}")
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)

@@ -25,7 +25,7 @@ STAGES = (
     {"ceilings", "card", "kernels"},
     {"embedded", "checkpoint", "presets", "hostmodel"},
     {"hub", "loading"},
-    {"models"},
+    {"models", "reference"},
     {"backends"},
     {"regional", "logits_store", "truth"},
     {"compilers", "generate"},

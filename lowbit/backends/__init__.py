@@ -133,9 +133,10 @@ def targets(module: nn.Module, fmt: Format) -> Iterator[Target]:
             if linear is None:
                 continue
             if type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter:
+                weight = type(getattr(linear, "weight", None)).__name__
                 raise LowbitError(
                     f"{fmt.id} expects plain linears, but {name} is a {type(linear).__name__} with a "
-                    f"{type(linear.weight).__name__}: start from a fresh copy of the master for every format"
+                    f"{weight}: start from a fresh copy of the master for every format"
                 )
             yield Target(parent, name, linear)
 

@@ -43,7 +43,7 @@ class Format:
     name: str
     backend: str
     scheme: str
-    activation_bits: int
+    activation_bits: float
     weight_bits: float
     group_size: int | None = None
     dtypes: tuple[str, ...] = ("bf16", "fp16")
@@ -74,14 +74,14 @@ class Format:
     @property
     def selectors(self) -> frozenset[str]:
         """Extra ``-k`` words: the library, ``A16W4`` and vLLM's ``W4A16``, ``int4`` or ``fp8``, the group size."""
-        weight, activation = f"w{self.weight_bits:g}", f"a{self.activation_bits}"
+        weight, activation = f"w{self.weight_bits:g}", f"a{self.activation_bits:g}"
         words = {self.id, self.name, self.backend, activation + weight, weight + activation, *self.keywords}
         if self.group_size:
             words.add(f"g{self.group_size}")
         return frozenset(words | {word.upper() for word in (activation + weight, weight + activation)})
 
 
-def row(name: str, backend: str, scheme: str, bits: tuple[int, float], *keywords: str, **fields: Any) -> Format:
+def row(name: str, backend: str, scheme: str, bits: tuple[float, float], *keywords: str, **fields: Any) -> Format:
     """One row: ``bits`` are those of activation and weight, ``keywords`` further words for ``-k``."""
     return Format(name, backend, scheme, bits[0], bits[1], keywords=keywords, **fields)
 
