@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowbit import __version__
+from lowbit import __version__, nightly
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS, Format, Unmet
 
@@ -46,6 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
     compare.add_argument("old", type=Path, metavar="OLD", help="a kept run (.lowbit/runs/...) or a baseline")
     compare.add_argument("new", type=Path, metavar="NEW", help="a kept run or a baseline")
     compare.set_defaults(run=compare_files)
+    nightly.add_parsers(commands)
     return parser
 
 

@@ -35,8 +35,9 @@ STAGES = (
     {"lab"},
     {"runs"},
     {"baselines", "history"},
-    {"comparison"},
+    {"comparison", "trend"},
     {"report"},
+    {"nightly"},
     {"pytest_plugin", "__main__"},
 )
 """Each stage may import those before it. A package counts as one module."""

@@ -1,0 +1,80 @@
+"""The commands on kept runs of many nights and hosts: ``python -m lowbit trend``, ``merge`` and ``bisect``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lowbit import history, trend
+from lowbit.changepoint import MIN_NIGHTS
+from lowbit.history import History
+from lowbit.report.trends import trends
+from lowbit.trend import Trend
+
+OK, CHANGED = 0, 1
+KEPT_RUNS = Path(".lowbit") / "runs"
+
+
+def add_parsers(commands: Any) -> None:
+    """The sub-commands of this module. ``commands`` is what ``ArgumentParser.add_subparsers`` gave."""
+    _add_trend(commands)
+
+
+def _add_trend(commands: Any) -> None:
+    parser = commands.add_parser("trend", help="what changed over the nights, since when, and what else did that night")
+    parser.add_argument("--history", type=Path, default=KEPT_RUNS, metavar="DIR", help=f"kept runs ({KEPT_RUNS})")
+    parser.add_argument("--device", metavar="SLUG", help="of this device alone, as in benches/baselines/<device>")
+    parser.add_argument("--model", metavar="NAME", help="of this model alone, as the run's first line names it")
+    parser.add_argument(
+        "--nights", type=_positive, default=trend.NIGHTS, metavar="N", help=f"the last N runs ({trend.NIGHTS})"
+    )
+    parser.add_argument("--last", type=_positive, metavar="N", help="only what changed in the last N of them")
+    parser.add_argument("--json", action="store_true", help="one object per device and model")
+    parser.add_argument("--fail-on-change", action="store_true", help="exit code 1 when something listed got worse")
+    parser.set_defaults(run=show_trends)
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    return int(text)
+
+
+def show_trends(options: argparse.Namespace) -> int:
+    read = history.read(options.history, device=options.device, model=options.model)
+    for reason in read.unreadable:
+        print(f"lowbit: left out: {reason}", file=sys.stderr)
+    results = [_look(found, options.nights, options.last) for found in read.found]
+    if options.json:
+        print(json.dumps([_to_dict(found, listed) for found, listed in results], indent=1))
+    else:
+        print("\n\n".join(_to_text(found, listed) for found, listed in results))
+    worse = any(one.worse is not False for _, listed in results for one in listed)
+    return CHANGED if options.fail_on_change and worse else OK
+
+
+def _look(found: History, nights: int, last: int | None) -> tuple[History, list[Trend]]:
+    recent = replace(found, nights=found.nights[-nights:])
+    first = 0 if last is None else len(recent.nights) - last
+    return recent, [one for one in trend.find_trends(recent) if one.change.index >= first]
+
+
+def _to_text(found: History, listed: list[Trend]) -> str:
+    text = trends(found, listed, color=sys.stdout.isatty())
+    if len(found.nights) < MIN_NIGHTS:
+        text += f" can be told from {len(found.nights)} nights; from {MIN_NIGHTS} on it can"
+    return text
+
+
+def _to_dict(found: History, listed: list[Trend]) -> dict[str, Any]:
+    return {
+        "device": found.device,
+        "model": found.model,
+        "load_format": found.load_format,
+        "nights": [{"started": night.started, "run": str(night.path)} for night in found.nights],
+        "changes": [one.to_dict() for one in listed],
+    }

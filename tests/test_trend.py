@@ -1,0 +1,196 @@
+"""Trends: which series, since which night, and what changed in its environment."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from nights import DECODE, QUALITY, TORCH, decode, keep, quality
+
+from lowbit import history, trend
+from lowbit.__main__ import main
+from lowbit.report.trends import certainty
+
+UPGRADED = {**TORCH, "torch": "2.13.0"}
+NIGHTS, STEP = 40, 30
+
+
+def noisy(level, seed, step=0.0, sigma=0.004):
+    values = level * (1 + sigma * np.random.default_rng(seed).standard_normal(NIGHTS))
+    values[STEP:] *= 1 + step
+    return [float(value) for value in values]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Forty nights; torch is upgraded in the 31st: int4 decodes 5 % slower, with more memory; its ppl is the same."""
+    folder = tmp_path_factory.mktemp("history")
+    bf16, int4 = noisy(180.0, 1), noisy(268.0, 2, -0.05)
+    for night in range(NIGHTS):
+        late = night >= STEP
+        records = [
+            decode("bf16-torch", decode_tok_s=bf16[night], vram_peak_mib=16_500.0, weights_mib=15_317.0),
+            decode("a16w4_g128-torchao", decode_tok_s=int4[night], vram_peak_mib=6_400.0 + 100 * late, compile_s=20.0),
+            quality("a16w4_g128-torchao", ppl_embedded_512=2.150, kld_embedded_512_8176tok=0.0014 - 0.0004 * late),
+        ]
+        keep(folder, records, night=night, environment=UPGRADED if late else TORCH)
+    return folder
+
+
+def find(root):
+    (found,) = history.read(root).found
+    return trend.find_trends(found)
+
+
+def test_a_step_is_named_with_its_night_and_what_was_upgraded(root):
+    slower, larger, closer = find(root)
+    assert (slower.case, slower.metric) == (DECODE.format(format="a16w4_g128-torchao"), "decode_tok_s")
+    assert (slower.worse, slower.unit) == (True, "tok/s")
+    assert slower.change.index == STEP
+    assert slower.first.date == "2026-05-31"
+    assert slower.environment == ["torch 2.11.0 -> 2.13.0"]
+    assert slower.change.size_relative == pytest.approx(-0.05, abs=0.005)
+    assert (larger.metric, larger.worse, larger.change.size) == ("vram_peak_mib", True, pytest.approx(100))
+    assert (closer.metric, closer.worse) == ("kld_embedded_512_8176tok", False)
+    assert closer.case == QUALITY.format(format="a16w4_g128-torchao")
+
+
+def test_the_newest_night_comes_first(tmp_path):
+    early, late = noisy(100.0, 5), noisy(100.0, 6, 0.05)
+    for night in range(NIGHTS):
+        slow = early[night] * (0.9 if night >= 15 else 1)
+        keep(
+            tmp_path,
+            [decode("bf16-torch", decode_tok_s=slow), decode("fp16-torch", decode_tok_s=late[night])],
+            night=night,
+        )
+    assert [one.change.index for one in find(tmp_path)] == [STEP, 15]
+
+
+def test_every_protocol_and_each_watched_metric_has_a_series(root):
+    (found,) = history.read(root).found
+    names = {name for _, name, _ in trend.watched(found)}
+    assert names == {"decode_tok_s", "vram_peak_mib", "compile_s", "ppl_embedded_512", "kld_embedded_512_8176tok"}
+
+
+def test_what_is_far_below_the_gates_limit_is_not_worth_a_name(tmp_path):
+    for night in range(NIGHTS):
+        records = [decode(decode_tok_s=100.0 - 0.4 * (night >= STEP), vram_peak_mib=100.0 + 15 * (night >= STEP))]
+        keep(tmp_path / "runs", records, night=night)
+    assert find(tmp_path / "runs") == []
+
+
+def test_a_case_without_a_measurement_in_the_night_of_the_upgrade_names_it_all_the_same(tmp_path):
+    values = noisy(268.0, 3, -0.05)
+    for night in range(NIGHTS):
+        outcome = "failed" if STEP - 2 <= night < STEP else "measured"
+        environment = UPGRADED if night >= STEP - 2 else TORCH
+        records = [decode(outcome=outcome, decode_tok_s=values[night]), quality(ppl_embedded_512=2.15)]
+        keep(tmp_path / "runs", records, night=night, environment=environment)
+    (one,) = find(tmp_path / "runs")
+    assert one.change.index == STEP
+    assert one.environment == ["torch 2.11.0 -> 2.13.0"]
+
+
+def test_an_upgrade_within_the_nights_it_may_have_begun_in_is_named_as_such(tmp_path):
+    values = noisy(268.0, 4, -0.015, sigma=0.008)
+    for night in range(NIGHTS):
+        keep(
+            tmp_path / "runs",
+            [decode(decode_tok_s=values[night])],
+            night=night,
+            environment={**TORCH, "driver": "590.1"} if night >= STEP - 1 else TORCH,
+            commit="abc",
+        )
+    (one,) = find(tmp_path / "runs")
+    assert one.change.earliest < STEP <= one.change.latest
+    named = [one.environment, *(lines for _, lines in one.nearby)]
+    assert ["driver 580.159.04 -> 590.1"] in named
+
+
+def test_lowbits_own_commit_is_named_where_its_source_changed(tmp_path):
+    before = history.Night("2026-05-01", tmp_path, {"lowbit_source": "aaa"}, "1" * 40)
+    now = history.Night("2026-05-02", tmp_path, {"lowbit_source": "bbb"}, "2" * 40)
+    lines = trend.environment_change(before, now)
+    assert lines == ["lowbit_source aaa -> bbb", "lowbit commit 111111111111 -> 222222222222"]
+
+
+def run(capsys, *arguments):
+    code = main(["trend", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_the_command_prints_what_since_when_how_much_how_sure_and_why(root, capsys):
+    code, out, _ = run(capsys, "--history", root)
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[0] == (
+        "llama-3.1-8b (dummy) on nvidia-h200: 40 nights, 2026-05-01 to 2026-06-09: 3 changes, 2 for the worse"
+    )
+    at = lines.index("since 2026-05-31: torch 2.11.0 -> 2.13.0")
+    words = lines[at + 1].split()
+    assert words[:2] == ["decode[a16w4_g128-torchao-default-b1_c0]", "decode_tok_s"]
+    assert float(words[4]) == pytest.approx(-5, abs=0.5)
+    assert words[-2:] == ["step,", "worse"]
+    assert max(map(len, lines)) <= 120
+
+
+def test_a_change_is_information_unless_asked_to_fail(root, capsys):
+    assert run(capsys, "--history", root, "--fail-on-change")[0] == 1
+    assert run(capsys, "--history", root, "--fail-on-change", "--last", "5")[0] == 0
+    assert run(capsys, "--history", root, "--fail-on-change", "--last", "10")[0] == 1
+
+
+def test_json(root, capsys):
+    code, out, _ = run(capsys, "--history", root, "--json", "--device", "nvidia-h200")
+    assert code == 0
+    (found,) = json.loads(out)
+    assert (found["device"], len(found["nights"])) == ("nvidia-h200", NIGHTS)
+    first = found["changes"][0]
+    assert first["first_night"] == "2026-05-31T03:00:00+00:00"
+    assert first["size_percent"] == pytest.approx(-5, abs=0.5)
+    assert first["environment"] == ["torch 2.11.0 -> 2.13.0"]
+    assert first["confidence"] > 0.999
+
+
+def test_only_the_last_nights_are_looked_at(root, capsys):
+    _, out, _ = run(capsys, "--history", root, "--nights", "9")
+    assert "9 nights, 2026-06-01 to 2026-06-09: no change" in out
+
+
+def test_too_few_nights_say_so(tmp_path, capsys):
+    keep(tmp_path / "runs", [decode(decode_tok_s=100.0)])
+    code, out, _ = run(capsys, "--history", tmp_path / "runs")
+    assert (code, "from 8 on it can" in out) == (0, True)
+
+
+def test_a_broken_run_is_named_and_the_others_are_read(tmp_path, capsys):
+    keep(tmp_path, [decode(decode_tok_s=100.0)])
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "journal.jsonl").write_text("{\n")
+    code, out, err = run(capsys, "--history", tmp_path)
+    assert (code, "1 nights" in out) == (0, True)
+    assert "left out: " in err
+    assert "broken" in err
+
+
+def test_no_history_is_one_line_and_exit_code_2(tmp_path, capsys):
+    code, _, err = run(capsys, "--history", tmp_path / "none")
+    assert code == 2
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "x"])
+def test_nights_is_a_whole_number(value, capsys):
+    with pytest.raises(SystemExit):
+        main(["trend", "--nights", value])
+    assert "expected a whole number from 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("p", "text"), [(9e-4, "99.910"), (4e-4, "99.960"), (2e-5, "99.998"), (1.1e-5, "99.998"), (1e-9, "> 99.999")]
+)
+def test_certainty_never_says_100(p, text):
+    assert certainty(p) == text
