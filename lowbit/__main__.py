@@ -77,19 +77,21 @@ def list_formats(options: argparse.Namespace) -> int:
         return OK
     runs = [fmt for fmt, unmet in rows if unmet is None]
     print(f"{here.name}, {choice.name}: {len(runs)} of {len(rows)} formats run here\n")
-    titles = ("format", "activations", "weights", "group", "dtype", "select with -k")
+    titles = ("format", "bits", "group", "dtype", "kernel", "suite", "needs", "select with -k")
     table = [
         [
             fmt.id,
-            f"{fmt.activation_bits} bit",
-            f"{fmt.weight_bits:g} bit",
+            f"A{fmt.activation_bits:g}W{fmt.weight_bits:g}",
             str(fmt.group_size or ""),
             here.dtype_for(fmt) or "",
-            ", ".join(dict.fromkeys((*fmt.keywords, *([] if fmt.is_baseline else [fmt.backend])))),
+            "fast" if fmt.fast else "reference",
+            fmt.suite,
+            backends.needs(fmt),
+            ", ".join(dict.fromkeys(fmt.keywords)),
         ]
         for fmt in runs
     ]
-    print("\n".join(lay_out([Heading(title, right=title == "group") for title in titles], table)))
+    print("\n".join(lay_out([Heading(title, right=title == "group") for title in titles], table, shorten=False)))
     groups: dict[str, list[str]] = {}
     for fmt, unmet in rows:
         if unmet is not None:
@@ -103,6 +105,8 @@ def list_formats(options: argparse.Namespace) -> int:
 
 def describe_format(fmt: Format, unmet: Unmet | None, here: Device) -> dict[str, Any]:
     """One object of ``formats --json``: the row, and whether and in which base dtype it runs on this device."""
+    from lowbit import backends
+
     return {
         "id": fmt.id,
         "name": fmt.name,
@@ -111,6 +115,10 @@ def describe_format(fmt: Format, unmet: Unmet | None, here: Device) -> dict[str,
         "weight_bits": fmt.weight_bits,
         "group_size": fmt.group_size,
         "dtype": here.dtype_for(fmt),
+        "fast": fmt.fast,
+        "suite": fmt.suite,
+        "needs": backends.needs(fmt),
+        "note": fmt.note,
         "runs": unmet is None,
         "kind": unmet.kind if unmet else None,
         "reason": unmet.reason if unmet else None,

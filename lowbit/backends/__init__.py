@@ -26,6 +26,7 @@ import importlib
 import pkgutil
 from collections.abc import Iterator
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import torch
@@ -148,12 +149,23 @@ def minimum_sm(device: Device, needed: tuple[int, int], why: str) -> Unmet | Non
     return Unmet("capability", f"needs SM{needed[0]}{needed[1]} ({why}), this is {device.sm}")
 
 
+PLAIN_INSTALL = 'pip install "lowbit"'
+INSTALL = {
+    "gemlite": 'pip install "lowbit[gpu]"',
+    "triton": 'pip install "lowbit[gpu]"',
+    "hqq": 'pip install "lowbit[hqq]"',
+    "hqq_aten": "it is built from hqq's sources (hqq/kernels/setup_cuda.py)",
+    "bitblas": "pip install bitblas",
+    "marlin": "it is built from github.com/IST-DASLab/marlin (PyPI has no wheel of it)",
+}
+"""How to get a package that lowbit does not bring along."""
+
+
 def missing_package(packages: tuple[str, ...]) -> Unmet | None:
     """Unmet if a package can't be found; does not import it."""
     for name in packages:
         if find_spec(name) is None:
-            extra = "[gpu]" if name in ("gemlite", "hqq", "triton") else ""
-            return Unmet("package", f'{name} is not installed; pip install "lowbit{extra}"')
+            return Unmet("package", f"{name} is not installed; {INSTALL.get(name, PLAIN_INSTALL)}")
     return None
 
 
@@ -193,7 +205,36 @@ def unmet(fmt: Format, device: Device, config: Any) -> Unmet | None:
     if device.dtype_for(fmt) is None:
         needs = "SM80" if fmt.dtypes == ("bf16",) else "another device"
         return Unmet("capability", f"needs {needs} ({' or '.join(fmt.dtypes)}), this is {device.sm or device.kind}")
-    reason = missing_package(backend.PACKAGES)
+    reason = missing_package(backend.PACKAGES + fmt.packages)
     if reason is None and fmt.group_size is not None:
         reason = indivisible(fmt, config, fmt.group_size, "group")
     return reason or backend.requirement(fmt, device, config) or _too_large(fmt, device, config)
+
+
+LADDER = ((7, 0), (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
+"""Compute capabilities to ask for, oldest first: V100, T4, A100, A10, L40, H200, B200, RTX 5090."""
+
+BROUGHT_ALONG = frozenset({"torch", "torchao", "bitsandbytes"})
+
+
+def needs(fmt: Format) -> str:
+    """What a row needs, in words: ``CPU or SM75``, ``SM89; gemlite, triton``.
+
+    The oldest compute capability is found by asking for a Llama-3.1-8B, so it can't differ from what cases are skipped
+    for. Packages are those that lowbit does not bring along.
+    """
+    oldest = next((capability for capability in LADDER if _capable(fmt, capability)), None)
+    cuda = "no GPU known" if oldest is None else f"SM{oldest[0]}{oldest[1]}"
+    hardware = " or ".join({"cpu": "CPU", "cuda": cuda}[kind] for kind in fmt.devices)
+    packages = [name for name in (*get(fmt.backend).PACKAGES, *fmt.packages) if name not in BROUGHT_ALONG]
+    return "; ".join(filter(None, (hardware, ", ".join(dict.fromkeys(packages)))))
+
+
+def _capable(fmt: Format, capability: tuple[int, int]) -> bool:
+    from lowbit.device import Device
+    from lowbit.presets import PRESETS
+
+    device = Device("cuda", 0, "any", "any", capability, None, 1, driver=None, cuda=None)
+    config = SimpleNamespace(**(PRESETS["llama-3.1-8b"].values or {}))
+    reason = get(fmt.backend).requirement(fmt, device, config)
+    return device.dtype_for(fmt) is not None and (reason is None or reason.kind != "capability")

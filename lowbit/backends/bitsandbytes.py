@@ -1,4 +1,4 @@
-"""bitsandbytes: LLM.int8 and 4-bit NormalFloat, as modules of its own that take the linear's place.
+"""bitsandbytes: LLM.int8, 4-bit NormalFloat and 4-bit float, as modules of its own that take the linear's place.
 
 Weights are quantized where they lie. The usual way, ``module.to("cuda")`` from the host, took 42 s for an 8B model.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowbit.backends import indivisible, minimum_sm, targets
 from lowbit.errors import unknown
@@ -83,3 +83,47 @@ def is_quantized(module: nn.Module) -> bool:
     if isinstance(module, bnb.nn.Linear4bit):
         return bool(module.weight.bnb_quantized) and module.weight.quant_state is not None
     return isinstance(module, bnb.nn.Linear8bitLt) and module.weight.dtype == torch.int8
+
+
+def dequantize(module: Any) -> Tensor:
+    """The weight [out, in] fp32 that the products of ``module`` are taken with."""
+    bnb = quiet_import("bitsandbytes")
+    if isinstance(module, bnb.nn.Linear8bitLt):
+        values, scales = _codes_and_scales(module)
+        return values.float() * scales.float().unsqueeze(1) / 127
+    data, state = module.weight.data, module.weight.quant_state
+    if getattr(state, "packing_format_for_cpu", False):
+        return _unpack_for_cpu(data, state)
+    weight: Tensor = bnb.functional.dequantize_4bit(data, state)
+    return weight.float().view(tuple(state.shape))
+
+
+def _codes_and_scales(module: Any) -> tuple[Tensor, Tensor]:
+    # the first call moves them from the parameter to the state
+    state = module.state if module.state.CB is not None else module.weight
+    return state.CB, state.SCB
+
+
+def _unpack_for_cpu(data: Tensor, state: Any) -> Tensor:
+    """The 4-bit weight as AVX512-BF16 processors hold it (bitsandbytes 0.50.2, _convert_weight_packed_for_cpu).
+
+    Rows are packed 32 together, [n / 32, k / 2, 32] bytes: of each 64 codes of 32 rows and 2 columns the first 32 are
+    the low nibbles, the rest the high ones. Scales are [k / block, n] bf16.
+    """
+    n, k = state.shape
+    packed = data.view(-1, 32)
+    codes = torch.cat([packed & 0xF, packed >> 4], dim=1).view(n // 32, k // 2, 32, 2).transpose(1, 2).reshape(n, k)
+    scales = state.absmax.T.float().repeat_interleave(state.blocksize, dim=1)
+    weight: Tensor = state.code.float()[codes.int()] * scales
+    return weight
+
+
+def quantize_activations(module: Any, x: Tensor) -> Tensor:
+    """What LLM.int8 multiplies instead of ``x`` [m, in], fp32: int8 per row, columns with an outlier in 16 bits."""
+    bnb = quiet_import("bitsandbytes")
+    half = x.to(torch.float16)
+    values, scales, outliers = bnb.functional.int8_vectorwise_quant(half.clone(), threshold=module.state.threshold)
+    used: Tensor = values.float() * scales.float().unsqueeze(1) / 127
+    if outliers is not None and outliers.numel():
+        used[:, outliers.long()] = x[:, outliers.long()].float()
+    return used

@@ -35,9 +35,9 @@ class Format:
     three of them others read: ``pads_k_to`` (the kernel stores K rounded up to it), ``waits_for_host`` (what in a
     forward pass waits for the host, so that no CUDA graph can hold it) and ``compiled_min_rows`` (tokens per forward
     pass that its compiled CUDA kernel asks for). ``fast`` is False for a reference row: right, but not a path anybody
-    would serve. ``suite`` is the smallest suite that measures the row: the formats of a first choice are in ``quick``,
-    further group sizes and variants in ``nightly``, reference rows in ``full``. ``modes`` are the compile modes that it
-    is measured under; empty: every one of the suite.
+    would serve. ``packages`` must be installed beside the library's own. ``suite`` is the smallest suite that measures
+    the row: the formats of a first choice are in ``quick``, further group sizes and variants in ``nightly``, reference
+    rows in ``full``. ``modes`` are the compile modes that it is measured under; empty: every one of the suite.
     """
 
     name: str
@@ -53,6 +53,7 @@ class Format:
     cuda_matmul_inductor: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     keywords: tuple[str, ...] = ()
+    packages: tuple[str, ...] = ()
     fast: bool = True
     suite: Suite = "quick"
     modes: tuple[str, ...] = ()

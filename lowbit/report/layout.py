@@ -23,11 +23,16 @@ class Heading(NamedTuple):
     right: bool = True
 
 
-def lay_out(headings: Sequence[Heading], cells: Sequence[Sequence[str]], *, color: bool = False) -> list[str]:
-    """The lines of a table: one or two of headings, one per row of cells. The last column colours its line."""
+def lay_out(
+    headings: Sequence[Heading], cells: Sequence[Sequence[str]], *, color: bool = False, shorten: bool = True
+) -> list[str]:
+    """The lines of a table: one or two of headings, one per row of cells. The last column colours its line.
+
+    ``shorten``: names are, while the table is wider than WIDTH.
+    """
     rows = [list(row) for row in cells]
     lines = _pad(headings, rows)
-    for old, new in SHORT:
+    for old, new in SHORT if shorten else ():
         if len(lines[0]) <= WIDTH:
             break
         rows = [

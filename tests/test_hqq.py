@@ -1,0 +1,221 @@
+"""HQQ on a CPU: every bit width, its kernels where they run, and that it never falls back unnoticed."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import CPU, config, gpu
+from torch import nn
+
+from lowbit import backends
+from lowbit.backends import coverage
+from lowbit.backends import hqq as backend
+from lowbit.embedded import evaluate, load_path
+from lowbit.errors import LowbitError
+from lowbit.formats import FORMATS
+
+pytest.importorskip("hqq")
+
+ROWS = [row for row in FORMATS.values() if row.backend == "hqq"]
+ON_CPU = [row for row in ROWS if "cpu" in row.devices]
+BITS = (8, 6, 5, 4, 3, 2, 1.58, 1)
+FAMILY = [FORMATS[f"a16w{bits:g}_g64-hqq"] for bits in BITS]
+K, N = 256, 64
+
+
+class Holder(nn.Module):
+    """One target linear, [64, 256]."""
+
+    def __init__(self, dtype=torch.float16):
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.q_proj = nn.Linear(K, N, bias=False, dtype=dtype)
+        self.q_proj.weight.data = (torch.randn(N, K, generator=generator) * 0.02).to(dtype)
+        self.q_proj.weight.requires_grad = False
+        self.eval()
+
+
+def quantized(row, dtype=torch.float16):
+    holder = Holder(dtype)
+    backend.quantize(holder, row, dtype)
+    return holder.q_proj
+
+
+# -- what it computes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", [row for row in ON_CPU if row.scheme == "pytorch"], ids=lambda row: row.id)
+def test_the_product_is_that_of_its_own_weights(row):
+    module = quantized(row)
+    x = torch.randn(5, K, generator=torch.Generator().manual_seed(2))
+    x[1], x[2, 7] = 0, 100.0
+    x = x.half()
+    for rows in (x[:1], x):
+        want = rows.float() @ backend.dequantize(module).T
+        with torch.no_grad():
+            got = module(rows).float()
+        norms = want.norm(dim=1)
+        assert ((got - want).norm(dim=1)[norms > 0] / norms[norms > 0]).max() <= 2.0**-10
+        assert not got[norms == 0].any()
+
+
+def test_more_bits_never_lose_accuracy():
+    weight = Holder().q_proj.weight.float()
+    errors = [(backend.dequantize(quantized(row)) - weight).norm().item() for row in FAMILY]
+    assert errors == sorted(errors)
+    assert errors[0] < 0.01 * weight.norm().item() < 0.3 * weight.norm().item() < errors[-1]
+
+
+def test_bits_stored_are_those_of_the_packing():
+    stored = [8 * coverage.storage_bytes(coverage.tensors_of(quantized(row))) / (N * K) for row in FAMILY]
+    scales = 2 * 16 / 64
+    packed = (8, 8, 8, 4, 3.2, 2, 2, 1)
+    assert stored == pytest.approx([bits + scales for bits in packed], rel=0.03)
+
+
+def test_more_bits_never_more_kl_on_the_embedded_model():
+    from transformers import LlamaForCausalLM
+
+    ids = torch.from_numpy(evaluate.heldout_ids(load_path()))[: 2 * 256].view(2, 256)
+
+    def model():
+        return LlamaForCausalLM.from_pretrained(load_path(), dtype=torch.float32).eval()
+
+    base, divergence = model(), []
+    for row in FAMILY:
+        made = model()
+        backend.quantize(made, row, torch.float32)
+        assert coverage.inspect(made, row).linears == 28
+        divergence.append(evaluate.mean_kl(base, made, ids))
+    assert divergence == sorted(divergence)
+    assert divergence[0] < 1e-3 < 0.1 < divergence[-1]
+
+
+def test_the_kernel_of_a_row_is_not_that_of_the_process():
+    core = pytest.importorskip("hqq.core.quantize")
+    before = core.HQQLinear.backend
+    try:
+        core.HQQLinear.set_backend(core.HQQBackend.PYTORCH_COMPILE)
+        module = quantized(FORMATS["a16w4_g64-hqq"])
+        assert type(module).forward is core.HQQLinear.forward_pytorch_backprop
+        assert core.HQQLinear.backend is core.HQQBackend.PYTORCH_COMPILE
+    finally:
+        core.HQQLinear.set_backend(before)
+    compiled = quantized(FORMATS["a16w4_compile_g64-hqq"])
+    assert type(compiled).forward is core.HQQLinear.forward_pytorch_backprop_compile
+    assert core.HQQLinear.backend is before
+
+
+# -- its silent fallbacks ----------------------------------------------------------------------------------------------
+
+
+def test_a_kernel_that_is_not_built_is_an_error():
+    with pytest.raises(LowbitError, match=r"hqq_aten can't be imported: hqq would run its PyTorch path instead"):
+        quantized(FORMATS["a16w4_aten_g64-hqq"])
+
+
+def test_a_layer_that_hqq_does_not_convert_is_an_error():
+    # hqq itself says "Skipping aoint4 conversion" on standard output, and gives the unconverted layer back
+    row = replace(FORMATS["a16w4_torchao_g64-hqq"], weight_bits=2)
+    with pytest.raises(
+        LowbitError,
+        match=r"hqq left q_proj \[64, 256\] on its PyTorch path: expected a HQQLinearTorchWeightOnlynt4, "
+        r"got a HQQLinear \(Skipping aoint4 conversion",
+    ):
+        quantized(row, torch.bfloat16)
+
+
+class MarlinLayer:
+    """Of the package marlin, which no machine here has: only what hqq's conversion touches."""
+
+    def __init__(self, k, n, groupsize):
+        self.B = self.s = None
+
+    def pack(self, linear, scales):
+        self.s.copy_(scales.t().half())
+
+
+@pytest.fixture
+def marlin(monkeypatch):
+    monkeypatch.setitem(sys.modules, "marlin", SimpleNamespace(Layer=MarlinLayer, mul=None))
+    monkeypatch.delitem(sys.modules, "hqq.backends.marlin", raising=False)
+
+
+def test_marlin_takes_rows_without_groups_only(marlin):
+    module = quantized(FORMATS["a16w4_marlin-hqq"])
+    assert type(module).__name__ == "MarlinLinear"
+    assert backend.is_quantized(module)
+    with pytest.raises(LowbitError, match=r"left q_proj \[64, 256\] on its PyTorch path: expected a MarlinLinear"):
+        quantized(replace(FORMATS["a16w4_marlin-hqq"], group_size=64))
+
+
+def test_gemlite_gets_hqqs_weights(monkeypatch):
+    class GemLiteLinearTriton(nn.Module):
+        def __init__(self, source):
+            super().__init__()
+            self.W_q, self.source = source.W_q, source
+
+    class A16Wn:
+        def __init__(self, device):
+            self.device = device
+
+        def from_hqqlinear(self, layer):
+            return GemLiteLinearTriton(layer)
+
+    monkeypatch.setitem(sys.modules, "gemlite", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "gemlite.helper", SimpleNamespace(A16Wn=A16Wn))
+    monkeypatch.delitem(sys.modules, "hqq.backends.gemlite", raising=False)
+    module = quantized(FORMATS["a16w4_gemlite_g64-hqq"])
+    assert backend.is_quantized(module)
+    assert (module.source.meta["nbits"], module.source.meta["group_size"], module.source.meta["axis"]) == (4, 64, 1)
+
+
+def test_an_unknown_kernel_lists_the_known_ones():
+    with pytest.raises(LowbitError, match=r"unknown hqq kernel 'cutlass'; known: .*aten.*pytorch_compile"):
+        quantized(replace(FORMATS["a16w4_g64-hqq"], scheme="cutlass"))
+
+
+# -- what can't run, and why -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fmt", "missing", "reason"),
+    [
+        ("a16w4_g64", "hqq", 'package: hqq is not installed; pip install "lowbit[hqq]"'),
+        ("a16w4_aten_g64", "hqq_aten", "package: hqq_aten is not installed; it is built from hqq's sources"),
+        ("a16w4_gemlite_g64", "gemlite", 'package: gemlite is not installed; pip install "lowbit[gpu]"'),
+        ("a16w4_bitblas_g64", "bitblas", "package: bitblas is not installed; pip install bitblas"),
+        ("a16w4_marlin", "marlin", "package: marlin is not installed; it is built from github.com/IST-DASLab/marlin"),
+    ],
+)
+def test_a_missing_package_is_named(monkeypatch, fmt, missing, reason):
+    monkeypatch.setattr(backends, "find_spec", lambda name: None if name == missing else object())
+    assert str(backends.unmet(FORMATS[f"{fmt}-hqq"], gpu(9, 0), config())).startswith(reason)
+
+
+def test_torchao_int4_needs_an_hqq_that_can_read_the_version_of_torch(monkeypatch):
+    row = FORMATS["a16w4_torchao_g64-hqq"]
+    for version, reads in (("2.9.1+cu130", True), ("2.13.0+cu130", False), ("3.0.0", True)):
+        monkeypatch.setattr(torch, "__version__", version)
+        reason = backend.requirement(row, gpu(9, 0), config())
+        assert (reason is None) == reads
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")
+    assert "hqq 0.2.8 takes torch 2.13.0 for 2.1" in str(backend.requirement(row, gpu(9, 0), config()))
+    assert str(backend.requirement(row, gpu(7, 5), config())).startswith("capability: needs SM80 (tinygemm int4)")
+
+
+def test_bitblas_needs_a_library_of_cuda_12(monkeypatch):
+    monkeypatch.setattr(backend, "NVRTC", "libnone-such.so.12")
+    reason = backend.requirement(FORMATS["a16w4_bitblas_g64-hqq"], gpu(9, 0), config())
+    assert str(reason) == "package: bitblas needs libnone-such.so.12 (CUDA 12), which can't be loaded here"
+
+
+def test_every_width_of_issue_3_runs_here_as_a_reference():
+    assert [row.weight_bits for row in FAMILY] == list(BITS)
+    assert all(row.suite == "full" and not row.fast for row in ON_CPU)
+    assert [row.id for row in ON_CPU if backends.unmet(row, CPU, config())] == []
+    assert {row.scheme for row in ROWS} == backend.OWN.keys() | backend.CONVERSIONS.keys()
