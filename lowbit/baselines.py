@@ -41,6 +41,11 @@ class Baseline:
     environments: list[dict[str, str]] = field(default_factory=list)
     created: str = field(default_factory=documents.now)
 
+    @property
+    def identity(self) -> str:
+        """``0001_embedded-auto.json of 2026-11-21T02:17:00+00:00``: the file may be overwritten by a later one."""
+        return f"{self.path.name} of {self.created}"
+
 
 def file_stem(model: str, load_format: str) -> str:
     """``meta-llama/Llama-3.1-8B``, ``dummy`` → ``meta-llama-Llama-3.1-8B-dummy``: the name less its number."""

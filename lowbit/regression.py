@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 from lowbit import metrics
 from lowbit.metrics import Metric
@@ -45,6 +45,11 @@ class Verdict:
     beyond: int = 0
     runs: int = 1
     reason: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, without what is as by default: ``Verdict(**…)`` reads it back."""
+        blank = asdict(Verdict(self.metric, self.status))
+        return {key: value for key, value in asdict(self).items() if key in ("metric", "status") or value != blank[key]}
 
     @property
     def fails(self) -> bool:

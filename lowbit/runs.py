@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +22,8 @@ from lowbit.errors import LowbitError
 from lowbit.record import Record
 
 JOURNAL, DOCUMENT = "journal.jsonl", "run.json"
+JUDGED = "judged"
+"""Of a record's info: the gate's verdicts with their confirmations, and the baseline that they were reached by."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,12 @@ class RunWriter:
         self._write({"type": "case", "record": record.to_dict(), "stats": entry.stats, "wall_s": entry.wall_s})
         self.entries[record.case] = entry
         self._since = time.monotonic()
+
+    def judged(self, case: str, verdicts: Iterable[Mapping[str, Any]], by: str) -> None:
+        """Put a kept case's verdicts on disk; ``by`` names the baseline. Those that come again replace the first."""
+        judged = {"by": by, "verdicts": [dict(verdict) for verdict in verdicts]}
+        self._write({"type": "judged", "case": case, **judged})
+        self.entries[case].record.info[JUDGED] = judged
 
     def close(self, exit_status: int, *, complete: bool = True, regressed: bool = False) -> Path:
         """End the run and write ``run.json``. ``regressed`` keeps it from ever becoming a baseline by itself."""
@@ -263,6 +271,9 @@ def _read_journal(path: Path) -> Run:
         try:
             if data["type"] == "end":
                 run = replace(run, **{key: data[key] for key in ("complete", "regressed", "exit_status")})
+            elif data["type"] == JUDGED:
+                info = run.entries[data["case"]].record.info
+                info[JUDGED] = {"by": data["by"], "verdicts": data["verdicts"]}
             else:
                 record = Record.from_dict(data["record"])
                 run.entries[record.case] = Entry(record, data["stats"], data["wall_s"])

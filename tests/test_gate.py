@@ -47,6 +47,10 @@ def test_a_slowdown_fails_that_test_by_name_and_junit_says_so(bench):
     assert bench.children == [NODE, NODE]
     failures = list(ElementTree.parse(bench.root / "junit.xml").iter("failure"))
     assert [message in failure.attrib["message"] for failure in failures] == [True]
+    judged = [line for line in bench.journal() if line["type"] == "judged" and line["case"] == NODE]
+    assert judged[-1]["by"].startswith("0001_embedded-auto.json of ")
+    (kept,) = [verdict for verdict in judged[-1]["verdicts"] if verdict["status"] == "regression"]
+    assert (kept["metric"], kept["now"], kept["beyond"], kept["runs"]) == ("decode_tok_s", 90.0, 3, 3)
 
 
 def test_a_slowdown_that_a_fresh_process_does_not_confirm_passes(bench):

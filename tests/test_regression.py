@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from typing import Any
@@ -252,3 +253,9 @@ def test_the_simulation_decides_as_the_gate_does(cases: int, floor: float, monke
             failed[t, c] = confirm(first, again)[0].fails
     assert 0.02 < expected.mean() < 0.98  # the comparison means something
     assert (failed == expected).all()
+
+
+def test_a_verdict_reads_back_from_its_short_form() -> None:
+    verdict = Verdict("decode_tok_s", "regression", "tok/s", 268.7, 241.0, 5.4, beyond=3, runs=3)
+    assert Verdict(**json.loads(json.dumps(verdict.to_dict()))) == verdict
+    assert Verdict("mbu", "new").to_dict() == {"metric": "mbu", "status": "new"}

@@ -66,6 +66,20 @@ def test_a_run_reads_back_from_folder_journal_and_document(tmp_path: Path) -> No
         assert run.path == path
 
 
+def test_verdicts_are_kept_beside_their_record_and_the_last_ones_count(tmp_path: Path) -> None:
+    with runs.start(tmp_path, header()) as writer:
+        first = record("a")
+        writer.append(first, None)
+        writer.judged(first.case, [{"metric": "decode_tok_s", "status": "regression"}], "0001_x.json of then")
+        writer.judged(first.case, [{"metric": "decode_tok_s", "status": "ok"}], "0001_x.json of then")
+        writer.append(record("b"), None)
+        writer.close(0)
+    for path in (writer.path, writer.path / DOCUMENT):
+        kept = runs.read(path)
+        (judged,) = [found.info["judged"] for found in kept.records() if "judged" in found.info]
+        assert judged == {"by": "0001_x.json of then", "verdicts": [{"metric": "decode_tok_s", "status": "ok"}]}
+
+
 def test_the_document_is_pytest_benchmarks(tmp_path: Path) -> None:
     data = json.loads((keep(tmp_path, record(), end={}) / DOCUMENT).read_text())
     assert set(data) == {"machine_info", "commit_info", "benchmarks", "datetime", "version", "lowbit"}

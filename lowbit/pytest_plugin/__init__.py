@@ -1,8 +1,8 @@
 """lowbit's pytest plugin: the only package that imports pytest. Hooks only; what they do stands in the modules beside.
 
 options.py: the command line; collection.py: cases as tests; session.py: one run's state; gate.py: its verdicts;
-updating.py: ``--update-baselines``; summary.py: what is printed; xdist.py: one GPU per worker; children.py: fresh
-processes.
+updating.py: ``--update-baselines``; summary.py: what is printed; reporting.py: files about the run; xdist.py: one GPU
+per worker; children.py: fresh processes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pytest
 
 from lowbit.cases import KINDS
 from lowbit.errors import LoadError, LowbitError
-from lowbit.pytest_plugin import children, collection, gate, summary, updating
+from lowbit.pytest_plugin import children, collection, gate, reporting, summary, updating
 from lowbit.pytest_plugin.keys import CASE, RECORD, SESSION, STATS
 from lowbit.pytest_plugin.options import Settings, add_options
 from lowbit.pytest_plugin.xdist import Workers, prepare
@@ -240,6 +240,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         bench.close(exitstatus)
         if bench.settings.update_baselines and not bench.in_worker and not session.config.option.collectonly:
             updating.update(bench, exitstatus)
+        reporting.write(bench)
     except LowbitError as error:
         bench.error = str(error)
         if exitstatus == pytest.ExitCode.OK:  # a failure or Ctrl-C stays what it was

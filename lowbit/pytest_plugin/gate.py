@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,9 +84,9 @@ def judge(bench: BenchSession, case: Case, record: Record) -> list[str]:
 
 
 def _note(bench: BenchSession, record: Record, verdicts: list[Verdict]) -> None:
-    bench.verdicts[record.case] = verdicts
+    bench.note_verdicts(record, verdicts)
     if bench.in_worker:  # travels to the controller with the record
-        record.info["verdicts"] = [asdict(verdict) for verdict in verdicts if verdict.status != "ungated"]
+        record.info["verdicts"] = [verdict.to_dict() for verdict in verdicts if verdict.status != "ungated"]
 
 
 def _confirm(bench: BenchSession, case: Case, record: Record, verdicts: list[Verdict]) -> list[Verdict]:

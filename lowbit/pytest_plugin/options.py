@@ -75,6 +75,12 @@ def add_options(parser: pytest.Parser) -> None:
         "--max-vram", type=float, metavar="MIB", help="the recommendation's limit on VRAM in MiB (default: the card)"
     )
     group.addoption(
+        "--summary",
+        type=Path,
+        metavar="FILE",
+        help="write the run in Markdown, one screen; $GITHUB_STEP_SUMMARY is appended to",
+    )
+    group.addoption(
         "--lowbit-device", type=int, default=None, metavar="INDEX", help="the GPU to measure on (default 0)"
     )
     group.addoption("--lowbit-child", type=Path, metavar="FILE", help="internal: measure one case for a parent process")
@@ -98,6 +104,7 @@ class Settings:
     resume: bool
     max_kld: float
     max_vram: float | None
+    summary: Path | None
     device_index: int
     child: Path | None
     runs_dir: Path
@@ -130,6 +137,7 @@ class Settings:
             resume=option.resume,
             max_kld=option.max_kld,
             max_vram=option.max_vram,
+            summary=option.summary,
             device_index=option.lowbit_device or 0,
             child=option.lowbit_child,
             runs_dir=config.rootpath / ".lowbit" / "runs",

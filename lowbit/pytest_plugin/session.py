@@ -50,6 +50,7 @@ class BenchSession:
         self.poisoned: str | None = None
         self.accepted: Path | None = None
         self.warnings: list[str] = []
+        self.written: list[Path] = []
         self.error: str | None = None
         self.refused = False
         self.baseline: Baseline | None = gate.find_baseline(self)
@@ -147,9 +148,20 @@ class BenchSession:
     def receive(self, record: Record, stats: dict[str, Any] | None) -> None:
         """A worker's result, already judged there: keep it."""
         verdicts = record.info.pop("verdicts", None)
-        if verdicts is not None:
-            self.verdicts[record.case] = [Verdict(**verdict) for verdict in verdicts]
         self.keep(record, stats)
+        if verdicts is not None:
+            self.note_verdicts(record, [Verdict(**verdict) for verdict in verdicts])
+
+    def note_verdicts(self, record: Record, verdicts: list[Verdict]) -> None:
+        """The gate's word on a kept record, on disk with it: a later report tells how often it was confirmed."""
+        self.verdicts[record.case] = verdicts
+        if self.writer is not None and self.baseline is not None:
+            told = [verdict.to_dict() for verdict in verdicts if verdict.status != "ungated"]
+            try:
+                self.writer.judged(record.case, told, self.baseline.identity)
+            except LowbitError:
+                self.refused = True
+                raise
 
     def close(self, exit_status: int) -> None:
         """Close the kept run and free the device. A child leaves its one record for its parent instead."""

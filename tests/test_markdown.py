@@ -1,0 +1,148 @@
+"""The Markdown summary: verdict first, one screen at most, and nothing in a name or message becomes mark-up."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import report_runs
+from fakes import Bench
+
+from lowbit import baselines, runs
+from lowbit.report import content, markdown
+from lowbit.report.content import Content
+
+pytest_plugins = ["pytester"]
+SLOW = "a16w4_g128-torchao-reduce-overhead-b1_c0"
+STEPS = report_runs.Plan(nights=2, step=1, error=report_runs.EVIL + " | `tick` @someone\nsecond line")
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    return report_runs.build(tmp_path_factory.mktemp("kept"), STEPS)
+
+
+@pytest.fixture(scope="module")
+def judged(kept: tuple[Path, Path, Path]) -> Content:
+    accepted, _, last = kept
+    return content.of_run(runs.read(last), baselines.load(accepted))
+
+
+def test_the_verdict_is_the_first_line(judged: Content) -> None:
+    first = markdown.summary(judged).splitlines()[0]
+    assert first.startswith("### ❌ 2 regressions, 3 cases failed: llama-3.1-8b (dummy weights) on NVIDIA H200")
+
+
+def test_a_regression_has_base_now_change_limit_spread_and_runs(judged: Content) -> None:
+    (line,) = [line for line in markdown.summary(judged).splitlines() if SLOW in line and "decode_tok_s" in line]
+    pattern = r"269\.\d → 23\d\.\d tok/s \| -1[12]\.\d % \| 2\.0 % \| 0\.\d\d % \| 3 of 3 \|$"
+    assert re.search(pattern, line), line
+
+
+def test_what_was_upgraded_the_answer_and_the_skips_are_there(judged: Content) -> None:
+    told = markdown.summary(judged)
+    assert "`torch 2.11.0+cu130 -> 2.12.0+cu130`" in told
+    assert (
+        'Reproduce: `pytest benches --model llama-3.1-8b --load-format dummy --suite nightly -k "test_decode[' in told
+    )
+    assert "Skipped: 7 × `capability: needs SM100 (fp4), this is SM90` (`a8w8_llmint8-bitsandbytes`)" in told
+    assert "Better, unexplained" in told
+
+
+def test_an_error_message_is_one_harmless_code_span(judged: Content) -> None:
+    lines = [line for line in markdown.summary(judged).splitlines() if "onerror" in line]
+    assert len(lines) == 3
+    for line in lines:
+        outside = "".join(line.split("`")[::2])
+        assert not {"<", ">", "@"} & set(outside)
+        assert line.count("|") == 8  # the message's own bar did not open a cell
+        assert "second line" not in line
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        ("a <b> & c", "a &lt;b> &amp; c"),
+        ("[x](javascript:1) *b* _i_ `c`", r"\[x\](javascript:1) \*b\* \_i\_ \`c\`"),
+        ("hello @octocat", "hello @\u200boctocat"),
+        ("two\nlines", "two lines"),
+    ],
+)
+def test_plain_text_stays_plain(words: str, shown: str) -> None:
+    assert markdown.text(words) == shown
+
+
+def test_500_cases_that_all_regress_are_one_screen_and_the_rest_is_counted(tmp_path: Path) -> None:
+    plan = report_runs.Plan(nights=1, step=0, cases=500, slower={"-b": 0.5, "-p": 0.5}, faster={}, skipped="\0")
+    accepted, _, last = report_runs.build(tmp_path, plan)
+    told = markdown.summary(content.of_run(runs.read(last), baselines.load(accepted)))
+    assert len(told.splitlines()) <= 40
+    assert re.search(r"^and \d{3,} more, in the report$", told, re.M)
+
+
+def test_without_a_baseline_nothing_is_called_good(kept: tuple[Path, Path, Path]) -> None:
+    run = runs.read(runs.list_runs(kept[1])[0])
+    assert markdown.summary(content.of_run(run, None)).startswith("### 📏 measured, not compared with a baseline:")
+
+
+def test_a_quiet_night_is_green(tmp_path: Path) -> None:
+    accepted, root, _ = report_runs.build(tmp_path, report_runs.Plan(nights=2, slower={}, faster={}))
+    told = markdown.summary(content.of_run(runs.read(runs.list_runs(root)[0]), baselines.load(accepted)))
+    assert told.startswith("### ✅ nothing got worse: llama-3.1-8b")
+
+
+def test_an_unfinished_run_is_not_green(kept: tuple[Path, Path, Path]) -> None:
+    run = runs.read(runs.list_runs(kept[1])[0])
+    told = content.of_run(run, baselines.load(kept[0]))
+    assert markdown.headline(told).startswith("✅")
+    cut = Content(**{**vars(told), "complete": False})
+    assert markdown.headline(cut).startswith("⚠️ unfinished run")
+
+
+def test_a_kept_run_without_its_baseline_still_tells_its_verdicts(kept: tuple[Path, Path, Path]) -> None:
+    told = content.of_run(runs.read(kept[2]), None)
+    assert told.confirmed
+    assert [finding.verdict.runs for finding in told.findings if finding.status == "regression"] == [3, 3]
+
+
+def test_verdicts_of_another_baseline_are_judged_anew(kept: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    old = baselines.load(kept[0])
+    later = baselines.load(baselines.save(old, tmp_path))
+    moved = type(later)(**{**vars(later), "created": "2026-12-01T00:00:00+00:00"})
+    told = content.of_run(runs.read(kept[2]), moved)
+    assert not told.confirmed
+    assert {finding.verdict.runs for finding in told.findings if finding.status == "regression"} == {1}
+
+
+@pytest.fixture
+def bench(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    return Bench(pytester, monkeypatch)
+
+
+def test_a_bench_run_writes_it_and_says_so(bench: Bench) -> None:
+    bench.accept()
+    bench.plan(tok_s={"decode[a16w4_g128-torchao-eager-b1_c0]": 80})
+    result = bench.run("--benchmark-compare", "--summary", "out/night.md")
+    assert result.ret == 1
+    result.stdout.fnmatch_lines(["written: out/night.md"])
+    told = (bench.root / "out" / "night.md").read_text()
+    assert told.startswith("### ❌ 1 regression: embedded on Fake GPU")
+    assert "`decode_tok_s` | 100.0 → 80.0 tok/s | -20.0 % |" in told
+    assert "| 3 of 3 |" in told
+
+
+def test_the_step_summary_of_github_is_appended_to(bench: Bench, tmp_path: Path) -> None:
+    path = bench.root / "step.md"
+    path.write_text("before\n")
+    bench.monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(path))
+    assert bench.run("-k", "eager", "--summary", str(path)).ret == 0
+    assert path.read_text().startswith("before\n### 📏 measured, not compared with a baseline: embedded on Fake GPU")
+
+
+def test_a_place_that_refuses_is_named_and_the_run_stays_kept(bench: Bench) -> None:
+    (bench.root / "file").write_text("")
+    result = bench.run("-k", "eager", "--summary", "file/night.md")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert "can't write file/night.md: " in result.stdout.str()
+    assert bench.journal()[-1]["complete"] is True
