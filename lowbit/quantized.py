@@ -50,7 +50,7 @@ def build(host: HostModel, fmt: Format, device: Device) -> Quantized:
     def transform(module: torch.nn.Module) -> None:
         backend.quantize(module, fmt, TORCH_DTYPES[dtype])
 
-    model = host.build(device.torch, TORCH_DTYPES[dtype], transform if fmt.quantized else None)
+    model = host.build(device.torch, TORCH_DTYPES[dtype], transform, transform_head="lm_head" in fmt.targets)
     measure.synchronize(device)
     return Quantized(fmt, dtype, model, coverage.inspect(model, fmt))
 

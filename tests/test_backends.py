@@ -14,9 +14,11 @@ from lowbit.backends import coverage
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS, LINEARS, Format
 
-CPU_ROWS = [row for row in FORMATS.values() if "cpu" in row.devices]
+# lowbit's own rows take the head too: tests/test_native.py
+OTHERS = [row for row in FORMATS.values() if row.backend != "lowbit"]
+CPU_ROWS = [row for row in OTHERS if "cpu" in row.devices]
 TINY_ROWS = [row for row in CPU_ROWS if backends.unmet(row, CPU, config()) is None]  # K is 256 and 768 there
-QUICK = [row for row in FORMATS.values() if row.suite == "quick"]  # further rows: the tests of their library
+QUICK = [row for row in OTHERS if row.suite == "quick"]  # further rows: the tests of their library
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LLAMA_8B = SimpleNamespace(
     hidden_size=4096,
@@ -139,7 +141,8 @@ def test_an_unknown_scheme_lists_the_known_ones(backend):
 
 
 def test_an_unknown_backend_lists_the_known_ones():
-    with pytest.raises(LowbitError, match=r"unknown backend 'awq'; known: bitsandbytes, .*, reference, torch, torchao"):
+    known = r"bitsandbytes, .*, lowbit, reference, torch, torchao"
+    with pytest.raises(LowbitError, match=rf"unknown backend 'awq'; known: {known}"):
         backends.get("awq")
 
 

@@ -23,7 +23,7 @@ ERROR = {
     "int4_sym_g128": 0.1018,
     "int4_sym_g64": 0.0953,
     "int4_sym_g32": 0.0866,
-    "mxfp4": 0.1114,
+    "mxfp4": 0.1144,
     "nvfp4": 0.0873,
     "int3_g128": 0.1822,
     "int2_g128": 0.3378,
@@ -46,7 +46,7 @@ def test_error_on_normal_weights(name):
     assert relative(normal(), name) == pytest.approx(ERROR[name], rel=0.03)
 
 
-@pytest.mark.parametrize("name", ["int4_g128", "int4_sym_g128", "int3_g128", "int2_g128", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("name", ["int4_g128", "int4_sym_g128", "int3_g128", "int2_g128", "nvfp4"])
 def test_the_search_loses_no_group(name):
     """Group by group, the error with the search is at most that without."""
     weight = normal()
@@ -130,9 +130,9 @@ def test_e2m1_rounds_to_nearest_and_ties_to_even():
     assert quantizer.e2m1_codes(-ties).tolist() == [8, 10, 10, 12, 12, 14, 14]
 
 
-def test_mxfp4_without_search_is_the_rule_of_the_specification():
+def test_mxfp4_is_the_rule_of_the_specification():
     weight = normal()
-    packed = quantize(weight, "mxfp4", search=False)
+    packed = quantize(weight, "mxfp4")
     largest = weight.unflatten(-1, (-1, 32)).abs().amax(-1)
     assert torch.equal(weights.scale_values(packed.scale, packed.row).log2(), largest.log2().floor() - 2)
 

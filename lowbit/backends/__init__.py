@@ -15,7 +15,9 @@ and, where the library allows it, for kernel truth (lowbit/truth.py):
 - ``quantize_activations(module, x) -> Tensor``: x [m, k] as a format with ``activation_bits < 16`` sees it: quantized
   and dequantized again, [m, k] fp32.
 
-Both raise NoTruth, whose text is the reason, for a scheme whose library can't tell.
+Both raise NoTruth, whose text is the reason, for a scheme whose library can't tell. Where the library chooses by device:
+
+- ``kernels(model, dtype) -> str``: which kernels decode this model here.
 
 A backend is a file or a package of this folder; files whose name begins with an underscore help them.
 """
@@ -53,8 +55,13 @@ __all__ = [
     "unmet",
 ]
 
+FILES = {"lowbit": "native"}
+"""Backends whose file has another name."""
+
 BACKENDS = tuple(
-    file.name for file in pkgutil.iter_modules(__path__) if file.name != "coverage" and not file.name.startswith("_")
+    next((name for name, file in FILES.items() if file == found.name), found.name)
+    for found in pkgutil.iter_modules(__path__)
+    if found.name != "coverage" and not found.name.startswith("_")
 )
 
 
@@ -78,7 +85,7 @@ def get(name: str) -> Backend:
     """The backend of this library. Raises LowbitError naming the known ones."""
     if name not in BACKENDS:
         raise unknown("backend", name, BACKENDS)
-    return cast(Backend, importlib.import_module(f"lowbit.backends.{name}"))
+    return cast(Backend, importlib.import_module(f"lowbit.backends.{FILES.get(name, name)}"))
 
 
 class Shape(NamedTuple):

@@ -11,11 +11,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lowbit.backends import get
 from lowbit.errors import LowbitError
 from lowbit.formats import Format
+from lowbit.kernels.modules import NativeEmbedding
 
 
 class CoverageError(LowbitError):
@@ -28,7 +30,8 @@ class Coverage:
 
     ``linears`` of ``expected`` target linears hold the format's weights, in ``weight_bytes`` (data, scales, zeros):
     ``bits_per_weight`` on average. ``resident_bytes`` is the whole model. ``streamed_bytes`` is what one decoded token
-    reads: everything but the embedding table, of which it reads one row; a tied table is read as the head.
+    reads: everything but the embedding table, of which it reads one row; a tied table is read as the head. ``kernels``
+    names what multiplies, where the backend tells.
     """
 
     linears: int
@@ -37,8 +40,9 @@ class Coverage:
     bits_per_weight: float
     resident_bytes: int
     streamed_bytes: int
+    kernels: str | None = None
 
-    def to_dict(self) -> dict[str, float]:
+    def to_dict(self) -> dict[str, Any]:
         """For a record's info."""
         return asdict(self)
 
@@ -102,13 +106,13 @@ def resident_bytes(model: nn.Module) -> int:
     return storage_bytes(tensors_of(model))
 
 
+TABLES = (nn.Embedding, NativeEmbedding)
+"""A decoded token reads one row of these."""
+
+
 def _streamed_bytes(model: nn.Module) -> int:
-    tables = {
-        id(tensor) for module in model.modules() if isinstance(module, nn.Embedding) for tensor in tensors_of(module)
-    }
-    heads = {
-        id(tensor) for module in model.modules() if not isinstance(module, nn.Embedding) for tensor in _own(module)
-    }
+    tables = {id(tensor) for module in model.modules() if isinstance(module, TABLES) for tensor in tensors_of(module)}
+    heads = {id(tensor) for module in model.modules() if not isinstance(module, TABLES) for tensor in _own(module)}
     return storage_bytes(tensor for tensor in tensors_of(model) if id(tensor) not in tables or id(tensor) in heads)
 
 
@@ -160,7 +164,20 @@ def inspect(model: nn.Module, fmt: Format) -> Coverage:
     bits = 8 * weight_bytes / weights
     if fmt.quantized:
         _check_bits(fmt, bits, _padding(quantized, fmt))
-    return Coverage(len(quantized), expected, weight_bytes, bits, resident_bytes(model), _streamed_bytes(model))
+    kernels = getattr(backend, "kernels", None)
+    return Coverage(
+        len(quantized),
+        expected,
+        weight_bytes,
+        bits,
+        resident_bytes(model),
+        _streamed_bytes(model),
+        kernels(model, _activation_dtype(model)) if kernels else None,
+    )
+
+
+def _activation_dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def _padding(modules: list[nn.Module], fmt: Format) -> float:

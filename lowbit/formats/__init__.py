@@ -7,12 +7,12 @@ needs. The library's own file under ``lowbit/backends`` turns the row's ``scheme
 from __future__ import annotations
 
 from lowbit.errors import unknown
-from lowbit.formats import bitsandbytes, gemlite, hqq, reference, torch, torchao
+from lowbit.formats import bitsandbytes, gemlite, hqq, native, reference, torch, torchao
 from lowbit.formats.row import LINEARS, Format, Suite, Unmet, UnmetKind
 
 __all__ = ["FORMATS", "LINEARS", "Format", "Suite", "Unmet", "UnmetKind", "find"]
 
-LIBRARIES = (torch, torchao, gemlite, bitsandbytes, hqq, reference)
+LIBRARIES = (torch, torchao, gemlite, bitsandbytes, hqq, native, reference)
 """In the order in which their rows run and are listed."""
 
 FORMATS: dict[str, Format] = {row.id: row for library in LIBRARIES for row in library.ROWS}

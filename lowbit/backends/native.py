@@ -1,0 +1,89 @@
+"""``lowbit``: our own packed weights and kernels. A row's ``scheme`` is the name of a weight format in kernels/weights.
+
+The modules work on any device; which kernel multiplies is asked of ``kernels.dispatch`` at every call, and ``kernels``
+tells which one it is.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.backends import shapes, targets
+from lowbit.errors import LowbitError
+from lowbit.formats import Format, Unmet
+from lowbit.kernels import dispatch, weights
+from lowbit.kernels.modules import NativeEmbedding, NativeLinear, PackedModule, packed_modules
+
+if TYPE_CHECKING:
+    from lowbit.device import Device
+
+PACKAGES: tuple[str, ...] = ("torch",)
+
+Choose = Callable[[str], str | None]
+"""The path of a linear inside the module -> the weight format it gets; None leaves it as it is."""
+
+
+def requirement(fmt: Format, device: Device, config: Any) -> Unmet | None:
+    """Rows of whole groups and whole bytes."""
+    row = weights.find(fmt.scheme)
+    for shape in shapes(fmt, config):
+        try:
+            row.check(shape.n, shape.k, shape.name)
+        except LowbitError as error:
+            return Unmet("shape", str(error))
+    return None
+
+
+def quantize(module: nn.Module, fmt: Format, dtype: torch.dtype, choose: Choose | None = None) -> None:
+    """Replace the target linears inside ``module`` by packed ones, on the device where they are.
+
+    ``choose`` mixes formats: it is given each target's path inside ``module`` (``self_attn.q_proj``). Without it all
+    get the row's scheme. Raises LowbitError on a shape that a format can't store.
+    """
+    names = {id(child): path for path, child in module.named_modules()}
+    for target in targets(module, fmt):
+        path = names[id(target.linear)]
+        name = choose(path) if choose else fmt.scheme
+        if target.linear.weight.dtype != dtype:
+            raise LowbitError(f"{fmt.id} expects {path} in {dtype}, got {target.linear.weight.dtype}")
+        if name is not None:
+            target.replace(NativeLinear.from_linear(target.linear, name))
+
+
+def quantize_embedding(model: Any, name: str) -> None:
+    """Replace the embedding table of a LlamaForCausalLM by a packed one; a head tied to it becomes the same memory."""
+    table = model.get_input_embeddings()
+    if type(table) is not nn.Embedding:
+        raise LowbitError(f"{name} expects a plain nn.Embedding, got a {type(table).__name__}: start from a fresh copy")
+    packed = NativeEmbedding.from_embedding(table, name)
+    head = model.lm_head
+    if type(head) is nn.Linear and head.weight is table.weight:
+        model.lm_head = NativeLinear(packed.packed, head.bias).train(head.training)
+    model.model.embed_tokens = packed
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """True for our linear and its packed weight."""
+    return isinstance(module, NativeLinear) and module.codes.numel() > 0
+
+
+def dequantize(module: nn.Module) -> Tensor:
+    """The weights [n, k] fp32 that a quantized linear stands for, by the definition and not by its kernel."""
+    if not isinstance(module, PackedModule):
+        raise LowbitError(f"expected one of lowbit's packed modules, got a {type(module).__name__}")
+    return weights.dequantize(module.packed)
+
+
+def kernels(model: nn.Module, dtype: torch.dtype, rows: int = 1) -> str:
+    """Which kernels multiply ``rows`` vectors with the model's packed linears: ``PyTorch reference (29)``."""
+    found = Counter(
+        dispatch.chosen("linear", dispatch.problem(module.packed, rows, dtype))
+        for module in packed_modules(model).values()
+        if isinstance(module, NativeLinear)
+    )
+    return ", ".join(f"{name} ({count})" for name, count in found.most_common())

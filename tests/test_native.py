@@ -1,0 +1,206 @@
+"""lowbit's own backend: packed modules in any Llama, head and tied tables included, proven against plain PyTorch."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tiny import CPU, config, gpu, model
+from torch import nn
+
+from lowbit import backends
+from lowbit.backends import coverage, native
+from lowbit.errors import LowbitError
+from lowbit.formats import FORMATS, LINEARS
+from lowbit.kernels import WEIGHT_FORMATS, dispatch, modules, weights
+from lowbit.kernels.modules import NativeEmbedding, NativeLinear
+
+ROWS = [row for row in FORMATS.values() if row.backend == "lowbit"]
+INT4 = FORMATS["a16w4_g128-lowbit"]
+INT8 = FORMATS["a16w8-lowbit"]
+IDS = torch.arange(32).view(2, 16)
+
+
+def quantized(fmt, dtype=torch.bfloat16, choose=None, **changes):
+    made = model(dtype, **changes)
+    for layer in made.model.layers:
+        native.quantize(layer, fmt, dtype, choose)
+    holder = nn.ModuleDict({"lm_head": made.lm_head})
+    native.quantize(holder, fmt, dtype, choose)
+    made.lm_head = holder["lm_head"]
+    return made
+
+
+def plain(made):
+    """The same model with plain fp32 linears of the dequantized weights."""
+    other = copy.deepcopy(made).float()
+    for path, module in modules.packed_modules(other).items():
+        weight = native.dequantize(module)
+        new = (
+            nn.Embedding.from_pretrained(weight) if isinstance(module, NativeEmbedding) else nn.Linear(1, 1, bias=False)
+        )
+        new.weight = nn.Parameter(weight, requires_grad=False)
+        other.set_submodule(path, new)
+    return other
+
+
+@torch.no_grad()
+def logits(made):
+    return made(IDS).logits.float()
+
+
+def relative(got, want):
+    return ((got - want).norm() / want.norm()).item()
+
+
+def test_every_weight_format_has_a_row():
+    assert [row.scheme for row in ROWS] == list(WEIGHT_FORMATS)
+    for row in ROWS:
+        assert row.group_size == WEIGHT_FORMATS[row.scheme].group_size
+        assert row.targets == (*LINEARS, "lm_head")
+    assert {row.name for row in ROWS if row.suite == "quick"} == {"a16w8", "a16w4_g128"}
+
+
+@pytest.mark.parametrize("fmt", ROWS, ids=lambda fmt: fmt.id)
+def test_a_row_takes_every_linear_and_the_head(fmt):
+    made = quantized(fmt)
+    found = coverage.inspect(made, fmt)
+    assert (found.linears, found.expected) == (15, 15)
+    stored = [module.packed for module in modules.packed_modules(made).values()]
+    assert found.weight_bytes == sum(packed.nbytes for packed in stored)
+    count = sum(packed.n * packed.k for packed in stored)
+    want = sum(packed.row.stored_bits(packed.k) * packed.n * packed.k for packed in stored) / count
+    assert found.bits_per_weight == pytest.approx(want, rel=2e-3)
+    assert found.kernels == "PyTorch reference (15)"
+
+
+@pytest.mark.parametrize("fmt", ROWS, ids=lambda fmt: fmt.id)
+def test_logits_are_those_of_the_dequantized_weights(fmt):
+    """Rounding of activations to bf16 is all that differs."""
+    made = quantized(fmt)
+    assert relative(logits(made), logits(plain(made))) < 1.2e-2
+    exact = quantized(fmt, torch.float32)
+    assert relative(logits(exact), logits(plain(exact))) < 1e-5
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+def test_head_widths(head_dim):
+    made = quantized(INT4, head_dim=head_dim, num_attention_heads=256 // head_dim * 2, num_key_value_heads=2)
+    assert coverage.inspect(made, INT4).linears == 15
+    assert relative(logits(made), logits(plain(made))) < 1.2e-2
+
+
+def test_a_tied_head_is_packed_and_its_table_stays():
+    made = quantized(INT4, tie_word_embeddings=True)
+    assert type(made.model.embed_tokens) is nn.Embedding
+    assert isinstance(made.lm_head, NativeLinear)
+    found = coverage.inspect(made, INT4)
+    assert found.resident_bytes - found.streamed_bytes == 512 * 256 * 2
+    assert relative(logits(made), logits(plain(made))) < 1.2e-2
+
+
+def test_a_packed_table_and_a_tied_head_are_the_same_memory():
+    made = model(tie_word_embeddings=True)
+    native.quantize_embedding(made, "int8")
+    assert isinstance(made.model.embed_tokens, NativeEmbedding)
+    assert made.lm_head.codes.data_ptr() == made.model.embed_tokens.codes.data_ptr()
+    assert made.model.embed_tokens(IDS).dtype == torch.bfloat16
+    assert relative(logits(made), logits(plain(made))) < 1.2e-2
+    for layer in made.model.layers:
+        native.quantize(layer, INT8, torch.bfloat16)
+    found = coverage.inspect(made, INT8)
+    assert found.resident_bytes == found.streamed_bytes  # the table is read as the head
+
+
+def test_a_packed_table_of_its_own_is_not_streamed():
+    made = quantized(INT8)
+    native.quantize_embedding(made, "int4_g128")
+    assert isinstance(made.lm_head, NativeLinear)
+    found = coverage.inspect(made, INT8)
+    assert found.resident_bytes - found.streamed_bytes == 512 * 256 * 4.25 / 8
+    with pytest.raises(LowbitError, match=r"expects a plain nn\.Embedding, got a NativeEmbedding"):
+        native.quantize_embedding(made, "int8")
+
+
+def test_a_recipe_chooses_linear_by_linear():
+    def choose(path):
+        if path == "self_attn.v_proj":
+            return "int8"
+        return None if path == "mlp.down_proj" else "int4_g128"
+
+    made = model()
+    layer = made.model.layers[0]
+    native.quantize(layer, INT4, torch.bfloat16, choose)
+    assert layer.self_attn.v_proj.format == "int8"
+    assert layer.self_attn.q_proj.format == "int4_g128"
+    assert type(layer.mlp.down_proj) is nn.Linear
+    assert logits(made).isfinite().all()
+
+
+def test_twice_and_the_wrong_dtype_are_refused():
+    layer = model().model.layers[0]
+    with pytest.raises(LowbitError, match=r"a16w8-lowbit expects self_attn\.q_proj in torch\.float16"):
+        native.quantize(layer, INT8, torch.float16)
+    native.quantize(layer, INT8, torch.bfloat16)
+    with pytest.raises(LowbitError, match=r"expects plain linears, but q_proj is a NativeLinear.*fresh copy"):
+        native.quantize(layer, INT8, torch.bfloat16)
+    with pytest.raises(LowbitError, match="expected one of lowbit's packed modules, got a Linear"):
+        native.dequantize(nn.Linear(2, 2))
+
+
+def test_an_unknown_weight_format_lists_the_known_ones():
+    with pytest.raises(LowbitError, match=r"unknown weight format 'int5'; known: .*int4_g128"):
+        native.quantize(model().model.layers[0], INT4, torch.bfloat16, lambda path: "int5")
+
+
+@pytest.mark.parametrize("name", WEIGHT_FORMATS)
+def test_a_module_moves_but_never_converts_its_buffers(name):
+    linear = NativeLinear.from_linear(nn.Linear(256, 16, bias=False), name)
+    before = {key: (tensor.dtype, tensor.clone()) for key, tensor in linear.packed.tensors().items()}
+    linear.half().to(torch.bfloat16).double()
+    for key, tensor in linear.packed.tensors().items():
+        assert tensor.dtype == before[key][0]
+        assert torch.equal(tensor, before[key][1])
+    assert linear.to("meta").codes.is_meta
+
+
+def test_a_bias_is_kept_and_the_linear_left_alone():
+    linear = nn.Linear(256, 16)
+    copied = linear.weight.detach().clone()
+    packed = NativeLinear.from_linear(linear, "int8")
+    x = torch.randn(3, 256)
+    assert torch.allclose(packed(x), nn.functional.linear(x, native.dequantize(packed), linear.bias), atol=1e-5)
+    assert torch.equal(linear.weight, copied)
+    assert "[16, 256] int8" in repr(packed)
+    assert torch.equal(packed.dequantize(), weights.dequantize(packed.packed))
+
+
+def test_a_state_dict_goes_back_in():
+    first = NativeLinear.from_linear(nn.Linear(256, 16, bias=False), "int4_g128")
+    second = NativeLinear.from_linear(nn.Linear(256, 16, bias=False), "int4_g128")
+    second.load_state_dict(first.state_dict())
+    x = torch.randn(1, 256)
+    assert torch.equal(first(x), second(x))
+
+
+def test_the_kernel_that_would_run_is_told():
+    made = quantized(INT4)
+    dispatch.register("linear", "fast", lambda problem: problem.n == 512, lambda x, packed, dtype: x)
+    try:
+        assert native.kernels(made, torch.bfloat16) == "PyTorch reference (14), fast (1)"
+    finally:
+        dispatch.unregister("linear", "fast")
+
+
+@pytest.mark.parametrize("fmt", ROWS, ids=lambda fmt: fmt.id)
+def test_what_runs_where(fmt):
+    assert backends.unmet(fmt, CPU, config()) is None
+    assert backends.unmet(fmt, gpu(9, 0), config()) is None
+    odd = backends.unmet(fmt, CPU, config(hidden_size=248, intermediate_size=764, num_attention_heads=4, head_dim=62))
+    if fmt.group_size:
+        assert str(odd).startswith(f"shape: group {fmt.group_size} does not divide q_proj (K=248)")
+    elif fmt.scheme == "binary":
+        assert "down_proj of shape [248, 764] has K=764, which 8 does not divide" in str(odd)
+    else:
+        assert odd is None
