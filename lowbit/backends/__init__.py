@@ -15,7 +15,9 @@ and, where the library allows it, for kernel truth (lowbit/truth.py):
 - ``quantize_activations(module, x) -> Tensor``: x [m, k] as a format with ``activation_bits < 16`` sees it: quantized
   and dequantized again, [m, k] fp32.
 
-Both raise NoTruth, whose text is the reason, for a scheme whose library can't tell. Where the library chooses by device:
+Both raise NoTruth, whose text is the reason, for a scheme whose library can't tell.
+
+Where the library chooses by device:
 
 - ``kernels(model, dtype) -> str``: which kernels decode this model here.
 
