@@ -61,7 +61,7 @@ def test_one_format_is_alive_at_a_time():
     every = [case for kind in cases.KINDS for case in cases.enumerate_cases(kind, "nightly", LARGE)]
     order = [case.format.id for case in sorted(every, key=cases.run_order)]
     changes = sum(a != b for a, b in pairwise(order))
-    assert changes == len(FORMATS) - 1
+    assert changes == len(set(order)) - 1
 
 
 def test_a_cases_record_joins_by_format_mode_and_workload():
