@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lowbit import backends, compilers, measure, metrics, models, quantized, roofline, texts
+from lowbit import backends, calibration, compilers, measure, metrics, models, quantized, roofline, texts
 from lowbit.card import CardState, disturbed
 from lowbit.cases import Case
 from lowbit.ceilings import Ceilings, measure_ceilings
@@ -164,7 +164,9 @@ class Lab:
         self.progress(f"{fmt.id}: quantizing")
         with self.spent.on("quantize") as seconds:
             self.vram.reset_peak()
-            made = quantized.build(host, fmt, self.device)
+            windows = fmt.calibration_windows
+            tokens = calibration.tokens(host, self.source, windows) if windows else None
+            made = quantized.build(host, fmt, self.device, tokens)
         made.quantize_s, made.quantize_peak_mib = seconds(), self.vram.alloc_peak_mib()
         made.start_mib = start_mib
         return made

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from lowbit import backends, measure, roofline
 from lowbit.backends import coverage
@@ -16,8 +17,6 @@ from lowbit.hostmodel import HostModel
 from lowbit.workloads import Workload
 
 if TYPE_CHECKING:
-    from typing import Any
-
     from transformers import LlamaForCausalLM
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -36,29 +35,45 @@ class Quantized:
     start_mib: float | None = None
 
 
-def build(host: HostModel, fmt: Format, device: Device) -> Quantized:
+def build(host: HostModel, fmt: Format, device: Device, tokens: Tensor | None = None) -> Quantized:
     """The model in this format on the device, from the untouched master, layer by layer; waits for the device.
 
-    Raises LowbitError if the device has none of the format's dtypes, CoverageError if fewer linears are quantized
-    than the format says.
+    A format with ``calibration_windows`` needs ``tokens`` [windows, window] (lowbit.calibration): the whole
+    model goes to the device in the base dtype, the backend's ``calibrate(model, fmt, tokens)`` leaves what it learns
+    with the linears, and only then are they quantized.
+
+    Raises LowbitError if the device has none of the format's dtypes or a calibrated one gets no tokens, CoverageError
+    if fewer linears are quantized than the format says.
     """
     dtype = device.dtype_for(fmt)
     if dtype is None:
         raise LowbitError(f"{fmt.id} needs one of {', '.join(fmt.dtypes)}; {device.name} has none of them")
-    backend = backends.get(fmt.backend)
+    backend: Any = backends.get(fmt.backend)
 
     def transform(module: torch.nn.Module) -> None:
         backend.quantize(module, fmt, TORCH_DTYPES[dtype])
 
-    model = host.build(device.torch, TORCH_DTYPES[dtype], transform, transform_head="lm_head" in fmt.targets)
+    if fmt.calibration_windows:
+        if tokens is None:
+            raise LowbitError(f"{fmt.id} is calibrated: build() needs tokens, which lowbit.calibration gives")
+        model = host.build(device.torch, TORCH_DTYPES[dtype])
+        backend.calibrate(model, fmt, tokens)
+        transform(model)
+    else:
+        model = host.build(device.torch, TORCH_DTYPES[dtype], transform, transform_head="lm_head" in fmt.targets)
     measure.synchronize(device)
     return Quantized(fmt, dtype, model, coverage.inspect(model, fmt))
 
 
 def needed_mib(fmt: Format, config: Any, workload: Workload | None = None) -> float:
-    """About what a case takes at least, in MiB: weights as stored, KV cache, one layer yet to be quantized."""
+    """About what a case takes at least, in MiB: weights as stored, KV cache, one layer yet to be quantized.
+
+    A calibrated format has all of its layers there before the first is quantized.
+    """
     needed = backends.estimate_mib(fmt, config)
-    if fmt.quantized:
+    if fmt.calibration_windows:
+        needed += roofline.linear_parameters(config) * 2 / MIB
+    elif fmt.quantized:
         needed += roofline.linear_parameters(config) / config.num_hidden_layers * 2 / MIB
     if workload is not None:
         needed += roofline.kv_bytes_per_token(config) * workload.batch * workload.context_tokens / MIB

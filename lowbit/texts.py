@@ -17,8 +17,9 @@ WINDOW = 2048
 """Tokens per window on real models: the protocol of the published WikiText-2 perplexities."""
 
 WIKITEXT2_REPO, WIKITEXT2_ARCHIVE = "ggml-org/ci", "wikitext-2-raw-v1.zip"
-WIKITEXT2_MEMBER = "wikitext-2-raw/wiki.test.raw"
-"""The raw test set as llama.cpp's own scripts fetch it (scripts/get-wikitext-2.sh): a zip, no parquet reader needed."""
+WIKITEXT2_FOLDER, WIKITEXT2_VALIDATION = "wikitext-2-raw", "wiki.valid.raw"
+"""The raw test set, and the validation set for calibration, as llama.cpp's own scripts fetch them
+(scripts/get-wikitext-2.sh): a zip, no parquet reader needed."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,10 @@ def _hub_answers(seconds: float = 3.0) -> bool:
 
 
 def find_wikitext2() -> Path | None:
-    """The raw WikiText-2 test set from the Hugging Face cache or hub (4.7 MB, once), or None where it can't be had."""
+    """The raw WikiText-2 test set from the Hugging Face cache or hub (4.7 MB, once), or None where it can't be had.
+
+    The validation set is put beside it.
+    """
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -94,11 +98,13 @@ def find_wikitext2() -> Path | None:
         )
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError):
         return None  # said by the protocol's name: the metrics become ppl_embedded_…
-    target = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowbit" / quality.WIKITEXT2_FILE
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(f".{os.getpid()}")
-        with zipfile.ZipFile(archive) as files:
-            partial.write_bytes(files.read(WIKITEXT2_MEMBER))
-        partial.rename(target)
-    return target
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowbit"
+    for name in (quality.WIKITEXT2_FILE, WIKITEXT2_VALIDATION):
+        target = folder / name
+        if not target.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            partial = target.with_suffix(f".{os.getpid()}")
+            with zipfile.ZipFile(archive) as files:
+                partial.write_bytes(files.read(f"{WIKITEXT2_FOLDER}/{name}"))
+            partial.rename(target)
+    return folder / quality.WIKITEXT2_FILE

@@ -31,7 +31,7 @@ STAGES = (
     {"compilers", "generate"},
     {"measure", "quality"},
     {"texts", "streamed", "quantized"},
-    {"timing", "scoring"},
+    {"timing", "scoring", "calibration"},
     {"lab"},
     {"runs"},
     {"baselines", "history"},

@@ -69,13 +69,15 @@ def test_offline_nothing_is_asked(hub, monkeypatch):
 def test_the_archive_is_unpacked_once(hub, monkeypatch, tmp_path):
     archive = tmp_path / "wikitext-2-raw-v1.zip"
     with zipfile.ZipFile(archive, "w") as files:
-        files.writestr(texts.WIKITEXT2_MEMBER, " = Robert Boulter = \n")
+        files.writestr("wikitext-2-raw/wiki.test.raw", " = Robert Boulter = \n")
+        files.writestr("wikitext-2-raw/wiki.valid.raw", " = Homarus gammarus = \n")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args, **options: str(archive))
     found = texts.find_wikitext2()
     assert found == tmp_path / "lowbit" / "wiki.test.raw"
     assert found.read_text() == " = Robert Boulter = \n"
     assert texts.find_wikitext2() == found
-    assert [path.name for path in found.parent.iterdir()] == ["wiki.test.raw"]
+    assert sorted(path.name for path in found.parent.iterdir()) == ["wiki.test.raw", "wiki.valid.raw"]
+    assert found.with_name("wiki.valid.raw").read_text() == " = Homarus gammarus = \n"
 
 
 def test_without_a_tokenizer_quality_says_what_is_missing():

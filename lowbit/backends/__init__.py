@@ -15,7 +15,11 @@ and, where the library allows it, for kernel truth (lowbit/truth.py):
 - ``quantize_activations(module, x) -> Tensor``: x [m, k] as a format with ``activation_bits < 16`` sees it: quantized
   and dequantized again, [m, k] fp32.
 
-Both raise NoTruth, whose text is the reason, for a scheme whose library can't tell.
+Both raise NoTruth, whose text is the reason, for a scheme whose library can't tell. And, for rows with
+``calibration_windows`` (lowbit/calibration.py):
+
+- ``calibrate(model, fmt, tokens) -> None``: run ``tokens`` [windows, window] int64 through the whole unquantized model
+  on its device, and leave with each target linear what ``quantize``, which is called next, needs of it.
 
 Where the library chooses by device:
 

@@ -34,10 +34,12 @@ class Format:
     for its compile only. ``options`` are the scheme's own;
     three of them others read: ``pads_k_to`` (the kernel stores K rounded up to it), ``waits_for_host`` (what in a
     forward pass waits for the host, so that no CUDA graph can hold it) and ``compiled_min_rows`` (tokens per forward
-    pass that its compiled CUDA kernel asks for). ``fast`` is False for a reference row: right, but not a path anybody
-    would serve. ``packages`` must be installed beside the library's own. ``suite`` is the smallest suite that measures
-    the row: the formats of a first choice are in ``quick``, further group sizes and variants in ``nightly``, reference
-    rows in ``full``. ``modes`` are the compile modes that it is measured under; empty: every one of the suite.
+    pass that its compiled CUDA kernel asks for). ``calibration_windows`` are those of text that are run through the
+    unquantized model first (lowbit/calibration.py), 0 for most. ``fast`` is False for a reference row: right, but not a
+    path anybody would serve. ``packages`` must be installed beside the library's own. ``suite`` is the smallest suite
+    that measures the row: the formats of a first choice are in ``quick``, further group sizes and variants in
+    ``nightly``, reference rows in ``full``. ``modes`` are the compile modes that it is measured under; empty: every one
+    of the suite.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Format:
     suite: Suite = "quick"
     modes: tuple[str, ...] = ()
     note: str = ""
+    calibration_windows: int = 0
 
     @property
     def id(self) -> str:
