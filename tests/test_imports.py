@@ -27,7 +27,7 @@ STAGES = (
     {"hub", "loading"},
     {"models", "reference"},
     {"backends"},
-    {"regional", "logits_store", "truth"},
+    {"regional", "logits_store", "truth", "packed_file"},
     {"compilers", "generate"},
     {"measure", "quality"},
     {"texts", "streamed", "quantized"},
