@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -182,7 +183,13 @@ def environment(device: Device) -> dict[str, str]:
         "cuda": device.cuda or "none",
         "driver": device.driver or "none",
         "os": f"{platform.system()} {platform.machine()} {' '.join(platform.libc_ver())}".strip(),
+        **({"CUDA_LAUNCH_BLOCKING": "1"} if launch_blocking(device) else {}),
     }
+
+
+def launch_blocking(device: Device, environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether the host waits for each kernel before it launches the next (CUDA_LAUNCH_BLOCKING): no timing holds."""
+    return device.kind == "cuda" and environ.get("CUDA_LAUNCH_BLOCKING", "0") not in ("", "0")
 
 
 def _version(distributions: tuple[str, ...]) -> str:

@@ -6,6 +6,7 @@ import gc
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from lowbit.errors import LoadError, LowbitError
 from lowbit.formats import Format, Unmet
 from lowbit.metrics import Measurement
 from lowbit.nvml import Nvml, NvmlUnavailable
+from lowbit.profiling import Profiler
 from lowbit.quantized import Quantized
 from lowbit.quiet import quiet_import
 from lowbit.record import Record
@@ -45,6 +47,7 @@ class Lab:
     progress: Progress = print
     spent: Spent = field(default_factory=Spent)
     own_pids: Callable[[], set[int]] = set
+    profiler: Profiler | None = None
 
     def __post_init__(self) -> None:
         self._host: models.HostModel | None = None
@@ -62,7 +65,7 @@ class Lab:
             torch.cuda.set_device(self.device.torch)  # events, graphs and Triton launches go to the current device
         self.vram = measure.VramMeter(self.device, self.nvml)
         self._scorer = Scorer(self.device, self.source, self.vram, self.progress)
-        self._stopwatch = Stopwatch(self.device, self.nvml, self.vram, self.spent, self.progress)
+        self._stopwatch = Stopwatch(self.device, self.nvml, self.vram, self.spent, self.progress, self.profiler)
 
     # -- what is loaded -----------------------------------------------------------------------------------------------
 
@@ -251,7 +254,8 @@ class Lab:
         ids = prompt(config.vocab_size, workload.batch, workload.prompt_tokens, self.device)
         self.vram.release()
         self.vram.start_case()
-        with compilers.preserved_state(), measure.cpu_threads(self.device):
+        profiled = self.profiler.recording(case, record) if self.profiler else nullcontext()
+        with compilers.preserved_state(), measure.cpu_threads(self.device), profiled:
             take = self._stopwatch.time_decode if case.kind == "decode" else self._stopwatch.time_prefill
             take(case, made, ids, m, rounds)
             m.vram_peak_mib = self.vram.case_peak_mib()

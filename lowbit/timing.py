@@ -14,6 +14,7 @@ from lowbit.cases import Case
 from lowbit.device import Device
 from lowbit.metrics import Measurement
 from lowbit.nvml import Nvml, NvmlUnavailable
+from lowbit.profiling import STEPS, Profiler
 from lowbit.quantized import TORCH_DTYPES, Quantized
 from lowbit.spent import Spent
 
@@ -41,6 +42,7 @@ class Stopwatch:
     vram: measure.VramMeter
     spent: Spent
     progress: Progress
+    profiler: Profiler | None = None
 
     def time_decode(self, case: Case, quantized: Quantized, ids: torch.Tensor, m: Measurement, rounds: Rounds) -> None:
         """Rounds of ``m.new_tokens`` dependent steps after an own prefill of ids [B, S]; then the energy of a step."""
@@ -70,6 +72,8 @@ class Stopwatch:
             timer = RoundTimer(self.device, target, lambda: m.step_s.extend(clock.seconds()))
             rounds(timer, setup=setup, rounds=round_count(step_s * m.new_tokens))
             m.decode_s = timer.seconds
+            if self.profiler is not None:
+                self.profiler.take(case, quantized.model, decoder.again, m.batch, min(m.new_tokens, STEPS))
             if self.nvml is not None:
                 self._weigh(self.nvml, decoder, step_s, m)
 
@@ -102,6 +106,8 @@ class Stopwatch:
             timer = RoundTimer(self.device, lambda: decoder.prefill(ids))
             rounds(timer, setup=setup, rounds=round_count(estimate))
             m.prefill_s = timer.seconds
+            if self.profiler is not None:
+                self.profiler.take(case, quantized.model, lambda n: [decoder.prefill(ids) for _ in range(n)], 1)
 
     def _decoder(self, case: Case, quantized: Quantized, ids: torch.Tensor) -> generate.Decoder:
         """A decoder of this case's shape whose logits have been seen to be finite."""

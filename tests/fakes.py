@@ -68,7 +68,7 @@ def read_plan() -> dict:
 class FakeLab:
     """The lab's face, without a model."""
 
-    def __init__(self, device, choice, source=None, progress=print, spent=None, own_pids=set):
+    def __init__(self, device, choice, source=None, progress=print, spent=None, own_pids=set, profiler=None):
         self.device, self.choice, self.source, self.progress = device, choice, source, progress
         self.spent = Spent()
         self.faulted = False

@@ -12,7 +12,7 @@ from lowbit.pytest_plugin.options import add_options
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-INTERNAL = {"--lowbit-child"}
+INTERNAL = {"--lowbit-child", "--lowbit-profile"}
 
 
 def section(title: str) -> str:

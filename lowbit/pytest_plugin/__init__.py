@@ -123,6 +123,8 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
     from lowbit import measure
 
     benches = collection.attach_cases(items, bench.settings.suite, bench.choice.parameters, measure.timer(bench.device))
+    if bench.settings.profile:
+        collection.leave_out_quality(config, items)
     collection.sort_items(items)
     items.extend(collection.vanished_items(session, bench, benches))
 
@@ -190,7 +192,7 @@ def measure_case(request: pytest.FixtureRequest, benchmark: Any) -> Iterator[Cal
         if record.outcome == "skipped":
             pytest.skip(str(record.unmet))
         if record.outcome == "void":
-            pytest.skip(f"void, measured twice: {record.error}")
+            pytest.skip(f"void{'' if bench.blocking else ', measured twice'}: {record.error}")
         if record.outcome == "failed":
             pytest.fail(f"{where}: {record.error}", pytrace=False)
         return record

@@ -71,6 +71,8 @@ def child_args(config: pytest.Config) -> list[str]:
         args += ["-W", warning]
     if option.importmode != "prepend":
         args.append(f"--import-mode={option.importmode}")
+    if getattr(option, "profile", False):
+        args += ["--profile", f"--lowbit-profile={option.lowbit_profile}"]
     for name in MEASURING:
         value = getattr(option, name, None)
         if value is not None:

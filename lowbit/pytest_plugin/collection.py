@@ -77,6 +77,14 @@ def selectors(case: Case) -> set[str]:
     return words
 
 
+def leave_out_quality(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect the cases that have no timed kernels, in place: --profile has nothing to say of them."""
+    quality = [item for item in items if CASE in item.stash and item.stash[CASE].kind == "quality"]
+    if quality:
+        config.hook.pytest_deselected(items=quality)
+        items[:] = [item for item in items if item not in quality]
+
+
 def sort_items(items: list[pytest.Item]) -> None:
     """Benches by format, then mode, in place; every other item keeps its place in front."""
     items.sort(key=lambda item: (1, cases.run_order(item.stash[CASE])) if CASE in item.stash else (0, (0, 0, 0)))

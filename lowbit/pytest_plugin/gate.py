@@ -16,11 +16,22 @@ from lowbit.report.rows import selection
 if TYPE_CHECKING:
     from lowbit.pytest_plugin.session import BenchSession
 
+BLOCKING = "CUDA_LAUNCH_BLOCKING=1: the host waits for each kernel, so no timing is the card's own"
+
+
+def refuse_blocking(bench: BenchSession) -> None:
+    """Raises LowbitError where a run under CUDA_LAUNCH_BLOCKING is to be judged or accepted."""
+    asked = {"--benchmark-compare": bench.settings.compare, "--update-baselines": bench.settings.update_baselines}
+    for option, given in asked.items():
+        if bench.blocking and given:
+            raise LowbitError(f"{option}: {BLOCKING}; unset it, or leave {option} out")
+
 
 def find_baseline(bench: BenchSession) -> Baseline | None:
     """The baseline to judge by. Raises LowbitError when one is asked for and missing, corrupt or foreign."""
     settings, choice, device = bench.settings, bench.choice, bench.device
-    if settings.child is not None or not (settings.compare or settings.compare_if_baseline):
+    asked = settings.compare or (settings.compare_if_baseline and not bench.blocking)
+    if settings.child is not None or not asked:
         return None
     path = _find_path(bench)
     if path is None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,13 @@ def add_options(parser: pytest.Parser) -> None:
     group.addoption(
         "--lowbit-device", type=int, default=None, metavar="INDEX", help="the GPU to measure on (default 0)"
     )
+    group.addoption(
+        "--profile",
+        action="store_true",
+        help="profile each case: trace, memory snapshot (GPU), Inductor's output in .lowbit/profiles/, and a table "
+        "of its longest kernels; the run is not kept, compared or accepted",
+    )
+    group.addoption("--lowbit-profile", metavar="DIR", help="internal: the folder of the run's profiles")
     group.addoption("--lowbit-child", type=Path, metavar="FILE", help="internal: measure one case for a parent process")
 
 
@@ -107,6 +116,7 @@ class Settings:
     summary: Path | None
     device_index: int
     child: Path | None
+    profile: Path | None
     runs_dir: Path
 
     @classmethod
@@ -132,7 +142,7 @@ class Settings:
             baseline_runs=option.baseline_runs,
             compare=bool(compare),
             compare_to=compare if isinstance(compare, str) else None,
-            compare_if_baseline=option.compare_if_baseline and not option.update_baselines,
+            compare_if_baseline=option.compare_if_baseline and not option.update_baselines and not option.profile,
             isolate=option.isolate,
             resume=option.resume,
             max_kld=option.max_kld,
@@ -140,5 +150,28 @@ class Settings:
             summary=option.summary,
             device_index=option.lowbit_device or 0,
             child=option.lowbit_child,
+            profile=profile_folder(config),
             runs_dir=config.rootpath / ".lowbit" / "runs",
         )
+
+
+def profile_folder(config: pytest.Config) -> Path | None:
+    """Where --profile writes, the same folder for workers and fresh processes; None without it.
+
+    Raises pytest.UsageError beside what would judge, accept or continue a run.
+    """
+    option = config.option
+    if not option.profile:
+        return None
+    given = {
+        "--benchmark-compare": getattr(option, "benchmark_compare", None),
+        "--update-baselines": option.update_baselines,
+        "--resume": option.resume,
+    }
+    for name, value in given.items():
+        if value:
+            raise pytest.UsageError(f"--profile slows down what it looks at, and keeps no run: leave {name} out")
+    if option.lowbit_profile is None:
+        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+        option.lowbit_profile = str(config.rootpath / ".lowbit" / "profiles" / f"{stamp}-{os.getpid()}")
+    return Path(option.lowbit_profile)

@@ -14,9 +14,10 @@ import torch
 from lowbit import models, runs, texts
 from lowbit.baselines import Baseline
 from lowbit.cases import KINDS, Case, enumerate_cases
-from lowbit.device import Device, detect, environment, source_commit
+from lowbit.device import Device, detect, environment, launch_blocking, source_commit
 from lowbit.errors import LowbitError
 from lowbit.lab import Lab
+from lowbit.profiling import Profiler
 from lowbit.pytest_plugin import children, gate
 from lowbit.pytest_plugin.collection import VANISHED
 from lowbit.pytest_plugin.foreign import ForeignBenchmark
@@ -53,9 +54,12 @@ class BenchSession:
         self.written: list[Path] = []
         self.error: str | None = None
         self.refused = False
+        self.blocking = launch_blocking(self.device)
+        gate.refuse_blocking(self)
         self.baseline: Baseline | None = gate.find_baseline(self)
         self.spreads = pool_spread(self.baseline.rows.values()) if self.baseline else Spreads()
-        self.lab = Lab(self.device, self.choice, self.source, progress, own_pids=children.own_pids)
+        profiler = Profiler(self.device, settings.profile) if settings.profile else None
+        self.lab = Lab(self.device, self.choice, self.source, progress, own_pids=children.own_pids, profiler=profiler)
 
     @property
     def in_worker(self) -> bool:
@@ -114,7 +118,7 @@ class BenchSession:
         ``selected`` are node ids. A child keeps nothing; a worker learns what --resume has, its controller keeps.
         """
         self.selected = [nodeid for nodeid in selected if VANISHED not in nodeid]
-        if self.settings.child is not None or not self.selected or not measures:
+        if self.settings.child is not None or self.settings.profile or not self.selected or not measures:
             return
         folder, header = self.settings.runs_dir, self.header()
         entries: Mapping[str, runs.Entry] = {}
@@ -213,7 +217,9 @@ class BenchSession:
             if self.poisoned is not None or self.settings.isolate:
                 return self._measure_elsewhere(item, benchmark)
             record = self.lab.measure(case, item.nodeid, benchmark.pedantic)
-            if record.outcome == "void" and self.settings.child is None:
+            if self.blocking and record.kind != "quality":
+                record.outcome, record.error = "void", gate.BLOCKING
+            elif record.outcome == "void" and self.settings.child is None:
                 self.progress(f"{case.name}: disturbed ({record.error}); once more in a fresh process")
                 return self._measure_elsewhere(item, benchmark)
         except Exception as error:

@@ -12,7 +12,7 @@ import pytest
 from lowbit import runs
 from lowbit.pytest_plugin import collection, gate, updating
 from lowbit.record import Record
-from lowbit.report import recommendation, terminal
+from lowbit.report import kernels, recommendation, terminal
 from lowbit.report.progress import Progress
 from lowbit.spent import host_peak_mib
 
@@ -44,6 +44,10 @@ def header_lines(bench: BenchSession) -> list[str]:
         f"lowbit: {bench.device.name} ({bench.device.slug}), model {bench.choice.name}, "
         f"load format {bench.choice.load_format}: {bench.choice.why}"
     ]
+    if bench.settings.profile:
+        lines.append(f"lowbit: --profile: nothing is kept, compared or accepted; files in {bench.settings.profile}")
+    if bench.blocking:
+        lines.append(f"lowbit: {gate.BLOCKING}: speed cases are void")
     if bench.baseline is not None:
         lines.append(f"lowbit: comparing with {bench.baseline.path} ({bench.baseline.runs} runs)")
         changed = gate.upgrades(bench)
@@ -95,7 +99,12 @@ def _results(bench: BenchSession, color: bool) -> list[str]:
         terminal.table(records, bench.verdicts, gated=bench.baseline is not None, color=color),
         terminal.notes(records, bench.verdicts, accept=bench.accept_command),
         gate.upgrades(bench) if bench.regressed else "",
-        recommendation.recommendation(records, max_kld=bench.settings.max_kld, max_vram_mib=vram, arguments=arguments),
+        ""
+        if bench.settings.profile
+        else recommendation.recommendation(
+            records, max_kld=bench.settings.max_kld, max_vram_mib=vram, arguments=arguments
+        ),
+        kernels.tables(records, color=color),
         _notes(records),
         _footer(bench, records),
     ]
@@ -124,6 +133,8 @@ def _consequences(bench: BenchSession) -> list[str]:
     if bench.accepted is not None:
         lines.append(f"baseline written: {bench.accepted}")
         lines += [f"too noisy to be gated well: {line}; measure again on a quieter machine" for line in bench.warnings]
+    elif bench.settings.profile:
+        lines.append("profiled: nothing was kept or compared; measure without --profile for figures")
     elif bench.records and bench.baseline is None and not bench.settings.update_baselines:
         lines.append(f"not compared with a baseline; accept this machine's figures with: {bench.accept_command()}")
     return lines
