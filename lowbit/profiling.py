@@ -131,16 +131,17 @@ def _named_linears(model: nn.Module) -> Iterator[None]:
 def _compile_artefacts(folder: Path, device: Device) -> Iterator[None]:
     """Let Inductor write its debug folder, and Dynamo the log that tlparse reads, for the compiles inside.
 
-    Inductor writes no debug folder for what it finds in its caches (torch 2.13, _inductor/debug.py), so they are left
-    out: a profiled case compiles anew. ``benchmark_kernel`` lets it note each Triton kernel's bytes,
-    ``enable_kernel_profile`` names the C++ kernels in the profile; neither changes what is computed.
+    Inductor writes no debug folder for a graph that it finds in a cache (torch 2.13, _inductor/debug.py), so the caches
+    of graphs are left out; those of kernels' binaries are not. ``benchmark_kernel`` lets it note each Triton kernel's
+    bytes, ``enable_kernel_profile`` names the C++ kernels in the profile; neither changes what is computed.
     """
+    import torch._functorch.config as functorch
     import torch._inductor.config as inductor
     from torch._logging import _internal as logs
 
     settings: Any = inductor
     settings.trace.enabled, settings.trace.debug_dir = True, str(folder / "inductor")
-    settings.force_disable_caches = True
+    settings.fx_graph_cache = functorch.enable_autograd_cache = False
     if device.kind == "cuda":
         settings.benchmark_kernel = True
     else:

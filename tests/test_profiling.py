@@ -9,6 +9,7 @@ import logging
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -75,19 +76,31 @@ def test_a_prefill_is_counted_by_the_pass(bench):
     assert next(kernel["calls"] for kernel in profile["kernels"] if kernel["name"] == "aten::mm") in (14, 15)
 
 
-def test_a_compiled_case_leaves_what_inductor_wrote_even_where_its_caches_are_warm(bench):
-    case = decode(mode="default")
-    before = list(logging.getLogger("torch.__trace").handlers)
+def test_a_compiled_case_leaves_what_inductor_wrote_even_where_its_caches_are_warm(tmp_path):
+    profiler, case, linear = Profiler(CPU, tmp_path), decode(mode="default"), torch.nn.Linear(64, 64)
+    folder = profiler.folder(case)
+
+    def step(x):
+        return torch.nn.functional.silu(linear(x)) * 2
+
+    def repeat(function, times):
+        for _ in range(times):
+            function(torch.ones(1, 64))
+
     for _ in range(2):
-        folder = bench.profiler.folder(case)
-        for path in folder.glob("*/**/output_code.py"):
+        for path in folder.rglob("output_code.py"):
             path.unlink()
-        record = take(bench, case)
+        record = case.record("x", "m", "auto")
+        with compilers.preserved_state(), torch.no_grad(), profiler.recording(case, record):
+            compiled = compilers.compile_call(step, "default", CPU, {})
+            compiled(torch.ones(1, 64))
+            profiler.take(case, linear, partial(repeat, compiled), 1)
         assert list(folder.glob("inductor/torchinductor/*/output_code.py"))
     assert any("cpp_fused" in name for name in trace_names(folder))
     assert [path for path in folder.glob("trace/*.log") if path.stat().st_size > 1000]  # what tlparse reads
     assert record.info["profile"]["kernels"]
-    assert list(logging.getLogger("torch.__trace").handlers) == before
+    left = [getattr(handler, "root_dir", None) for handler in logging.getLogger("torch.__trace").handlers]
+    assert str(folder / "trace") not in left
 
 
 def test_inductors_settings_are_given_back(tmp_path):
@@ -96,11 +109,11 @@ def test_inductors_settings_are_given_back(tmp_path):
     profiler = Profiler(CPU, tmp_path)
     case = decode(mode="default")
     with compilers.preserved_state(), profiler.recording(case, case.record("x", "m", "auto")):
-        assert inductor.force_disable_caches
+        assert not inductor.fx_graph_cache
         assert inductor.trace.enabled
         assert inductor.cpp.enable_kernel_profile
         assert not inductor.benchmark_kernel
-    assert not inductor.force_disable_caches
+    assert inductor.fx_graph_cache
     assert not inductor.trace.enabled
     assert not inductor.cpp.enable_kernel_profile
 
