@@ -22,7 +22,7 @@ STAGES = (
     {"regression", "changepoint"},
     {"simulation", "changepoint_simulation"},
     {"device", "nvml"},
-    {"ceilings", "card", "kernels"},
+    {"ceilings", "card", "kernels", "sampling"},
     {"embedded", "checkpoint", "presets", "hostmodel"},
     {"hub", "loading"},
     {"models", "reference"},
