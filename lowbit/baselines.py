@@ -150,11 +150,12 @@ def save(baseline: Baseline, root: Path) -> Path:
         numbers = [int(found.name[:4]) for found in (root / header.device).glob("[0-9][0-9][0-9][0-9]_*.json")]
         name = f"{max(numbers, default=0) + 1:04}_{file_stem(header.model, header.load_format)}.json"
         path = root / header.device / name
-    documents.write(path, _to_document(baseline), "the baseline stays as it was")
+    documents.write(path, to_document(baseline), "the baseline stays as it was")
     return path
 
 
-def _to_document(baseline: Baseline) -> dict[str, Any]:
+def to_document(baseline: Baseline) -> dict[str, Any]:
+    """What ``save`` writes: the whole pytest-benchmark document."""
     timed, untimed = [], []
     for case in sorted(baseline.rows):
         row = baseline.rows[case]

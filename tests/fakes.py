@@ -187,7 +187,7 @@ class Bench:
         (self.root / "pytest.ini").write_text("[pytest]\naddopts = --strict-markers --import-mode=importlib\n")
         (self.root / "conftest.py").write_text('pytest_plugins = ["lowbit.pytest_plugin"]\n')
         monkeypatch.setenv(PLAN, str(self.root / "plan.json"))
-        monkeypatch.setenv("PYTHONPATH", str(TESTS))
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(TESTS), str(TESTS.parent))))  # this checkout's lowbit
         monkeypatch.setenv("LOWBIT_FAKE_DEVICES", "0")
         monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
         monkeypatch.setattr(children, "run_case", self.run_case)

@@ -36,7 +36,7 @@ STAGES = (
     {"lab"},
     {"runs"},
     {"baselines", "history"},
-    {"comparison", "trend"},
+    {"comparison", "trend", "baseline_patch"},
     {"report"},
     {"nightly"},
     {"pytest_plugin", "__main__"},

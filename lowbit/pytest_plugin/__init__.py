@@ -1,8 +1,8 @@
 """lowbit's pytest plugin: the only package that imports pytest. Hooks only; what they do stands in the modules beside.
 
 options.py: the command line; collection.py: cases as tests; session.py: one run's state; gate.py: its verdicts;
-updating.py: ``--update-baselines``; summary.py: what is printed; reporting.py: files about the run; xdist.py: one GPU
-per worker; children.py: fresh processes.
+updating.py: ``--update-baselines``; patching.py: ``--baseline-patch``; summary.py: what is printed; reporting.py: files
+about the run; xdist.py: one GPU per worker; children.py: fresh processes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pytest
 
 from lowbit.cases import KINDS
 from lowbit.errors import LoadError, LowbitError
-from lowbit.pytest_plugin import children, collection, gate, reporting, summary, updating
+from lowbit.pytest_plugin import children, collection, gate, patching, reporting, summary, updating
 from lowbit.pytest_plugin.keys import CASE, RECORD, SESSION, STATS
 from lowbit.pytest_plugin.options import Settings, add_options
 from lowbit.pytest_plugin.xdist import Workers, prepare
@@ -134,8 +134,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     bench = session.config.stash.get(SESSION, None)
     if bench is not None and not session.config.option.collectonly:
         bench.selected = [item.nodeid for item in session.items if CASE in item.stash]
+        gone = [item.nodeid for item in session.items if isinstance(item, collection.VanishedCase)]
         try:
-            bench.open_run(bench.selected, measures=not updating.nothing_to_measure(bench))
+            bench.open_run([*bench.selected, *gone], measures=not updating.nothing_to_measure(bench))
         except LowbitError as error:
             raise pytest.UsageError(str(error)) from error
 
@@ -242,6 +243,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         bench.close(exitstatus)
         if bench.settings.update_baselines and not bench.in_worker and not session.config.option.collectonly:
             updating.update(bench, exitstatus)
+        if not bench.in_worker and not session.config.option.collectonly:
+            patching.write_patch(bench)
         reporting.write(bench)
     except LowbitError as error:
         bench.error = str(error)

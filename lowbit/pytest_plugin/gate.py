@@ -113,4 +113,7 @@ def _confirm(bench: BenchSession, case: Case, record: Record, verdicts: list[Ver
         confirmed = regression.confirm(verdicts, repeats)
         if repeats[-1].outcome not in ("void", "skipped") and not regression.suspicions(confirmed):
             break
+    bench.repeats[record.case] = [dict(repeat.metrics) for repeat in repeats if repeat.outcome == "measured"]
+    if bench.in_worker:  # travels to the controller as the verdicts do
+        record.info["repeats"] = bench.repeats[record.case]
     return confirmed

@@ -60,6 +60,13 @@ def add_options(parser: pytest.Parser) -> None:
         help=f"runs (fresh processes) that a baseline is made of (default {DEFAULT_BASELINE_RUNS})",
     )
     group.addoption(
+        "--baseline-patch",
+        type=Path,
+        metavar="FILE",
+        help="with --benchmark-compare: write a diff for `git apply` that accepts exactly the cases that failed by "
+        "their figures, changed, are new or no longer run; no file when there are none",
+    )
+    group.addoption(
         "--compare-if-baseline",
         action="store_true",
         help="--benchmark-compare where a baseline of this device and model exists, a plain run where none does",
@@ -106,6 +113,7 @@ class Settings:
     baselines_dir: Path
     update_baselines: bool
     baseline_runs: int
+    baseline_patch: Path | None
     compare: bool
     compare_to: str | None
     compare_if_baseline: bool
@@ -132,6 +140,8 @@ class Settings:
         compare = getattr(option, "benchmark_compare", None)
         if compare and option.update_baselines:
             raise pytest.UsageError("--benchmark-compare judges a run, --update-baselines accepts it: give one of them")
+        if option.baseline_patch is not None and not (compare or option.compare_if_baseline):
+            raise pytest.UsageError("--baseline-patch accepts what a comparison shows: give --benchmark-compare too")
         return cls(
             model=option.model,
             load_format=option.load_format,
@@ -140,6 +150,7 @@ class Settings:
             baselines_dir=(option.baselines_dir or config.rootpath / "benches" / "baselines"),
             update_baselines=option.update_baselines,
             baseline_runs=option.baseline_runs,
+            baseline_patch=option.baseline_patch and Path(config.invocation_params.dir, option.baseline_patch),
             compare=bool(compare),
             compare_to=compare if isinstance(compare, str) else None,
             compare_if_baseline=option.compare_if_baseline and not option.update_baselines and not option.profile,

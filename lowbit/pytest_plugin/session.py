@@ -45,6 +45,9 @@ class BenchSession:
         self.records: dict[str, Record] = {}
         self.stats: dict[str, dict[str, Any] | None] = {}
         self.verdicts: dict[str, list[Verdict]] = {}
+        self.repeats: dict[str, list[dict[str, float]]] = {}
+        self.vanished: list[str] = []
+        self.patched: str | None = None
         self.resumed: dict[str, runs.Entry] = {}
         self.writer: runs.RunWriter | None = None
         self.selected: list[str] = []
@@ -115,8 +118,10 @@ class BenchSession:
     def open_run(self, selected: list[str], *, measures: bool = True) -> None:
         """Start keeping this run, or take up the interrupted one on --resume. Raises LowbitError when that can't be.
 
-        ``selected`` are node ids. A child keeps nothing; a worker learns what --resume has, its controller keeps.
+        ``selected`` are node ids, vanished cases among them. A child keeps nothing; a worker learns what --resume has,
+        its controller keeps.
         """
+        self.vanished = [nodeid.replace(VANISHED, "") for nodeid in selected if VANISHED in nodeid]
         self.selected = [nodeid for nodeid in selected if VANISHED not in nodeid]
         if self.settings.child is not None or self.settings.profile or not self.selected or not measures:
             return
@@ -151,6 +156,7 @@ class BenchSession:
 
     def receive(self, record: Record, stats: dict[str, Any] | None) -> None:
         """A worker's result, already judged there: keep it."""
+        self.repeats[record.case] = record.info.pop("repeats", [])
         verdicts = record.info.pop("verdicts", None)
         self.keep(record, stats)
         if verdicts is not None:

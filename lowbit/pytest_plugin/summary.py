@@ -130,6 +130,7 @@ def _consequences(bench: BenchSession) -> list[str]:
     if bench.writer is not None:
         lines.append(f"run kept in {bench.writer.path}")
     lines += [f"written: {path}" for path in bench.written]
+    lines += [bench.patched] if bench.patched else []
     if bench.accepted is not None:
         lines.append(f"baseline written: {bench.accepted}")
         lines += [f"too noisy to be gated well: {line}; measure again on a quieter machine" for line in bench.warnings]
