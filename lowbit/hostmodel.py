@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,14 +87,15 @@ class HostModel:
         dtype: torch.dtype,
         transform: Callable[[nn.Module], None] | None = None,
         *,
-        transform_head: bool = False,
+        tables: Collection[str] = (),
         progress: Progress = silent,
     ) -> Any:
         """A fresh LlamaForCausalLM on ``device`` with weights in ``dtype``, in eval mode, without gradients.
 
         Each decoder layer is copied and then given to ``transform``, which quantizes it in place, before the next one
-        is copied: the peak is what is quantized so far plus one layer. ``transform_head`` gives it lm_head too, as the
-        only child of a module. A tied head is tied on the device as well, until a transform replaces it. Buffers
+        is copied: the peak is what is quantized so far plus one layer. ``tables`` names those of
+        lm_head and embed_tokens that it gets too, last and together, as the only children of a module. A tied head is
+        tied on the device as well, until a transform replaces it. Buffers
         (RoPE's inverse frequencies) keep fp32.
         """
         if device.type == "cuda":
@@ -110,10 +111,12 @@ class HostModel:
                 progress(f"{self.name}: {index + 1} of {len(layers)} layers on {device}")
             inside = {module for layer in layers for module in layer.modules()}
             _move((module for module in model.modules() if module not in inside), device, dtype)
-            if transform is not None and transform_head:
-                holder = nn.ModuleDict({"lm_head": model.lm_head})
+            if transform is not None and tables:
+                owners = {"lm_head": model, "embed_tokens": model.model}
+                holder = nn.ModuleDict({name: getattr(owners[name], name) for name in tables})
                 transform(holder)
-                model.lm_head = holder["lm_head"]
+                for name in tables:
+                    setattr(owners[name], name, holder[name])
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return model.eval()

@@ -13,6 +13,7 @@ from lowbit.backends import coverage
 from lowbit.device import MIB, Device
 from lowbit.errors import LowbitError
 from lowbit.formats import Format, Unmet
+from lowbit.formats.row import TABLES
 from lowbit.hostmodel import HostModel
 from lowbit.workloads import Workload
 
@@ -60,7 +61,8 @@ def build(host: HostModel, fmt: Format, device: Device, tokens: Tensor | None = 
         backend.calibrate(model, fmt, tokens)
         transform(model)
     else:
-        model = host.build(device.torch, TORCH_DTYPES[dtype], transform, transform_head="lm_head" in fmt.targets)
+        tables = [name for name in TABLES if name in fmt.targets]
+        model = host.build(device.torch, TORCH_DTYPES[dtype], transform, tables=tables)
     measure.synchronize(device)
     return Quantized(fmt, dtype, model, coverage.inspect(model, fmt))
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit import backends
-from lowbit.backends import NoTruth
+from lowbit.backends import NoTruth, recipe
 from lowbit.errors import LowbitError
 from lowbit.formats import Format
 
@@ -108,12 +108,34 @@ def measure(module: nn.Module, fmt: Format, dtype: torch.dtype, original: Tensor
     return Truth(worst, where, float((weight - original).norm() / original.norm()))
 
 
-def _linears(model: Any, fmt: Format) -> Iterator[tuple[str, nn.Module]]:
-    """One linear of each kind: those of the first layer, and the head where the format names it."""
+@torch.no_grad()
+def measure_rows(module: nn.Module, fmt: Format, dtype: torch.dtype, original: Tensor | None = None) -> Truth:
+    """The truth of a quantized embedding: the rows that it gathers against those of its dequantized table."""
+    backend: Any = backends.get(fmt.backend)
+    weight = backend.dequantize(module)
+    ids = torch.linspace(0, len(weight) - 1, 64, device=weight.device).long()
+    error = float(errors(module(ids), weight[ids].double(), float(weight.norm())).max())
+    if original is None:
+        return Truth(error, "64 rows of the table")
+    original = original.to(weight.device).float()
+    return Truth(error, "64 rows of the table", float((weight - original).norm() / original.norm()))
+
+
+def _linears(model: Any, fmt: Format) -> Iterator[tuple[str, nn.Module, Format]]:
+    """One matrix of each kind with its format: those of the first layer, embedding and head where the row names them.
+
+    Of a recipe, one of each kind and format.
+    """
+    if fmt.parts:
+        firsts: dict[tuple[str, str], tuple[str, nn.Module, Format]] = {}
+        for path, module, part in recipe.parts_of(model, fmt):
+            firsts.setdefault((path.rsplit(".", 1)[-1], part.id), (path, module, part))
+        yield from firsts.values()
+        return
     for path, module in model.named_modules():
         inside = path.startswith("model.layers.")
         if path.rsplit(".", 1)[-1] in fmt.targets and (path.startswith("model.layers.0.") or not inside):
-            yield path, module
+            yield path, module, fmt
 
 
 def prove(model: Any, fmt: Format, dtype: torch.dtype, master: Any = None) -> dict[str, Truth]:
@@ -123,16 +145,18 @@ def prove(model: Any, fmt: Format, dtype: torch.dtype, master: Any = None) -> di
     ``dtype`` (``options["kernel_bound"]`` where a row has one, with the reason in its note), NoTruth as ``measure``.
     """
     originals = {} if master is None else dict(master.named_parameters(remove_duplicate=False))
-    found = {
-        path: measure(module, fmt, dtype, originals.get(f"{path}.weight")) for path, module in _linears(model, fmt)
-    }
-    bound = float(fmt.options.get("kernel_bound", BOUNDS[dtype]))
-    wrong = [
-        f"{path} {truth.kernel:.3g} ({truth.inputs})" for path, truth in found.items() if not truth.kernel <= bound
-    ]
+    found: dict[str, Truth] = {}
+    wrong, limit = [], 0.0
+    for path, module, row in _linears(model, fmt):
+        ask = measure_rows if path.endswith("embed_tokens") else measure
+        truth = found[path] = ask(module, row, dtype, originals.get(f"{path}.weight"))
+        bound = float(row.options.get("kernel_bound", BOUNDS[dtype]))
+        if not truth.kernel <= bound:
+            limit = max(limit, bound)
+            wrong.append(f"{path} {truth.kernel:.3g} ({truth.inputs})")
     if wrong:
         raise TruthError(
-            f"{fmt.id}: expected a relative error of at most {bound:.3g} against the product with its own dequantized "
+            f"{fmt.id}: expected a relative error of at most {limit:.3g} against the product with its own dequantized "
             f"weights in {str(dtype).removeprefix('torch.')}, got {', '.join(wrong)}: the kernel is wrong here"
         )
     return found

@@ -14,8 +14,8 @@ from lowbit.backends import coverage
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS, LINEARS, Format
 
-# lowbit's own rows take the head too: tests/test_native.py
-OTHERS = [row for row in FORMATS.values() if row.backend != "lowbit"]
+# rows that take the head too, and recipes: tests/test_native.py, tests/test_recipes.py
+OTHERS = [row for row in FORMATS.values() if row.targets == LINEARS and not row.parts]
 CPU_ROWS = [row for row in OTHERS if "cpu" in row.devices]
 TINY_ROWS = [row for row in CPU_ROWS if backends.unmet(row, CPU, config()) is None]  # K is 256 and 768 there
 QUICK = [row for row in OTHERS if row.suite == "quick"]  # further rows: the tests of their library
@@ -141,7 +141,7 @@ def test_an_unknown_scheme_lists_the_known_ones(backend):
 
 
 def test_an_unknown_backend_lists_the_known_ones():
-    known = r"bitsandbytes, .*, lowbit, reference, torch, torchao"
+    known = r"bitsandbytes, .*, lowbit, .*reference, .*torch, torchao"
     with pytest.raises(LowbitError, match=rf"unknown backend 'awq'; known: {known}"):
         backends.get("awq")
 

@@ -134,14 +134,25 @@ def test_child_args_repeat_what_is_measured_and_nothing_else(toy, configure, mon
     monkeypatch.setenv("PYTEST_ADDOPTS", "--model folder -W ignore::UserWarning")
     toy.pytester.makeini("[pytest]\naddopts = --junitxml=never.xml -k bf16\n")
     config = configure(
-        *("benches", "--text=text.txt", "--lowbit-device=1", "-n", "2", "--lf", "--benchmark-save=never", "-x"),
+        *(
+            "benches",
+            "--text=text.txt",
+            "--recipe=mine.json",
+            "--lowbit-device=1",
+            "-n",
+            "2",
+            "--lf",
+            "--benchmark-save=never",
+            "-x",
+        ),
         *("-o", "console_output_style=count", "-m", "not slow", "-p", "no:doctest"),
     )
     path = toy.path
     assert children.child_args(config) == [
         *(f"--rootdir={path}", "-c", str(path / "tox.ini"), "-o", "addopts=", "-o", "console_output_style=count"),
         *("-p", "no:doctest", "-W", "ignore::UserWarning"),
-        *(f"--model={path / 'folder'}", f"--text={path / 'text.txt'}", "--lowbit-device=1"),
+        *(f"--model={path / 'folder'}", f"--text={path / 'text.txt'}"),
+        *(f"--recipe={path / 'mine.json'}", "--lowbit-device=1"),
     ]
     assert children.session_args(config)[len(children.child_args(config)) :] == [
         *("-n", "2", "-k", "bf16", "-m", "not slow", str(path / "benches"))

@@ -414,7 +414,7 @@ def delete_originals(module):
 def test_no_transform_can_touch_the_master(tmp_path, transform, tied, dtype):
     host = load(tiny_llama.save(tmp_path / "tiny", tie_word_embeddings=tied))
     before, fresh = host.checksum(), logits(host.build(CPU, torch.bfloat16))
-    host.build(CPU, dtype, transform, transform_head=True)
+    host.build(CPU, dtype, transform, tables=("lm_head",))
     assert host.checksum() == before
     assert torch.equal(logits(host.build(CPU, torch.bfloat16)), fresh)
 
@@ -503,7 +503,7 @@ def test_the_head_is_transformed_when_told(tmp_path, tied):
     kept = host.build(CPU, torch.bfloat16, replace)
     assert kept.lm_head.weight.dtype == torch.bfloat16
     assert (kept.lm_head.weight is kept.model.embed_tokens.weight) is tied
-    changed = host.build(CPU, torch.bfloat16, replace, transform_head=True)
+    changed = host.build(CPU, torch.bfloat16, replace, tables=("lm_head",))
     assert changed.lm_head.weight.dtype == torch.float32
     assert changed.model.embed_tokens.weight.dtype == torch.bfloat16
 

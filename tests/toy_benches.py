@@ -47,6 +47,7 @@ def pytest_addoption(parser, pluginmanager):
     parser.addoption("--lowbit-device", type=int)
     parser.addoption("--model", default="auto")
     parser.addoption("--text", type=Path)
+    parser.addoption("--recipe", type=Path)
     parser.addoption("--isolate", action="store_true")
     pluginmanager.register(xdist.Workers(requested), xdist.Workers.NAME)
 

@@ -33,6 +33,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
@@ -41,7 +42,9 @@ import torch
 from torch import nn
 
 from lowbit.errors import LowbitError, unknown
-from lowbit.formats import Format, Unmet
+from lowbit.formats import FORMATS, LINEARS, Format, Unmet
+from lowbit.formats.recipes import assignment, matrices
+from lowbit.formats.row import TABLE_PATHS, TABLES
 from lowbit.quiet import quiet_import
 
 if TYPE_CHECKING:
@@ -116,6 +119,7 @@ def shapes(fmt: Format, config: Any) -> list[Shape]:
         "up_proj": (intermediate, hidden),
         "down_proj": (hidden, intermediate),
         "lm_head": (config.vocab_size, hidden),
+        "embed_tokens": (config.vocab_size, hidden),
     }
     for name in fmt.targets:
         if name not in known:
@@ -192,15 +196,19 @@ MIB = 1024 * 1024
 
 
 def estimate_mib(fmt: Format, config: Any) -> float:
-    """About what the model takes in this format, in MiB: packed linears, the rest in 16 bits. Scales count 1/16."""
-    linears = sum(
-        shape.n * shape.k * (1 if shape.name == "lm_head" else config.num_hidden_layers)
-        for shape in shapes(fmt, config)
-    )
-    tied = bool(getattr(config, "tie_word_embeddings", False))
-    tables = 1 if tied or "lm_head" in fmt.targets else 2
-    packed = fmt.weight_bits * (1 + 1 / 16) if fmt.quantized else fmt.weight_bits
-    return float(linears * packed / 8 + tables * config.vocab_size * config.hidden_size * 2) / MIB
+    """About what the model takes in this format, in MiB: packed matrices, the others in 16 bits. Scales count 1/16."""
+    weights = {shape.name: shape.n * shape.k for shape in shapes(replace(fmt, targets=(*LINEARS, *TABLES)), config)}
+    bits = {path: (name, 16.0) for path, name in matrices(config.num_hidden_layers)}
+    for path, name, part in assignment(fmt, config.num_hidden_layers):
+        bits[path] = name, _stored_bits(FORMATS[part] if fmt.parts else fmt)
+    embedding, head = (bits[path] for path in TABLE_PATHS)
+    if getattr(config, "tie_word_embeddings", False) and embedding[1] == head[1]:
+        del bits[TABLE_PATHS[0]]
+    return sum(weights[name] * each for name, each in bits.values()) / 8 / MIB
+
+
+def _stored_bits(fmt: Format) -> float:
+    return fmt.weight_bits * (1 + 1 / 16) if fmt.quantized else fmt.weight_bits
 
 
 def _too_large(fmt: Format, device: Device, config: Any) -> Unmet | None:

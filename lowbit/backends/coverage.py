@@ -7,17 +7,18 @@ each storage once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lowbit.backends import get
+from lowbit.backends import get, recipe
 from lowbit.errors import LowbitError
 from lowbit.formats import Format
-from lowbit.kernels.modules import NativeEmbedding
+from lowbit.formats.row import TABLES as TABLE_NAMES
+from lowbit.kernels.modules import NativeEmbedding, PackedModule
 
 
 class CoverageError(LowbitError):
@@ -31,7 +32,8 @@ class Coverage:
     ``linears`` of ``expected`` target linears hold the format's weights, in ``weight_bytes`` (data, scales, zeros):
     ``bits_per_weight`` on average. ``resident_bytes`` is the whole model. ``streamed_bytes`` is what one decoded token
     reads: everything but the embedding table, of which it reads one row; a tied table is read as the head. ``kernels``
-    names what multiplies, where the backend tells.
+    names what multiplies, where the backend tells. ``parts`` are a recipe's: for each of its formats the
+    linears that carry it, their bytes and bits per weight.
     """
 
     linears: int
@@ -41,10 +43,11 @@ class Coverage:
     resident_bytes: int
     streamed_bytes: int
     kernels: str | None = None
+    parts: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """For a record's info."""
-        return asdict(self)
+        """For a record's info; without ``parts`` where there are none."""
+        return {name: value for name, value in asdict(self).items() if name != "parts" or value}
 
 
 def tensors_of(owner: object, _seen: set[int] | None = None) -> Iterator[Tensor]:
@@ -131,11 +134,13 @@ def _find(model: nn.Module, fmt: Format) -> Iterator[tuple[str, nn.Module]]:
 def _count(model: nn.Module, fmt: Format) -> int:
     config: Any = getattr(model, "config", None)
     layers = config.num_hidden_layers if config is not None else sum(1 for _ in _find(model, fmt))
-    return sum(1 if name == "lm_head" else int(layers) for name in fmt.targets) if config is not None else layers
+    return sum(1 if name in TABLE_NAMES else int(layers) for name in fmt.targets) if config is not None else layers
 
 
 def _weights(module: nn.Module) -> int:
     """Logical weights of a linear of any library: its own word, which outlives packing and padding."""
+    if isinstance(module, PackedModule):
+        return module.n * module.k
     rows: Any = getattr(module, "out_features", None)
     columns: Any = getattr(module, "in_features", None)
     if rows is None or columns is None:
@@ -147,10 +152,13 @@ def inspect(model: nn.Module, fmt: Format) -> Coverage:
     """Count the linears and bytes of ``model`` and hold them against the format.
 
     Raises CoverageError if fewer target linears hold the format's weights than the model has, or if the bits stored
-    per weight can't be the format's. Above: scales and zeros take 1 bit per weight at most (two 16-bit numbers per
-    group of 32) and alignment some, so more than ``1.25 × weight_bits + 1`` means that weights are kept unpacked, or
-    beside the original; a row marked ``fast=False`` may do that. Below ``weight_bits``: something was not counted.
+    per weight can't be the format's; of a recipe, for each of its formats. Above: scales and zeros take 1 bit per
+    weight at most (two 16-bit numbers per group of 32) and alignment some, so more than ``1.25 × weight_bits + 1``
+    means that weights are kept unpacked, or beside the original; a row marked ``fast=False`` may do that. Below
+    ``weight_bits``: something was not counted.
     """
+    if fmt.parts:
+        return _inspect_parts(model, fmt)
     backend = get(fmt.backend)
     found = dict(_find(model, fmt))
     missed = [path for path, module in found.items() if not backend.is_quantized(module)]
@@ -159,12 +167,10 @@ def inspect(model: nn.Module, fmt: Format) -> Coverage:
     if len(quantized) < expected:
         examples = f": {', '.join(missed[:3])}{' …' if len(missed) > 3 else ''} left as they were" if missed else ""
         raise CoverageError(f"{fmt.id}: expected {expected} linears with its weights, got {len(quantized)}{examples}")
-    weight_bytes = storage_bytes(tensor for module in quantized for tensor in tensors_of(module))
-    weights = sum(_weights(module) for module in quantized)
-    bits = 8 * weight_bytes / weights
+    weight_bytes, bits = _measure(quantized)
     if fmt.quantized:
         _check_bits(fmt, bits, _padding(quantized, fmt))
-    kernels = getattr(backend, "kernels", None)
+    kernels = _kernels(fmt)
     return Coverage(
         len(quantized),
         expected,
@@ -180,9 +186,57 @@ def _activation_dtype(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
+def _inspect_parts(model: nn.Module, fmt: Format) -> Coverage:
+    expected: dict[str, list[nn.Module]] = {}
+    rows: dict[str, Format] = {}
+    missed = []
+    for path, module, row in recipe.parts_of(model, fmt):
+        rows[row.id] = row
+        if get(row.backend).is_quantized(module):
+            expected.setdefault(row.id, []).append(module)
+        else:
+            missed.append(f"{path} ({row.id})")
+    found = sum(map(len, expected.values()))
+    if missed:
+        raise CoverageError(
+            f"{fmt.id}: expected {found + len(missed)} linears with its weights, got {found}: "
+            f"{', '.join(missed[:3])}{' …' if len(missed) > 3 else ''} are not"
+        )
+    parts = {}
+    for name, modules in expected.items():
+        part = _measure(modules)
+        if rows[name].quantized:
+            _check_bits(
+                replace(rows[name], name=f"{fmt.id}, its {rows[name].name}"), part[1], _padding(modules, rows[name])
+            )
+        parts[name] = {"linears": len(modules), "weight_bytes": part[0], "bits_per_weight": part[1]}
+    every = [module for modules in expected.values() for module in modules]
+    weight_bytes, bits = _measure(every)
+    told = {kernels(model, _activation_dtype(model)) for row in rows.values() if (kernels := _kernels(row))}
+    return Coverage(
+        *(found, found, weight_bytes, bits, resident_bytes(model), _streamed_bytes(model)),
+        "; ".join(sorted(told)) or None,
+        parts,
+    )
+
+
+def _kernels(row: Format) -> Callable[[nn.Module, torch.dtype], str] | None:
+    return getattr(get(row.backend), "kernels", None)
+
+
+def _measure(modules: list[nn.Module]) -> tuple[int, float]:
+    """Bytes of the linears' weights, and bits per weight; a table that two of them share counts once in both."""
+    tensors = {id(module): list(tensors_of(module)) for module in modules}
+    weights = {frozenset(map(id, tensors[id(module)])): _weights(module) for module in modules}
+    total = storage_bytes(tensor for module in modules for tensor in tensors[id(module)])
+    return total, 8 * total / sum(weights.values())
+
+
 def _padding(modules: list[nn.Module], fmt: Format) -> float:
     """Stored over logical weights for a kernel that rounds K up to ``pads_k_to`` (matters in small models only)."""
     multiple = int(fmt.options.get("pads_k_to", 1))
+    if multiple == 1:
+        return 1.0
     logical, stored = 0, 0
     for module in modules:
         columns: Any = module.in_features

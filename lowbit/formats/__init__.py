@@ -1,21 +1,23 @@
 """Every format of the suite, one row each, a file per library. A new format is one row in its library's file here.
 
 A row names what is stored and computed (activation bits, weight bits, group size), which library does it, and what it
-needs. The library's own file under ``lowbit/backends`` turns the row's ``scheme`` into quantized modules.
+needs. The library's own file under ``lowbit/backends`` turns the row's ``scheme`` into quantized modules. ``recipes``
+are rows made of these rows.
 """
 
 from __future__ import annotations
 
-from lowbit.errors import unknown
-from lowbit.formats import bitsandbytes, gemlite, hqq, native, reference, torch, torchao
+from lowbit.errors import LowbitError, unknown
+from lowbit.formats import bitsandbytes, gemlite, hqq, native, recipes, reference, tables, torch, torchao
 from lowbit.formats.row import LINEARS, Format, Suite, Unmet, UnmetKind
 
-__all__ = ["FORMATS", "LINEARS", "Format", "Suite", "Unmet", "UnmetKind", "find"]
+__all__ = ["FORMATS", "LINEARS", "Format", "Suite", "Unmet", "UnmetKind", "find", "register"]
 
-LIBRARIES = (torch, torchao, gemlite, bitsandbytes, hqq, native, reference)
+LIBRARIES = (torch, torchao, gemlite, bitsandbytes, hqq, native, reference, tables)
 """In the order in which their rows run and are listed."""
 
 FORMATS: dict[str, Format] = {row.id: row for library in LIBRARIES for row in library.ROWS}
+FORMATS.update({row.id: row for row in recipes.rows(FORMATS)})
 
 
 def find(format_id: str) -> Format:
@@ -24,3 +26,10 @@ def find(format_id: str) -> Format:
         return FORMATS[format_id]
     except KeyError:
         raise unknown("format", format_id, FORMATS) from None
+
+
+def register(row: Format) -> Format:
+    """Add a row to this process's table, last in order. Raises LowbitError if its id is taken by another row."""
+    if FORMATS.setdefault(row.id, row) != row:
+        raise LowbitError(f"there is a format {row.id} already: give the recipe another name")
+    return row

@@ -9,6 +9,11 @@ from typing import Any, Literal, NamedTuple
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The seven linears of a Llama decoder layer, 224 in Llama-3.1-8B; lm_head stays as it is unless a row names it."""
 
+TABLES = ("embed_tokens", "lm_head")
+"""The two matrices outside the decoder layers, [vocabulary, hidden]; one matrix where the model ties them."""
+
+TABLE_PATHS = ("model.embed_tokens", "lm_head")
+
 Suite = Literal["quick", "nightly", "full"]
 UnmetKind = Literal["capability", "package", "shape", "memory"]
 
@@ -39,7 +44,8 @@ class Format:
     path anybody would serve. ``packages`` must be installed beside the library's own. ``suite`` is the smallest suite
     that measures the row: the formats of a first choice are in ``quick``, further group sizes and variants in
     ``nightly``, reference rows in ``full``. ``modes`` are the compile modes that it is measured under; empty: every one
-    of the suite.
+    of the suite. ``parts`` make the row a recipe (lowbit/formats/recipes.py): module path pattern -> id of the format
+    that what it names gets.
     """
 
     name: str
@@ -61,6 +67,7 @@ class Format:
     modes: tuple[str, ...] = ()
     note: str = ""
     calibration_windows: int = 0
+    parts: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def id(self) -> str:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from lowbit.cases import SUITE_MODES
+from lowbit.errors import LowbitError
+from lowbit.formats import FORMATS, recipes, register
 
 DEFAULT_BASELINE_RUNS = 5
 DEFAULT_MAX_KLD = 0.05
@@ -40,6 +42,13 @@ def add_options(parser: pytest.Parser) -> None:
         "modes and workloads; full: also the optional evaluations, of which there are none yet",
     )
     group.addoption("--text", type=Path, metavar="FILE", help="score perplexity and KL on this text file")
+    group.addoption(
+        "--recipe",
+        type=Path,
+        metavar="FILE",
+        help='measure this recipe too: {"name": "mine", "parts": {"lm_head": "a16w8-torchao", "layers.*": '
+        '"a16w4_g128-torchao"}}, the first pattern that matches a module decides; select it with -k mine',
+    )
     group.addoption(
         "--baselines-dir",
         type=Path,
@@ -137,6 +146,11 @@ class Settings:
             raise pytest.UsageError(f"--baseline-runs: expected at least 1, got {option.baseline_runs}")
         if option.text is not None and not option.text.is_file():
             raise pytest.UsageError(f"--text: no such file: {option.text}")
+        if option.recipe is not None:
+            try:
+                register(recipes.read(option.recipe, FORMATS))
+            except LowbitError as error:
+                raise pytest.UsageError(f"--recipe: {error}") from error
         compare = getattr(option, "benchmark_compare", None)
         if compare and option.update_baselines:
             raise pytest.UsageError("--benchmark-compare judges a run, --update-baselines accepts it: give one of them")

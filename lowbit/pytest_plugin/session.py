@@ -93,6 +93,8 @@ class BenchSession:
             words.append(f"--suite {settings.suite}")
         if settings.text is not None:
             words.append(f"--text {shlex.quote(str(settings.text))}")
+        if self.config.option.recipe is not None:
+            words.append(f"--recipe {shlex.quote(str(self.config.option.recipe))}")
         if settings.device_index:
             words.append(f"--lowbit-device {settings.device_index}")
         return words
