@@ -101,6 +101,13 @@ def detect(index: int = 0) -> Device:
     return _cuda_device(index) if count else _cpu_device()
 
 
+def of(device: torch.device) -> Device:
+    """What this torch device is. Raises LowbitError naming the devices that there are."""
+    if device.type == "cpu":
+        return _cpu_device()
+    return detect(torch.cuda.current_device() if device.index is None else device.index)
+
+
 def _cuda_device(index: int) -> Device:
     properties: Any = torch.cuda.get_device_properties(index)
     uuid = str(getattr(properties, "uuid", "")) or None

@@ -80,7 +80,7 @@ class Sampler:
         self.drawn.zero_()
 
     def __call__(self, logits: Tensor) -> Tensor:
-        flat = logits.view(self.batch, logits.shape[-1])
+        flat = logits.reshape(self.batch, logits.shape[-1])
         if self.kind == "greedy":
             return flat.argmax(dim=-1, keepdim=True)
         scaled = flat.double() / self.temperature

@@ -1,4 +1,5 @@
-"""Greedy generation over a static KV cache: prefill, decode_one_token and the dependent loop that decode cases time.
+"""Generation over a static KV cache: prefill, decode_one_token and the dependent loop that decode cases time; greedy
+unless a ``pick`` is given.
 
 Everything a decode step reads lies at a fixed address (weights, cache, token, position), so that one CUDA graph can
 replay it, and nothing in the loop waits for the device. The model is transformers' LlamaForCausalLM, its linears
@@ -22,6 +23,8 @@ Step = Callable[[Tensor, Tensor], Tensor]
 """(token [B, 1], position [1]) -> next token [B, 1]."""
 PrefillStep = Callable[[Tensor], Tensor]
 """ids [B, S] -> next token [B, 1]."""
+Pick = Callable[[Tensor], Tensor]
+"""logits [B, 1, V] -> next token [B, 1]."""
 
 CACHE_MULTIPLE = 16
 """Cache lengths are rounded up to this: fused attention pads a mask whose rows are not 16-byte aligned, every layer."""
@@ -53,15 +56,20 @@ def make_cache(model: Any, batch: int, length: int, dtype: torch.dtype | None = 
     return cache
 
 
-def prefill(model: Any, cache: Any, ids: Tensor) -> Tensor:
+def greedy(logits: Tensor) -> Tensor:
+    """The likeliest token: logits [B, 1, V] -> [B, 1]."""
+    return logits.argmax(dim=-1)
+
+
+def prefill(model: Any, cache: Any, ids: Tensor, pick: Pick = greedy) -> Tensor:
     """Take the prompt into an empty cache. ids: [B, S] -> next token: [B, 1]. The head sees only the last position."""
     logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits  # [B, 1, V]
-    return _pick(logits)
+    return pick(logits)
 
 
-def decode_one_token(model: Any, token: Tensor, position: Tensor, cache: Any) -> Tensor:
-    """One greedy step. token: [B, 1], position: [1] int64 on the device -> next token: [B, 1]."""
-    return _pick(decode_logits(model, token, position, cache))
+def decode_one_token(model: Any, token: Tensor, position: Tensor, cache: Any, pick: Pick = greedy) -> Tensor:
+    """One step. token: [B, 1], position: [1] int64 on the device -> next token: [B, 1]."""
+    return pick(decode_logits(model, token, position, cache))
 
 
 def decode_logits(model: Any, token: Tensor, position: Tensor, cache: Any) -> Tensor:
@@ -70,11 +78,6 @@ def decode_logits(model: Any, token: Tensor, position: Tensor, cache: Any) -> Te
         input_ids=token, position_ids=position.view(1, 1), past_key_values=cache, use_cache=True
     ).logits
     return logits
-
-
-def _pick(logits: Tensor) -> Tensor:
-    # [B, 1, V] -> [B, 1]; greedy
-    return logits.argmax(dim=-1)
 
 
 def _begin_step(tensor: Tensor) -> None:
@@ -122,7 +125,9 @@ class Decoder:
     are off inside every method: a caller's own no_grad or inference mode is neither needed nor in the way.
     """
 
-    def __init__(self, model: Any, batch: int, length: int, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, model: Any, batch: int, length: int, dtype: torch.dtype | None = None, pick: Pick = greedy
+    ) -> None:
         """``length`` is the context that a round may reach, ``dtype`` that of the activations (see make_cache)."""
         self.model = model
         self.length = length
@@ -136,13 +141,18 @@ class Decoder:
         self._prompt_tokens = 0
 
         def step(token: Tensor, position: Tensor) -> Tensor:
-            return decode_one_token(model, token, position, cache)
+            return decode_one_token(model, token, position, cache, pick)
 
         def prefill_step(ids: Tensor) -> Tensor:
-            return prefill(model, cache, ids)
+            return prefill(model, cache, ids, pick)
 
         self._step: Step = step
         self._prefill_step: PrefillStep = prefill_step
+
+    @property
+    def used(self) -> int:
+        """Tokens in the cache, counted on the host."""
+        return self._used
 
     def compile(self, compiler: Callable[[Step], Step]) -> None:
         """Decode with ``compiler(step)`` from now on; the prefill stays as it is."""

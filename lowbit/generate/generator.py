@@ -1,0 +1,240 @@
+"""Generator: a Llama in a low-bit format that streams tokens.
+
+generator = Generator.from_model("embedded", format="a16w4_g128")
+for token in generator("Once upon a time", max_new_tokens=64):
+    print(token.text, end="", flush=True)
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lowbit import backends, device, formats, models, packed_file
+from lowbit.errors import LowbitError
+from lowbit.formats import FORMATS, Format
+from lowbit.generate.detokenizer import Detokenizer
+from lowbit.generate.runner import Runner, make_runner
+from lowbit.hostmodel import Progress, silent
+from lowbit.sampling import GREEDY, Sampling
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Token(NamedTuple):
+    """One generated token: its id, the text that it completes, and, with the last one, why it is the last."""
+
+    id: int
+    text: str
+    finish: Literal["eos", "length"] | None = None
+
+
+class Generator:
+    """Generates from one prompt at a time with a model that may be quantized.
+
+    ``context`` is the longest prompt and answer together; None lets the KV cache grow with what is asked, up to the
+    model's own limit. ``runner`` is what generates, once something was asked: its ``name`` tells which.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any = None, *, context: int | None = None) -> None:
+        limit = int(model.config.max_position_embeddings)
+        if context is not None and not 1 <= context <= limit:
+            raise LowbitError(f"context: expected 1 to {limit} tokens (max_position_embeddings), got {context}")
+        self.model, self.tokenizer, self.context = model, tokenizer, context
+        self.runner: Runner | None = None
+        self._limit = limit
+        self._round = 0
+
+    @classmethod
+    def from_model(
+        cls,
+        model: Any,
+        format: str | None = "a16w4_g128",
+        *,
+        device: torch.device | str | None = None,
+        tokenizer: Any = None,
+        context: int | None = None,
+        progress: Progress = silent,
+    ) -> Generator:
+        """A LlamaForCausalLM, a preset (``embedded``), a folder or a hub id, quantized.
+
+        ``format`` is a row's name or id (``a16w4_g128`` is ``a16w4_g128-lowbit``), None for the model as it is.
+        ``device`` defaults to the model's, for a name to the first GPU or the CPU. A model that is given stays as it
+        is; what is not quantized shares its memory. Raises LowbitError where the format can't run.
+        """
+        fmt = None if format is None else _find(format)
+        if isinstance(model, str | Path):
+            return cls._load(str(model), fmt, device, tokenizer, context, progress)
+        target = torch.device(device) if device is not None else model.model.norm.weight.device
+        if fmt is not None:
+            _check(fmt, target, model.config)
+        return cls(_converted(model, fmt, target), tokenizer, context=context)
+
+    @classmethod
+    def from_packed(
+        cls,
+        path: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        tokenizer: Any = None,
+        context: int | None = None,
+    ) -> Generator:
+        """From a file that ``save`` wrote, bit for bit. Raises LowbitError on any other file."""
+        return cls(packed_file.load(Path(path), device), tokenizer, context=context)
+
+    @classmethod
+    def _load(
+        cls, name: str, fmt: Format | None, wanted: Any, tokenizer: Any, context: int | None, progress: Progress
+    ) -> Generator:
+        where = device.detect() if wanted is None else device.of(torch.device(wanted))
+        choice = models.choose(name, "auto", where)
+        if fmt is not None:
+            _check(fmt, where.torch, choice.config)
+        host = models.load(choice, progress, pin=where.kind == "cuda")
+        base = FORMATS["bf16-torch"] if fmt is None else fmt
+        dtype = DTYPES[where.dtype_for(base) or "fp16"]
+
+        def transform(module: nn.Module) -> None:
+            if fmt is not None:
+                backends.get(fmt.backend).quantize(module, fmt, dtype)
+
+        head = fmt is not None and "lm_head" in fmt.targets
+        made = host.build(where.torch, dtype, transform, transform_head=head, progress=progress)
+        return cls(made, tokenizer or host.tokenizer, context=context)
+
+    def save(self, path: str | Path) -> None:
+        """Write the packed model to one safetensors file. Raises LowbitError for other libraries' formats."""
+        packed_file.save(self.model, Path(path))
+
+    def __call__(
+        self,
+        prompt: str | Sequence[int] | Tensor,
+        max_new_tokens: int = 128,
+        *,
+        sampling: Sampling = GREEDY,
+        stop_at_eos: bool = True,
+    ) -> Iterator[Token]:
+        """The tokens that follow ``prompt`` (text, or token ids), as they come; the next call ends this stream.
+
+        With ``stop_at_eos`` an end-of-text token is the last one. The same seed gives the same tokens again. Raises
+        LowbitError, at once, on a prompt that is empty or not of this vocabulary, or too long with its answer.
+        """
+        ids = self._encode(prompt)
+        if max_new_tokens < 1:
+            raise LowbitError(f"max_new_tokens: expected 1 or more, got {max_new_tokens}")
+        runner = self._ready(ids.shape[1] + max_new_tokens)
+        runner.reset(sampling)
+        self._round += 1
+        return self._stream(runner, ids, max_new_tokens, self.eos if stop_at_eos else frozenset(), self._round)
+
+    @property
+    def eos(self) -> frozenset[int]:
+        """The tokens that end a text: those of the generation config, else of the config."""
+        for config in (getattr(self.model, "generation_config", None), self.model.config):
+            found = getattr(config, "eos_token_id", None)
+            if found is not None:
+                return frozenset([found] if isinstance(found, int) else found)
+        return frozenset()
+
+    def _encode(self, prompt: str | Sequence[int] | Tensor) -> Tensor:
+        """[1, S] int64 on the model's device."""
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise LowbitError("a prompt in words needs a tokenizer, and this generator has none: give token ids")
+            prompt = self.tokenizer(prompt)["input_ids"]
+        ids = torch.as_tensor(prompt, dtype=torch.int64).reshape(1, -1)
+        vocabulary = self.model.config.vocab_size
+        if ids.numel() == 0 or int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+            found = f"{int(ids.min())} to {int(ids.max())}" if ids.numel() else "none"
+            raise LowbitError(f"the prompt: expected one token id or more of 0 to {vocabulary - 1}, got {found}")
+        return ids.to(self.model.model.norm.weight.device)
+
+    def _ready(self, tokens: int) -> Runner:
+        """A runner with room for this many tokens."""
+        limit = self.context or self._limit
+        if tokens > limit:
+            what = "context" if self.context else "model's max_position_embeddings"
+            raise LowbitError(f"prompt and answer take {tokens} tokens, the {what} allows {limit}: ask for fewer")
+        if self.runner is None or self.runner.length < tokens:
+            self.runner = None  # its cache is freed before the larger one is made
+            length = self.context or min(limit, max(SHORTEST, 1 << (tokens - 1).bit_length()))
+            self.runner = make_runner(self.model, 1, length)
+        return self.runner
+
+    def _stream(self, runner: Runner, ids: Tensor, count: int, eos: frozenset[int], number: int) -> Iterator[Token]:
+        detokenizer = None if self.tokenizer is None else Detokenizer(self.tokenizer)
+        reader = _Reader(ids.device)
+        reader.put(runner.prefill(ids))
+        for index in range(count):
+            if self._round != number:
+                raise LowbitError("this generator was called again: a stream ends where the next one begins")
+            if index + 1 < count:
+                reader.put(runner.step())  # the device is at work on it while the host looks at the one before
+            token = reader.take()
+            finish: Literal["eos", "length"] | None = None
+            if token in eos or index + 1 == count:
+                finish = "eos" if token in eos else "length"
+            text = ""
+            if detokenizer is not None:
+                text = detokenizer.add(token) + (detokenizer.finish() if finish else "")
+            yield Token(token, text, finish)
+            if finish:
+                return
+
+
+SHORTEST = 256
+"""Tokens of the smallest KV cache that is made where no ``context`` is given."""
+
+
+class _Reader:
+    """Brings tokens [1, 1] to the host, in order and at most one behind, without holding the device up."""
+
+    def __init__(self, where: torch.device) -> None:
+        self._cuda = where.type == "cuda"
+        self._slots = torch.empty(2, dtype=torch.int64, pin_memory=self._cuda)
+        self._events = [torch.cuda.Event() for _ in range(2)] if self._cuda else []  # type: ignore[no-untyped-call]
+        self._put = self._taken = 0
+
+    def put(self, token: Tensor) -> None:
+        slot = self._put % 2
+        self._slots[slot : slot + 1].copy_(token.view(1), non_blocking=True)
+        if self._cuda:
+            self._events[slot].record()
+        self._put += 1
+
+    def take(self) -> int:
+        slot = self._taken % 2
+        if self._cuda:
+            self._events[slot].synchronize()
+        self._taken += 1
+        return int(self._slots[slot])
+
+
+def _find(name: str) -> Format:
+    return formats.find(name if name in FORMATS else f"{name}-lowbit")
+
+
+def _check(fmt: Format, target: torch.device, config: Any) -> None:
+    unmet = backends.unmet(fmt, device.of(target), config)
+    if unmet is not None:
+        raise LowbitError(f"{fmt.id} can't run here: {unmet}")
+
+
+def _converted(model: Any, fmt: Format | None, target: torch.device) -> Any:
+    """The model in this format on this device, layer by layer; the one that was given stays as it is."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.data, requires_grad=False) for p in model.parameters()}
+    memo |= {id(buffer): buffer for buffer in model.buffers()}
+    made = copy.deepcopy(model, memo)
+    head = nn.ModuleDict({"lm_head": made.lm_head})
+    parts = [*made.model.layers, *([head] if fmt is not None and "lm_head" in fmt.targets else [])]
+    for part in parts:
+        part.to(target)
+        if fmt is not None:
+            backends.get(fmt.backend).quantize(part, fmt, made.model.norm.weight.dtype)
+    made.lm_head = head["lm_head"]
+    return made.to(target).eval()

@@ -1,0 +1,92 @@
+"""Runner: what generates token after token behind a Generator. Fast ones register themselves; one takes any model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lowbit.generate.decoder import Decoder
+from lowbit.sampling import GREEDY, Sampler, Sampling
+
+
+class Runner(Protocol):
+    """One model with its KV cache for ``batch`` sequences of up to ``length`` tokens.
+
+    A round is ``reset(sampling)``, ``prefill(ids)``, then ``step()`` again and again: each takes the token that came
+    before from the device, where nothing waits for the host. Tokens are [batch, 1] int64 on the device and valid until
+    the next call. ``position`` counts the cache's tokens on the host; a call that would exceed ``length`` raises
+    LowbitError. ``name`` says what runs, for users to read.
+    """
+
+    name: str
+    length: int
+
+    @property
+    def position(self) -> int: ...
+
+    def reset(self, sampling: Sampling) -> None: ...
+
+    def prefill(self, ids: Tensor) -> Tensor: ...
+
+    def step(self) -> Tensor: ...
+
+
+Factory = Callable[[Any, int, int], Runner | None]
+"""(model, batch, length) -> a runner for it, or None where it can't: another device, format or shape."""
+
+_factories: dict[str, Factory] = {}
+
+
+def register_runner(name: str, factory: Factory) -> None:
+    """Offer a runner; the first registered one that takes a model runs it. The same name again replaces it."""
+    _factories[name] = factory
+
+
+def unregister_runner(name: str) -> None:
+    """Take an offer back."""
+    del _factories[name]
+
+
+def make_runner(model: Any, batch: int, length: int) -> Runner:
+    """The first registered runner that takes this model on its device, else DecoderRunner, which takes any."""
+    for factory in _factories.values():
+        runner = factory(model, batch, length)
+        if runner is not None:
+            return runner
+    return DecoderRunner(model, batch, length)
+
+
+class DecoderRunner:
+    """Runs the model's own modules, whatever backend they are of, without a graph."""
+
+    name = "PyTorch modules"
+
+    def __init__(self, model: Any, batch: int, length: int) -> None:
+        self.length = length
+        device = model.model.norm.weight.device
+        self._sampler = Sampler(GREEDY, batch, device)
+        self._decoder = Decoder(model, batch, length, pick=lambda logits: self._sampler(logits))
+
+    @property
+    def position(self) -> int:
+        return self._decoder.used
+
+    def reset(self, sampling: Sampling) -> None:
+        """Sample like this from now on, from the seed's first draw."""
+        if sampling.kind == self._sampler.kind:
+            self._sampler.set(sampling)
+        else:
+            self._sampler = Sampler(sampling, self._sampler.batch, self._sampler.seed.device)
+
+    @torch.no_grad()
+    def prefill(self, ids: Tensor) -> Tensor:
+        """ids [batch, S] into an empty cache -> the first token."""
+        return self._decoder.prefill(ids)
+
+    @torch.no_grad()
+    def step(self) -> Tensor:
+        """The next token."""
+        return self._decoder.decode(1)
