@@ -99,7 +99,7 @@ def measure(module: nn.Module, fmt: Format, dtype: torch.dtype, original: Tensor
         ref = product(weight, backend.quantize_activations(module, x) if quantizes else x)
         if bias is not None:
             ref = ref + bias.double()
-        error = float(errors(module(x), ref, typical).max())
+        error = float(errors(module(x[None])[0], ref, typical).max())  # as in the model: [batch, tokens, k]
         if error > worst or not where:
             worst, where = error, name
     if original is None:
@@ -134,6 +134,8 @@ def _linears(model: Any, fmt: Format) -> Iterator[tuple[str, nn.Module, Format]]
         return
     for path, module in model.named_modules():
         inside = path.startswith("model.layers.")
+        if isinstance(module, nn.Embedding):
+            continue  # a look-up multiplies nothing
         if path.rsplit(".", 1)[-1] in fmt.targets and (path.startswith("model.layers.0.") or not inside):
             yield path, module, fmt
 

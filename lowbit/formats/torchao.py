@@ -1,8 +1,13 @@
-"""The formats of torchao."""
+"""The formats of torchao 0.18.
+
+What it no longer has is not here: autoquant, 6-bit floats (FPX), its own gemlite tensor and semi-sparse int4.
+"""
 
 from __future__ import annotations
 
-from lowbit.formats.row import BF16, CUDA, Format, row
+from typing import Any
+
+from lowbit.formats.row import BF16, CUDA, FP16_FIRST, Format, row
 
 # Dequantize-in-the-epilogue int8 and fp8 matvecs are only fused into one kernel when Inductor may lower an M=1 product
 # to a reduction, which it does under coordinate descent tuning alone (torch/_inductor/decomposition.py, mm).
@@ -10,22 +15,23 @@ FUSED_MATVEC = {"coordinate_descent_tuning": True}
 # Fuses the two scales into the int8 product; torchao sets it process-wide (recommended_inductor_config_setter).
 FUSED_INT8 = {**FUSED_MATVEC, "force_fuse_int_mm_with_mul": True}
 
-ROWS: tuple[Format, ...] = (
-    row(
-        *("a16w8", "torchao", "int8_weight_only", (16, 8), "int8", "int8wo"),
-        inductor=FUSED_MATVEC,
-        # Else Inductor turns what is no fused matvec into aten._weight_int8pack_mm (fx_passes/quantization.py), whose
-        # CUDA kernel takes 7,879 ms for a prefill of 512 tokens of 8B on an H200 (without: 24.5 ms, eager: 41 ms). A
-        # decoded token is faster with the matcher's other patterns: 258 tok/s, 200 without. fp16 does not match that
-        # pattern, but overflows: the products are summed before the scale is applied.
-        cuda_matmul_inductor={"pattern_matcher": False},
-    ),
-    row(
-        *("a8w8", "torchao", "int8_dynamic", (8, 8), "int8", "dynamic"),
-        inductor=FUSED_INT8,
-        # torch._int_mm on CUDA: "self.size(0) needs to be greater than 16" (2.11); eager torchao goes round it
-        options={"compiled_min_rows": 17},
-    ),
+INT8_WEIGHTS: dict[str, Any] = {
+    "inductor": FUSED_MATVEC,
+    # Else Inductor turns what is no fused matvec into aten._weight_int8pack_mm (fx_passes/quantization.py), whose
+    # CUDA kernel takes 7,879 ms for a prefill of 512 tokens of 8B on an H200 (without: 24.5 ms, eager: 41 ms). A
+    # decoded token is faster with the matcher's other patterns: 258 tok/s, 200 without. fp16 does not match that
+    # pattern, but overflows: the products are summed before the scale is applied.
+    "cuda_matmul_inductor": {"pattern_matcher": False},
+}
+INT8_PRODUCTS: dict[str, Any] = {"inductor": FUSED_INT8}
+# torch._int_mm on CUDA: "self.size(0) needs to be greater than 16" (2.11); eager torchao goes round it
+INT_MM: dict[str, Any] = {"compiled_min_rows": 17}
+NIGHTLY: dict[str, Any] = {"suite": "nightly"}
+REFERENCE: dict[str, Any] = {"suite": "full", "fast": False, "modes": ("eager",)}
+
+FIRST: tuple[Format, ...] = (
+    row(*("a16w8", "torchao", "int8_weight_only", (16, 8), "int8", "int8wo"), **INT8_WEIGHTS),
+    row(*("a8w8", "torchao", "int8_dynamic", (8, 8), "int8", "dynamic"), options=INT_MM, **INT8_PRODUCTS),
     row(
         *("a16w4_g128", "torchao", "int4_weight_only", (16, 4), "int4", "int4wo"),
         group_size=128,
@@ -38,5 +44,167 @@ ROWS: tuple[Format, ...] = (
         inductor=FUSED_MATVEC,
         note="a decoded token's products are fused matvecs; other products dequantize first",
     ),
-    row("a8w8_fp8", "torchao", "fp8_dynamic_row", (8, 8), "fp8", "float8", "dynamic", **BF16, **CUDA),
+    row("a8w8_fp8", "torchao", "fp8_dynamic", (8, 8), "fp8", "float8", "dynamic", **BF16, **CUDA),
 )
+
+INT4: tuple[Format, ...] = tuple(
+    row(
+        *(f"a16w4{'_hqq' if hqq else ''}_g{group}", "torchao", "int4_weight_only", (16, 4), "int4", "int4wo"),
+        *(("hqq",) if hqq else ()),
+        group_size=group,
+        options={"pads_k_to": 1024, "hqq": hqq},
+        **BF16,
+        **NIGHTLY,
+    )
+    for hqq in (False, True)
+    for group in (32, 64, 128, 256)
+    if hqq or group != 128  # that one is a first choice
+)
+
+MSLK: tuple[Format, ...] = (
+    *(
+        row(
+            *(f"a16w4_{packing}_g128", "torchao", "int4_mslk", (16, 4), "int4", "int4wo", "mslk"),
+            group_size=128,
+            options={"packing": packing},
+            **BF16,
+            **CUDA,
+            **NIGHTLY,
+        )
+        for packing in ("plain", "preshuffled")
+    ),
+    row(
+        *("a8w4_fp8_g128", "torchao", "fp8_int4_mslk", (8, 4), "int4", "fp8", "float8", "dynamic", "mslk"),
+        group_size=128,
+        options={"packing": "preshuffled"},
+        **BF16,
+        **CUDA,
+        **NIGHTLY,
+    ),
+)
+
+EIGHT: tuple[Format, ...] = (
+    row(
+        *("a16w8_g128", "torchao", "int8_weight_only", (16, 8), "int8", "int8wo"),
+        group_size=128,
+        inductor=FUSED_MATVEC,
+        note="dequantizes before each product",
+        **NIGHTLY,
+    ),
+    row(
+        *("a8w8_asym", "torchao", "int8_dynamic", (8, 8), "int8", "dynamic", "asymmetric"),
+        options={**INT_MM, "asymmetric": True, "kernel_bound": 0.125},
+        note="rounds each product to bf16 before it takes off the zero point's share: 2.7 % off at K = 768 beside an "
+        "outlier, and more with larger K; in fp16 it overflows",
+        **INT8_PRODUCTS,
+        **BF16,
+        **NIGHTLY,
+    ),
+    row(
+        *("a8w8_static", "torchao", "int8_static", (8, 8), "int8", "static"),
+        options={**INT_MM, "calibrated": True},
+        note="one activation scale per linear, calibrated on the run's own text",
+        **INT8_PRODUCTS,
+        **NIGHTLY,
+    ),
+    row(
+        *("a16w8_fp8_tensor", "torchao", "fp8_weight_only", (16, 8), "fp8", "float8"),
+        inductor=FUSED_MATVEC,
+        options={"granularity": "tensor"},
+        **NIGHTLY,
+    ),
+    row(
+        *("a16w8_e5m2", "torchao", "fp8_weight_only", (16, 8), "fp8", "float8"),
+        inductor=FUSED_MATVEC,
+        options={"e5m2": True},
+        **NIGHTLY,
+    ),
+    row(
+        *("a8w8_fp8_tensor", "torchao", "fp8_dynamic", (8, 8), "fp8", "float8", "dynamic"),
+        options={"granularity": "tensor"},
+        **BF16,
+        **CUDA,
+        **NIGHTLY,
+    ),
+    row(
+        *("a8w8_fp8_b128", "torchao", "fp8_dynamic", (8, 8), "fp8", "float8", "dynamic", "block"),
+        group_size=128,
+        note="weights in blocks of 128 by 128, activations in groups of 128",
+        **BF16,
+        **CUDA,
+        **NIGHTLY,
+    ),
+    row(
+        *("a8w8_fp8_static", "torchao", "fp8_static", (8, 8), "fp8", "float8", "static"),
+        options={"calibrated": True},
+        note="one activation scale per linear, calibrated on the run's own text",
+        **BF16,
+        **CUDA,
+        **NIGHTLY,
+    ),
+)
+
+BLACKWELL: tuple[Format, ...] = (
+    row("a8w8_mxfp8", "torchao", "mx_dynamic", (8, 8), "mxfp8", "mx", group_size=32, **BF16, **CUDA, **NIGHTLY),
+    row("a4w4_mxfp4", "torchao", "mx_dynamic", (4, 4), "mxfp4", "mx", group_size=32, **BF16, **CUDA, **NIGHTLY),
+    row("a4w4_nvfp4", "torchao", "nvfp4_dynamic", (4, 4), "nvfp4", group_size=16, **BF16, **CUDA, **NIGHTLY),
+)
+
+UINTX: tuple[Format, ...] = tuple(
+    row(
+        *(f"a{activation}w{bits}_uint{'_g128' if bits == 4 else ''}", "torchao", scheme, (activation, bits)),
+        *(f"int{bits}", "uintx", "gemlite"),
+        group_size=128 if bits == 4 else None,
+        note="gemlite's kernels behind torchao's tensor",
+        **FP16_FIRST,
+        **CUDA,
+        **NIGHTLY,
+    )
+    for activation, scheme in ((16, "uintx_weight_only"), (8, "int8_dynamic_uintx"))
+    for bits in (4, 8)
+)
+
+REFERENCES: tuple[Format, ...] = (
+    *(
+        row(
+            *(f"a{activation}w{bits}_intx_g32", "torchao", scheme, (activation, bits), f"int{bits}", "intx"),
+            group_size=32,
+            note="one byte is stored per weight, whatever its bits",
+            **REFERENCE,
+        )
+        for activation, scheme in ((16, "intx_weight_only"), (8, "int8_dynamic_intx"))
+        for bits in range(1, 9)
+    ),
+    row(
+        *("a8w4_g32", "torchao", "int8_dynamic_int4", (8, 4), "int4", "dynamic"),
+        group_size=32,
+        devices=("cpu",),
+        suite="full",
+    ),
+    *(
+        row(
+            *(f"a{bits}w{bits}_mxfp{bits}_emulated", "torchao", "mx_dynamic", (bits, bits), f"mxfp{bits}", "mx"),
+            group_size=32,
+            options={"emulated": True},
+            note="quantized as on SM100, multiplied in bf16",
+            **BF16,
+            **REFERENCE,
+        )
+        for bits in (8, 4)
+    ),
+    row(
+        *("a16w4_nvfp4", "torchao", "nvfp4_weight_only", (16, 4), "nvfp4"),
+        group_size=16,
+        note="dequantizes before each product",
+        **BF16,
+        **REFERENCE,
+    ),
+    row(
+        *("a16w4_nf4", "torchao", "nf4_weight_only", (16, 4), "nf4"),
+        group_size=64,
+        note="dequantizes before each product",
+        **REFERENCE,
+    ),
+)
+
+ROWS: tuple[Format, ...] = (*FIRST, *INT4, *MSLK, *EIGHT, *BLACKWELL, *UINTX, *REFERENCES)

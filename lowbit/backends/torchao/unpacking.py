@@ -8,32 +8,107 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowbit.backends import NoTruth
 from lowbit.quiet import quiet_import
 
 Pack = Callable[[Tensor], Tensor]
 
 
 def dequantize(module: nn.Module) -> Tensor:
-    """The weights that a linear's torchao tensor stands for, [n, k] fp32."""
+    """The weights that a linear's torchao tensor stands for, [n, k] fp32. Raises NoTruth for mslk's packings."""
     weight: Any = module.weight
-    match type(weight).__name__:
+    kind = type(weight).__name__
+    match kind:
         case "Int4OpaqueTensor":
             return _tinygemm(_unpack_cpu(weight.qdata), weight)
         case "Int4TilePackedTo4dTensor":
             return _tinygemm(_unpack_tiles(weight.qdata, pack_tile), weight)
+        case "IntxUnpackedToInt8Tensor":
+            return _affine(weight.qdata, weight.scale, weight.zero_point)
+        case "UIntxBitPackedTensor" if weight.bit_width == 4:
+            return _gemlite(weight)
+        case "NF4Tensor":
+            original: Tensor = weight.get_original_weight()
+            return original.float()
+        case "Int4Tensor" | "Int4PreshuffledTensor":
+            raise NoTruth(f"torchao's {kind} gives its weights back in no way that lowbit knows")
     dequantized: Tensor = weight.dequantize(torch.float32)
     return dequantized
 
 
 def quantize_activations(module: nn.Module, x: Tensor) -> Tensor:
-    """x [m, k] as the linear's kernel takes it: through torchao's own quantizer and back to fp32."""
-    kwargs = quiet_import("torchao.quantization.quantize_.common.quantize_tensor_kwargs")
+    """x [m, k] as the linear's kernel takes it: through torchao's own quantizer and back to fp32.
+
+    Raises NoTruth where gemlite's kernels quantize them.
+    """
     weight: Any = module.weight
-    scales = {"scale": weight.act_quant_scale, "zero_point": weight.act_quant_zero_point}
-    known = scales if hasattr(weight, "act_quant_scale") else {}
-    quantized = kwargs._choose_quant_func_and_quantize_tensor(x, weight.act_quant_kwargs, **known)
+    x = x[None]  # the scales of static activations have three dimensions
+    match type(weight).__name__:
+        case "IntxUnpackedToInt8Tensor":
+            intx = quiet_import(type(weight).from_hp.__func__.__module__)
+            seen: Tensor = intx._apply_int8_act_asym_per_token_quant_dequant(x)
+        case "MXTensor":
+            seen = _as_mx(weight, x)
+        case "NVFP4Tensor":
+            seen = _as_nvfp4(weight, x)
+        case "PrototypeFloat8Tensor":
+            prototype = quiet_import(type(weight).from_hp.__func__.__module__)
+            seen = prototype._choose_quant_func_and_quantize_tensor(
+                x, weight.act_quant_kwargs, act_quant_scale=weight.act_quant_scale
+            ).dequantize(torch.float32)
+        case "Float8Tensor" | "Int8Tensor":
+            seen = _chosen(weight, x)
+        case kind:
+            raise NoTruth(f"torchao's {kind} shows its quantized activations in no way that lowbit knows")
+    return seen[0].float()
+
+
+def _chosen(weight: Any, x: Tensor) -> Tensor:
+    common = quiet_import("torchao.quantization.quantize_.common.quantize_tensor_kwargs")
+    static = {"scale": getattr(weight, "act_quant_scale", None)}
+    quantized = common._choose_quant_func_and_quantize_tensor(x, weight.act_quant_kwargs, **static)
     dequantized: Tensor = quantized.dequantize(torch.float32)
     return dequantized
+
+
+def _as_mx(weight: Any, x: Tensor) -> Tensor:
+    how = weight.act_quant_kwargs
+    mx = type(weight).to_mx(
+        x, how.elem_dtype, how.block_size, how.scaling_mode, how.kernel_preference, is_swizzled_scales=False
+    )
+    dequantized: Tensor = mx.dequantize(torch.float32)
+    return dequantized
+
+
+def _as_nvfp4(weight: Any, x: Tensor) -> Tensor:
+    nvfp4 = quiet_import("torchao.prototype.mx_formats.nvfp4_tensor")
+    how = weight.act_quant_kwargs
+    whole = nvfp4.per_tensor_amax_to_scale(x.abs().max())
+    quantized = nvfp4.NVFP4Tensor.to_nvfp4(x[0], how.block_size, per_tensor_scale=whole, is_swizzled_scales=False)
+    dequantized: Tensor = quantized.dequantize(torch.float32)
+    return dequantized[None]
+
+
+def _affine(numbers: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """(q - zero) * scale: [n, k] int8, [n, groups] each -> [n, k] fp32."""
+    n, groups = scale.shape
+    grouped = numbers.float().view(n, groups, -1)
+    return ((grouped - zero.float()[..., None]) * scale.float()[..., None]).view(numbers.shape)
+
+
+FUSED_ZERO = 4
+"""gemlite's W_group_mode in which a weight is q * scale + zero; in the others it is (q - zero) * scale."""
+
+
+def _gemlite(weight: Any) -> Tensor:
+    """4-bit weights of torchao's tensor for gemlite: rows of K packed together, scales and zeros [groups, n]."""
+    k, n = weight.gemlite_kwargs["in_features"], weight.gemlite_kwargs["out_features"]
+    bitpack = quiet_import("gemlite.bitpack")
+    numbers = bitpack.unpack_over_rows(weight.qdata, W_nbits=4, num_output_rows=k, dtype=torch.uint8)  # [k, n]
+    scale, zero = weight.scale.float().view(-1, 1, n), weight.zero_point.float().view(-1, 1, n)
+    grouped = numbers.float().view(scale.shape[0], -1, n)
+    fused = weight.gemlite_kwargs["W_group_mode"] == FUSED_ZERO
+    return (grouped * scale + zero if fused else (grouped - zero) * scale).view(k, n).T
 
 
 # -- int4 in a kernel's own order --------------------------------------------------------------------------------------
