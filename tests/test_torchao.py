@@ -1,4 +1,4 @@
-"""torchao's rows: what each is made of, what it needs, and proofs that need no GPU (CUDA kernels' own on a stand-in)."""
+"""torchao's rows: what each is made of, what it needs, and the proofs that need no GPU."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def tokens(windows=2):
 
 def quantized(fmt, **changes):
     made = tiny.model(num_hidden_layers=1, **changes)
-    if fmt.options.get("calibrated"):
+    if fmt.calibration_windows:
         torchao.calibrate(made, fmt, tokens())
     torchao.quantize(made.model.layers[0], fmt, BF16)
     return made
@@ -80,7 +80,7 @@ def test_every_scheme_has_a_config_that_leaves_inductor_alone(fmt):
 
 def test_configs_say_what_the_rows_say():
     linear = nn.Linear(256, 256, bias=False, device="meta", dtype=BF16)
-    made = {row.name: configs.make(row, linear) for row in ROWS if not row.options.get("calibrated")}
+    made = {row.name: configs.make(row, linear) for row in ROWS if not row.calibration_windows}
     for group in (32, 64, 128, 256):
         plain, hqq = made[f"a16w4_g{group}"], made[f"a16w4_hqq_g{group}"]
         assert (plain.group_size, hqq.group_size) == (group, group)
@@ -150,9 +150,7 @@ def test_on_an_a100_there_is_no_fp8(installed):
     assert reasons(tiny.gpu(8, 0)) == {
         **{name: why.replace("SM90", "SM80") for name, why in ON_AN_H200.items()},
         **dict.fromkeys(("a8w8_fp8", "a8w8_fp8_tensor", "a8w8_fp8_b128", "a8w8_fp8_static"), fp8),
-        **dict.fromkeys(
-            ("a16w8_fp8", "a16w8_fp8_tensor"), "capability: needs SM89 (fp8 e4m3 in Triton), this is SM80"
-        ),
+        **dict.fromkeys(("a16w8_fp8", "a16w8_fp8_tensor"), "capability: needs SM89 (fp8 e4m3 in Triton), this is SM80"),
         "a8w4_uint_g128": "capability: needs SM89 (gemlite's fp8 activations), this is SM80",
     }
 

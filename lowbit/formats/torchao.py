@@ -29,27 +29,45 @@ INT_MM: dict[str, Any] = {"compiled_min_rows": 17}
 NIGHTLY: dict[str, Any] = {"suite": "nightly"}
 REFERENCE: dict[str, Any] = {"suite": "full", "fast": False, "modes": ("eager",)}
 
+
+def ao(name: str, scheme: str, bits: tuple[int, int], *keywords: str, **fields: Any) -> Format:
+    """One row of this library: ``bits`` are those of activation and weight."""
+    return row(name, "torchao", scheme, bits, *keywords, **fields)
+
+
 FIRST: tuple[Format, ...] = (
-    row(*("a16w8", "torchao", "int8_weight_only", (16, 8), "int8", "int8wo"), **INT8_WEIGHTS),
-    row(*("a8w8", "torchao", "int8_dynamic", (8, 8), "int8", "dynamic"), options=INT_MM, **INT8_PRODUCTS),
-    row(
-        *("a16w4_g128", "torchao", "int4_weight_only", (16, 4), "int4", "int4wo"),
+    ao("a16w8", "int8_weight_only", (16, 8), "int8", "int8wo", **INT8_WEIGHTS),
+    ao("a8w8", "int8_dynamic", (8, 8), "int8", "dynamic", options=INT_MM, **INT8_PRODUCTS),
+    ao(
+        "a16w4_g128",
+        "int4_weight_only",
+        (16, 4),
+        "int4",
+        "int4wo",
         group_size=128,
         options={"pads_k_to": 1024},
         note="tile_packed_to_4d on CUDA (K padded to 1024), the prototype's opaque packing on a CPU",
         **BF16,
     ),
-    row(
-        *("a16w8_fp8", "torchao", "fp8_weight_only", (16, 8), "fp8", "float8"),
+    ao(
+        "a16w8_fp8",
+        "fp8_weight_only",
+        (16, 8),
+        "fp8",
+        "float8",
         inductor=FUSED_MATVEC,
         note="a decoded token's products are fused matvecs; other products dequantize first",
     ),
-    row("a8w8_fp8", "torchao", "fp8_dynamic", (8, 8), "fp8", "float8", "dynamic", **BF16, **CUDA),
+    ao("a8w8_fp8", "fp8_dynamic", (8, 8), "fp8", "float8", "dynamic", **BF16, **CUDA),
 )
 
 INT4: tuple[Format, ...] = tuple(
-    row(
-        *(f"a16w4{'_hqq' if hqq else ''}_g{group}", "torchao", "int4_weight_only", (16, 4), "int4", "int4wo"),
+    ao(
+        f"a16w4{'_hqq' if hqq else ''}_g{group}",
+        "int4_weight_only",
+        (16, 4),
+        "int4",
+        "int4wo",
         *(("hqq",) if hqq else ()),
         group_size=group,
         options={"pads_k_to": 1024, "hqq": hqq},
@@ -63,8 +81,13 @@ INT4: tuple[Format, ...] = tuple(
 
 MSLK: tuple[Format, ...] = (
     *(
-        row(
-            *(f"a16w4_{packing}_g128", "torchao", "int4_mslk", (16, 4), "int4", "int4wo", "mslk"),
+        ao(
+            f"a16w4_{packing}_g128",
+            "int4_mslk",
+            (16, 4),
+            "int4",
+            "int4wo",
+            "mslk",
             group_size=128,
             options={"packing": packing},
             **BF16,
@@ -73,8 +96,15 @@ MSLK: tuple[Format, ...] = (
         )
         for packing in ("plain", "preshuffled")
     ),
-    row(
-        *("a8w4_fp8_g128", "torchao", "fp8_int4_mslk", (8, 4), "int4", "fp8", "float8", "dynamic", "mslk"),
+    ao(
+        "a8w4_fp8_g128",
+        "fp8_int4_mslk",
+        (8, 4),
+        "int4",
+        "fp8",
+        "float8",
+        "dynamic",
+        "mslk",
         group_size=128,
         options={"packing": "preshuffled"},
         **BF16,
@@ -84,15 +114,24 @@ MSLK: tuple[Format, ...] = (
 )
 
 EIGHT: tuple[Format, ...] = (
-    row(
-        *("a16w8_g128", "torchao", "int8_weight_only", (16, 8), "int8", "int8wo"),
+    ao(
+        "a16w8_g128",
+        "int8_weight_only",
+        (16, 8),
+        "int8",
+        "int8wo",
         group_size=128,
         inductor=FUSED_MATVEC,
         note="dequantizes before each product",
         **NIGHTLY,
     ),
-    row(
-        *("a8w8_asym", "torchao", "int8_dynamic", (8, 8), "int8", "dynamic", "asymmetric"),
+    ao(
+        "a8w8_asym",
+        "int8_dynamic",
+        (8, 8),
+        "int8",
+        "dynamic",
+        "asymmetric",
         options={**INT_MM, "asymmetric": True, "kernel_bound": 0.125},
         note="rounds each product to bf16 before it takes off the zero point's share: 2.7 % off at K = 768 beside an "
         "outlier, and more with larger K; in fp16 it overflows",
@@ -100,44 +139,76 @@ EIGHT: tuple[Format, ...] = (
         **BF16,
         **NIGHTLY,
     ),
-    row(
-        *("a8w8_static", "torchao", "int8_static", (8, 8), "int8", "static"),
-        options={**INT_MM, "calibrated": True},
-        note="one activation scale per linear, calibrated on the run's own text",
+    ao(
+        "a8w8_static",
+        "int8_static",
+        (8, 8),
+        "int8",
+        "static",
+        "calibrated",
+        options=INT_MM,
+        calibration_windows=8,
+        note="one activation scale per linear, found on a calibration text",
         **INT8_PRODUCTS,
         **NIGHTLY,
     ),
-    row(
-        *("a16w8_fp8_tensor", "torchao", "fp8_weight_only", (16, 8), "fp8", "float8"),
+    ao(
+        "a16w8_fp8_tensor",
+        "fp8_weight_only",
+        (16, 8),
+        "fp8",
+        "float8",
         inductor=FUSED_MATVEC,
         options={"granularity": "tensor"},
         **NIGHTLY,
     ),
-    row(
-        *("a16w8_e5m2", "torchao", "fp8_weight_only", (16, 8), "fp8", "float8"),
+    ao(
+        "a16w8_e5m2",
+        "fp8_weight_only",
+        (16, 8),
+        "fp8",
+        "float8",
         inductor=FUSED_MATVEC,
         options={"e5m2": True},
         **NIGHTLY,
     ),
-    row(
-        *("a8w8_fp8_tensor", "torchao", "fp8_dynamic", (8, 8), "fp8", "float8", "dynamic"),
+    ao(
+        "a8w8_fp8_tensor",
+        "fp8_dynamic",
+        (8, 8),
+        "fp8",
+        "float8",
+        "dynamic",
         options={"granularity": "tensor"},
         **BF16,
         **CUDA,
         **NIGHTLY,
     ),
-    row(
-        *("a8w8_fp8_b128", "torchao", "fp8_dynamic", (8, 8), "fp8", "float8", "dynamic", "block"),
+    ao(
+        "a8w8_fp8_b128",
+        "fp8_dynamic",
+        (8, 8),
+        "fp8",
+        "float8",
+        "dynamic",
+        "block",
         group_size=128,
+        packages=("triton",),
         note="weights in blocks of 128 by 128, activations in groups of 128",
         **BF16,
         **CUDA,
         **NIGHTLY,
     ),
-    row(
-        *("a8w8_fp8_static", "torchao", "fp8_static", (8, 8), "fp8", "float8", "static"),
-        options={"calibrated": True},
-        note="one activation scale per linear, calibrated on the run's own text",
+    ao(
+        "a8w8_fp8_static",
+        "fp8_static",
+        (8, 8),
+        "fp8",
+        "float8",
+        "static",
+        "calibrated",
+        calibration_windows=8,
+        note="one activation scale per linear, found on a calibration text",
         **BF16,
         **CUDA,
         **NIGHTLY,
@@ -145,16 +216,19 @@ EIGHT: tuple[Format, ...] = (
 )
 
 BLACKWELL: tuple[Format, ...] = (
-    row("a8w8_mxfp8", "torchao", "mx_dynamic", (8, 8), "mxfp8", "mx", group_size=32, **BF16, **CUDA, **NIGHTLY),
-    row("a4w4_mxfp4", "torchao", "mx_dynamic", (4, 4), "mxfp4", "mx", group_size=32, **BF16, **CUDA, **NIGHTLY),
-    row("a4w4_nvfp4", "torchao", "nvfp4_dynamic", (4, 4), "nvfp4", group_size=16, **BF16, **CUDA, **NIGHTLY),
+    ao("a8w8_mxfp8", "mx_dynamic", (8, 8), "mxfp8", "mx", group_size=32, **BF16, **CUDA, **NIGHTLY),
+    ao("a4w4_mxfp4", "mx_dynamic", (4, 4), "mxfp4", "mx", group_size=32, **BF16, **CUDA, **NIGHTLY),
+    ao("a4w4_nvfp4", "nvfp4_dynamic", (4, 4), "nvfp4", group_size=16, **BF16, **CUDA, **NIGHTLY),
 )
 
 UINTX: tuple[Format, ...] = tuple(
-    row(
-        *(f"a{activation}w{bits}_uint{'_g128' if bits == 4 else ''}", "torchao", scheme, (activation, bits)),
+    ao(
+        f"a{activation}w{bits}_uint{'_g128' if bits == 4 else ''}",
+        scheme,
+        (activation, bits),
         *(f"int{bits}", "uintx", "gemlite"),
         group_size=128 if bits == 4 else None,
+        packages=("gemlite", "triton"),
         note="gemlite's kernels behind torchao's tensor",
         **FP16_FIRST,
         **CUDA,
@@ -166,8 +240,12 @@ UINTX: tuple[Format, ...] = tuple(
 
 REFERENCES: tuple[Format, ...] = (
     *(
-        row(
-            *(f"a{activation}w{bits}_intx_g32", "torchao", scheme, (activation, bits), f"int{bits}", "intx"),
+        ao(
+            f"a{activation}w{bits}_intx_g32",
+            scheme,
+            (activation, bits),
+            f"int{bits}",
+            "intx",
             group_size=32,
             note="one byte is stored per weight, whatever its bits",
             **REFERENCE,
@@ -175,15 +253,23 @@ REFERENCES: tuple[Format, ...] = (
         for activation, scheme in ((16, "intx_weight_only"), (8, "int8_dynamic_intx"))
         for bits in range(1, 9)
     ),
-    row(
-        *("a8w4_g32", "torchao", "int8_dynamic_int4", (8, 4), "int4", "dynamic"),
+    ao(
+        "a8w4_g32",
+        "int8_dynamic_int4",
+        (8, 4),
+        "int4",
+        "dynamic",
         group_size=32,
         devices=("cpu",),
         suite="full",
     ),
     *(
-        row(
-            *(f"a{bits}w{bits}_mxfp{bits}_emulated", "torchao", "mx_dynamic", (bits, bits), f"mxfp{bits}", "mx"),
+        ao(
+            f"a{bits}w{bits}_mxfp{bits}_emulated",
+            "mx_dynamic",
+            (bits, bits),
+            f"mxfp{bits}",
+            "mx",
             group_size=32,
             options={"emulated": True},
             note="quantized as on SM100, multiplied in bf16",
@@ -192,15 +278,21 @@ REFERENCES: tuple[Format, ...] = (
         )
         for bits in (8, 4)
     ),
-    row(
-        *("a16w4_nvfp4", "torchao", "nvfp4_weight_only", (16, 4), "nvfp4"),
+    ao(
+        "a16w4_nvfp4",
+        "nvfp4_weight_only",
+        (16, 4),
+        "nvfp4",
         group_size=16,
         note="dequantizes before each product",
         **BF16,
         **REFERENCE,
     ),
-    row(
-        *("a16w4_nf4", "torchao", "nf4_weight_only", (16, 4), "nf4"),
+    ao(
+        "a16w4_nf4",
+        "nf4_weight_only",
+        (16, 4),
+        "nf4",
         group_size=64,
         note="dequantizes before each product",
         **REFERENCE,

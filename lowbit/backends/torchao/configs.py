@@ -27,8 +27,8 @@ INT8_STEPS = 127.5
 """torchao's symmetric int8: scale = amax / ((127 - -128) / 2) (quant_primitives.py, choose_qparams_affine)."""
 E4M3_MAX = 448.0
 SMALLEST = 1e-12
-"""The maximum that a row of fp8 activations is taken to have at least: without it a row of zeros has scale 0 and becomes
-NaN (torchao 0.18, quant_primitives.py, _choose_scale_float8)."""
+"""The least maximum of a row of fp8 activations: without it a row of zeros gets scale 0 and becomes NaN (torchao 0.18,
+quant_primitives.py, _choose_scale_float8)."""
 
 
 def make(fmt: Format, linear: nn.Linear) -> Any:

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowbit.backends import minimum_sm, missing_package, shapes
+from lowbit.backends import minimum_sm, shapes
 from lowbit.formats import Format, Unmet
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def _fp8(fmt: Format, device: Device, config: Any) -> Unmet | None:
         return reason
     if fmt.group_size is None:
         return multiples(fmt, config, 16, "fp8 products")
-    return missing_package(("triton",)) or multiples(fmt, config, fmt.group_size, "fp8 blocks")
+    return multiples(fmt, config, fmt.group_size, "fp8 blocks")
 
 
 def _int8(fmt: Format, device: Device, config: Any) -> Unmet | None:
@@ -113,8 +113,6 @@ def _nf4(fmt: Format, device: Device, config: Any) -> Unmet | None:
 
 
 def _gemlite(fmt: Format, device: Device, config: Any) -> Unmet | None:
-    if reason := missing_package(("gemlite", "triton")):
-        return reason
     dynamic4 = fmt.activation_bits == 8 and fmt.weight_bits == 4  # gemlite 0.6 takes fp8 activations there
     needed, why = ((8, 9), "gemlite's fp8 activations") if dynamic4 else ((7, 5), "Triton")
     return minimum_sm(device, needed, why) or multiples(fmt, config, 32, "gemlite products")

@@ -53,6 +53,8 @@ def scale(linear: nn.Module, fmt: Format, largest: float) -> Tensor:
     """
     amax: float | None = getattr(linear, AMAX, None)
     if amax is None:
-        raise LowbitError(f"{fmt.id}: static activation scales need a calibrated model: give build() tokens")
+        raise LowbitError(
+            f"{fmt.id}: static activation scales need a calibrated model: calibrate() comes before quantize()"
+        )
     weight: Any = linear.weight
     return torch.full((1, 1, 1), amax / largest, device=weight.device)

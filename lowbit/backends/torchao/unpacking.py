@@ -108,7 +108,8 @@ def _gemlite(weight: Any) -> Tensor:
     scale, zero = weight.scale.float().view(-1, 1, n), weight.zero_point.float().view(-1, 1, n)
     grouped = numbers.float().view(scale.shape[0], -1, n)
     fused = weight.gemlite_kwargs["W_group_mode"] == FUSED_ZERO
-    return (grouped * scale + zero if fused else (grouped - zero) * scale).view(k, n).T
+    dequantized: Tensor = grouped * scale + zero if fused else (grouped - zero) * scale
+    return dequantized.view(k, n).T
 
 
 # -- int4 in a kernel's own order --------------------------------------------------------------------------------------
