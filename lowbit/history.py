@@ -1,24 +1,22 @@
 """History: the kept runs of a device, oldest first, as nights; what trend and report draw their series from.
 
 A folder of kept runs is ``.lowbit/runs`` or any other (``--history DIR``): run folders, ``run.json`` documents under
-any name, and CI artefacts that hold either, however deep. Nothing is ever written here.
+any name, merged ones, and CI artefacts that hold them, however deep. Nothing is ever written here.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from lowbit import runs
+from lowbit import merge
 from lowbit.errors import LowbitError
-from lowbit.runs import DOCUMENT, JOURNAL, Run
+from lowbit.runs import Run
 
-NOT_COUNTED = ("--profile",)
-"""Options of a bench run whose figures are no history: measuring was disturbed on purpose."""
+BLOCKING = "CUDA_LAUNCH_BLOCKING"
 
 
 @dataclass(frozen=True)
@@ -80,14 +78,13 @@ def read(root: Path, *, device: str | None = None, model: str | None = None) -> 
     if not root.is_dir():
         raise LowbitError(f"{root}: no such folder of kept runs; give one with --history, or keep runs: pytest benches")
     kept, unreadable = [], []
-    for path in _paths(root):
+    for path in merge.find(root):
         try:
-            run = runs.read(path)
-            _time(run.header.started)
+            for run in merge.read(path):
+                _time(run.header.started)
+                kept.append(run)
         except LowbitError as error:
             unreadable.append(str(error))
-            continue
-        kept.append(run)
     histories = group(kept)
     chosen = [h for h in histories if device in (None, h.device) and model in (None, h.model)]
     if not chosen:
@@ -102,7 +99,7 @@ def group(kept: Iterable[Run]) -> list[History]:
     histories: dict[tuple[str, str, str], History] = {}
     for run in sorted(kept, key=lambda run: _time(run.header.started)):
         header = run.header
-        if any(option in header.argv for option in NOT_COUNTED):
+        if BLOCKING in header.environment:  # no timing of such a run is the card's own
             continue
         key = (header.device, header.model, header.load_format)
         history = histories.setdefault(key, History(header.device, header.device_name, header.model, key[2]))
@@ -119,26 +116,6 @@ def _metrics(run: Run) -> dict[str, dict[str, float]]:
         for record in run.records()
         if record.outcome == "measured"
     }
-
-
-def _paths(root: Path) -> Iterator[Path]:
-    """Journals, and documents of kept runs that have no journal beside them."""
-    journals = sorted(root.rglob(JOURNAL))
-    yield from journals
-    beside = {path.with_name(DOCUMENT) for path in journals}
-    for path in sorted(root.rglob("*.json")):
-        if path not in beside and _may_be_a_run(path):
-            yield path
-
-
-def _may_be_a_run(path: Path) -> bool:
-    """False for JSON of another kind: baselines, pytest-benchmark's own files, anything else. Broken JSON may be."""
-    try:
-        data = json.loads(path.read_bytes())
-    except ValueError:
-        return True
-    part = data.get("lowbit") if isinstance(data, dict) else None
-    return isinstance(part, dict) and part.get("kind") == "run"
 
 
 def _time(started: str) -> datetime:

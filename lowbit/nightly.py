@@ -9,8 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lowbit import history, trend
+from lowbit import documents, history, merge, trend
 from lowbit.changepoint import MIN_NIGHTS
+from lowbit.errors import LowbitError
 from lowbit.history import History
 from lowbit.report.trends import trends
 from lowbit.trend import Trend
@@ -22,6 +23,7 @@ KEPT_RUNS = Path(".lowbit") / "runs"
 def add_parsers(commands: Any) -> None:
     """The sub-commands of this module. ``commands`` is what ``ArgumentParser.add_subparsers`` gave."""
     _add_trend(commands)
+    _add_merge(commands)
 
 
 def _add_trend(commands: Any) -> None:
@@ -36,6 +38,13 @@ def _add_trend(commands: Any) -> None:
     parser.add_argument("--json", action="store_true", help="one object per device and model")
     parser.add_argument("--fail-on-change", action="store_true", help="exit code 1 when something listed got worse")
     parser.set_defaults(run=show_trends)
+
+
+def _add_merge(commands: Any) -> None:
+    parser = commands.add_parser("merge", help="kept runs of many hosts as one JSON; exit code 1 when they conflict")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="kept runs, or folders that hold some")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="ALL.json", help="pytest-benchmark's JSON")
+    parser.set_defaults(run=merge_runs)
 
 
 def _positive(text: str) -> int:
@@ -55,6 +64,29 @@ def show_trends(options: argparse.Namespace) -> int:
         print("\n\n".join(_to_text(found, listed) for found, listed in results))
     worse = any(one.worse is not False for _, listed in results for one in listed)
     return CHANGED if options.fail_on_change and worse else OK
+
+
+def merge_runs(options: argparse.Namespace) -> int:
+    paths = [found for path in options.runs for found in _found(path)]
+    merged = merge.merge([run for path in dict.fromkeys(paths) for run in merge.read(path)])
+    documents.write(options.output, merge.to_document(merged), "nothing was merged")
+    for run in merged.runs:
+        header = run.header
+        unfinished = "" if run.complete else ", not all of them finished"
+        print(f"{header.model} ({header.load_format}) on {header.device}: {len(run.entries)} cases{unfinished}")
+    print(f"{len(paths)} runs merged into {options.output}")
+    for conflict in merged.conflicts:
+        print(f"conflict: {conflict}")
+    return CHANGED if merged.conflicts else OK
+
+
+def _found(path: Path) -> list[Path]:
+    if not path.exists():
+        raise LowbitError(f"{path}: no such kept run")
+    found = list(merge.find(path))
+    if not found:
+        raise LowbitError(f"{path}: expected a kept run or a folder of some, got none")
+    return found
 
 
 def _look(found: History, nights: int, last: int | None) -> tuple[History, list[Trend]]:

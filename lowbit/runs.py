@@ -116,7 +116,7 @@ class RunWriter:
         finally:
             self._release()
         path = self.path / DOCUMENT
-        documents.write(path, _to_document(self.header, self.entries, end), self._consequence())
+        documents.write(path, to_document(self.header, self.entries, end), self._consequence())
         return path
 
     def _consequence(self) -> str:
@@ -283,7 +283,8 @@ def _read_journal(path: Path) -> Run:
     return run
 
 
-def _to_document(header: Header, entries: Mapping[str, Entry], end: Mapping[str, Any]) -> dict[str, Any]:
+def to_document(header: Header, entries: Mapping[str, Entry], end: Mapping[str, Any]) -> dict[str, Any]:
+    """``run.json``: pytest-benchmark's document. ``end`` has ``complete``, ``regressed`` and ``exit_status``."""
     timed, untimed = [], []
     for entry in entries.values():
         record = entry.record
@@ -299,9 +300,15 @@ def _to_document(header: Header, entries: Mapping[str, Entry], end: Mapping[str,
 
 def _from_document(path: Path) -> Run:
     data = documents.read(path, "lowbit run")
+    kind = data["lowbit"].get("kind", "file of another kind")
+    if kind != "run":
+        raise LowbitError(f"{path}: expected a lowbit run, got a {kind}")
+    return from_document(path, data)
+
+
+def from_document(path: Path, data: Mapping[str, Any]) -> Run:
+    """The run that ``to_document`` made this of. Raises LowbitError, naming ``path``, for another shape."""
     part = data["lowbit"]
-    if part.get("kind") != "run":
-        raise LowbitError(f"{path}: expected a lowbit run, got a {part.get('kind', 'file of another kind')}")
     try:
         rows = [(row["extra_info"]["lowbit"], row["stats"]) for row in data["benchmarks"]]
         entries: dict[str, Entry] = {}

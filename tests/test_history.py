@@ -74,9 +74,9 @@ def test_what_was_not_measured_is_a_gap(keep, tmp_path, outcome):
     assert math.isnan(found.series("another case", "decode_tok_s")[0])
 
 
-def test_a_profiled_run_is_no_night(keep, tmp_path):
+def test_a_run_under_cuda_launch_blocking_is_no_night(keep, tmp_path):
     keep(1, 101.0)
-    keep(2, 10.0, argv=["benches", "--profile"])
+    keep(2, 10.0, environment={"torch": "2.11.0", "CUDA_LAUNCH_BLOCKING": "1"})
     (found,) = history.read(tmp_path / "runs").found
     assert found.series(CASE, "decode_tok_s") == [101.0]
 
