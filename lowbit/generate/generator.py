@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lowbit import backends, device, formats, models, packed_file
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS, Format
+from lowbit.formats.row import TABLES
 from lowbit.generate.detokenizer import Detokenizer
 from lowbit.generate.runner import Runner, make_runner
 from lowbit.hostmodel import Progress, silent
@@ -103,8 +104,7 @@ class Generator:
             if fmt is not None:
                 backends.get(fmt.backend).quantize(module, fmt, dtype)
 
-        head = fmt is not None and "lm_head" in fmt.targets
-        made = host.build(where.torch, dtype, transform, transform_head=head, progress=progress)
+        made = host.build(where.torch, dtype, transform, tables=_tables(fmt), progress=progress)
         return cls(made, tokenizer or host.tokenizer, context=context)
 
     def save(self, path: str | Path) -> None:
@@ -219,10 +219,16 @@ def _find(name: str) -> Format:
     return formats.find(name if name in FORMATS else f"{name}-lowbit")
 
 
+def _tables(fmt: Format | None) -> list[str]:
+    return [name for name in TABLES if fmt is not None and name in fmt.targets]
+
+
 def _check(fmt: Format, target: torch.device, config: Any) -> None:
     unmet = backends.unmet(fmt, device.of(target), config)
     if unmet is not None:
         raise LowbitError(f"{fmt.id} can't run here: {unmet}")
+    if fmt.calibration_windows:
+        raise LowbitError(f"{fmt.id} is calibrated on a text, which only the benches do so far: take another format")
 
 
 def _converted(model: Any, fmt: Format | None, target: torch.device) -> Any:
@@ -230,11 +236,12 @@ def _converted(model: Any, fmt: Format | None, target: torch.device) -> Any:
     memo: dict[int, Any] = {id(p): nn.Parameter(p.data, requires_grad=False) for p in model.parameters()}
     memo |= {id(buffer): buffer for buffer in model.buffers()}
     made = copy.deepcopy(model, memo)
-    head = nn.ModuleDict({"lm_head": made.lm_head})
-    parts = [*made.model.layers, *([head] if fmt is not None and "lm_head" in fmt.targets else [])]
-    for part in parts:
+    owners = {"lm_head": made, "embed_tokens": made.model}
+    tables = nn.ModuleDict({name: getattr(owners[name], name) for name in _tables(fmt)})
+    for part in (*made.model.layers, tables):
         part.to(target)
         if fmt is not None:
             backends.get(fmt.backend).quantize(part, fmt, made.model.norm.weight.dtype)
-    made.lm_head = head["lm_head"]
+    for name, table in tables.items():
+        setattr(owners[name], name, table)
     return made.to(target).eval()
