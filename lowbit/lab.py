@@ -269,9 +269,9 @@ class Lab:
         self.vram.release()
         m.vram_end_mib = self.vram.process_mib()
         if case.kind == "decode":
-            m.streamed_bytes_per_step = made.coverage.streamed_bytes + roofline.kv_bytes_per_step(
-                config, workload.batch, workload.prompt_tokens, workload.new_tokens
-            )
+            assert m.kv_bytes_per_token is not None
+            context = roofline.mean_context(workload.prompt_tokens, workload.new_tokens)
+            m.streamed_bytes_per_step = made.coverage.streamed_bytes + m.kv_bytes_per_token * workload.batch * context
         else:
             m.prefill_flop = roofline.prefill_flop(config, workload.batch, workload.prompt_tokens)
         samples = {name: getattr(m, name) for name in ("decode_s", "prefill_s", "step_s", "yardstick_s")}
@@ -281,10 +281,10 @@ class Lab:
     def _measure_quality(self, case: Case, record: Record, rounds: Rounds) -> Measurement:
         host = self.quality_host
         own = host is self._host
-        if not self._scorer.has_reference:
+        if not self._scorer.is_ready(host, case.format):
             self._free()
             with self.spent.on("quality"):
-                self._scorer.reference(host)
+                self._scorer.prepare(host, case.format)
         if own:
             made = self.acquire(case.format)
         else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Better = Literal["higher", "lower", "neither"]
@@ -79,6 +79,7 @@ class Measurement:
     step_s: list[float] = field(default_factory=list)
     yardstick_s: list[float] = field(default_factory=list)
     streamed_bytes_per_step: float | None = None
+    kv_bytes_per_token: float | None = None
     prefill_flop: float | None = None
     read_gb_s: float | None = None
     matmul_tflop_s: float | None = None
@@ -100,6 +101,7 @@ class Measurement:
     graph_breaks: int | None = None
     recompiles: int | None = None
     quality: Quality | None = None
+    further_quality: list[Quality] = field(default_factory=list)
     unavailable: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -225,6 +227,20 @@ def weights_mib(m: Measurement) -> float | None:
 def bits_per_weight(m: Measurement) -> float | None:
     """Bits stored per weight of the quantized linears, scales and zeros included, counted from their storages."""
     return m.bits_per_weight
+
+
+@metric("B/tok", "lower", Limit(relative=1e-9), ("decode",))
+def kv_bytes_per_tok(m: Measurement) -> float | None:
+    """Bytes of KV cache per position and sequence in all layers, scales included, counted from the cache's tensors."""
+    return m.kv_bytes_per_token
+
+
+@metric("MiB", "lower", kinds=("decode",))
+def kv_cache_mib(m: Measurement) -> float | None:
+    """The KV cache of this case at its full context: bytes per token * batch * (prompt + new tokens)."""
+    if m.kv_bytes_per_token is None:
+        return None
+    return m.kv_bytes_per_token * m.batch * (m.prompt_tokens + m.new_tokens) / MIB
 
 
 @metric("MiB", "lower", Limit(absolute=64))
@@ -361,6 +377,10 @@ def derive(measurement: Measurement) -> dict[str, float]:
         value = row.compute(measurement)
         if value is not None:
             values[_stored_name(row.name, measurement.quality)] = float(value)
+    for further in measurement.further_quality:  # behind the first, by which formats are compared
+        shown = replace(measurement, quality=further)
+        scored = {name: METRICS[name].compute(shown) for name in PROTOCOL_METRICS}
+        values |= {_stored_name(name, further): float(value) for name, value in scored.items() if value is not None}
     return values
 
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowbit.errors import LowbitError
-from lowbit.generate import check_finite
+from lowbit.generate import check_finite, make_cache
 from lowbit.logits_store import LogitsStore
 from lowbit.metrics import Quality
 
@@ -159,13 +159,15 @@ def score(
     *,
     max_windows: int | None = None,
     source: str = "the model",
+    kv: str = "",
 ) -> Quality:
     """Score a model on a text; with a reference also KL divergence, top-1 agreement and the paired ln(PPL ratio).
 
     KL is KL(base || model) in nats, averaged over all positions of the reference's windows. The standard error of the
     ratio comes from the window means: windows share no context, whereas the differences of neighbouring tokens are
-    correlated, and treating those as independent would understate it. None for one window. Raises LowbitError, with
-    ``source`` in its text, on NaN/Inf logits.
+    correlated, and treating those as independent would understate it. None for one window. With ``kv`` (Format.kv) each
+    window goes through a KV cache in that format, as a prompt does: every token, its own included, is attended to as
+    the cache holds it. Raises LowbitError, with ``source`` in its text, on NaN/Inf logits.
     """
     ids = text.windows(max_windows)
     nll = torch.empty(len(ids), text.window - 1)
@@ -174,7 +176,7 @@ def score(
     agree: list[Tensor] = []
     if reference is not None:
         _check_same_text(reference, text, len(ids))
-    for index, start, logits, targets in _stream_logits(model, ids):
+    for index, start, logits, targets in _stream_logits(model, ids, kv):
         positions = slice(start, start + len(targets))
         full = logits.float()
         nll[index, positions] = _token_nll(full, targets).cpu()
@@ -205,7 +207,7 @@ def divergence(base: Tensor, other: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _stream_logits(model: Any, windows: Tensor) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+def _stream_logits(model: Any, windows: Tensor, kv: str = "") -> Iterator[tuple[int, int, Tensor, Tensor]]:
     """Yield (window, first position, logits [P, V], targets [P]) over all scored positions, in order.
 
     The head is applied to a few positions at a time, so that [window, V] never exists: 1 GB in fp32 for Llama-3.
@@ -216,8 +218,13 @@ def _stream_logits(model: Any, windows: Tensor) -> Iterator[tuple[int, int, Tens
     device = model.model.norm.weight.device
     length = windows.shape[1]
     shares = -(-length * vocab * 4 // CHUNK_BYTES)
+    cache = make_cache(model, 1, length, kv=kv) if kv else None
     for index, ids in enumerate(windows.to(device)):
-        hidden = model.model(input_ids=ids[None], use_cache=False).last_hidden_state[0]  # [window, H]
+        if cache is not None:
+            for layer in cache.layers:
+                layer.cumulative_length.zero_()
+        found = model.model(input_ids=ids[None], past_key_values=cache, use_cache=cache is not None)
+        hidden = found.last_hidden_state[0]  # [window, H]
         start = 0
         for block in hidden.tensor_split(shares):
             stop = min(start + len(block), length - 1)  # the last position has no target

@@ -13,7 +13,7 @@ from lowbit.backends import coverage
 from lowbit.device import MIB, Device
 from lowbit.errors import LowbitError
 from lowbit.formats import Format, Unmet
-from lowbit.formats.row import TABLES
+from lowbit.formats.row import KV_FORMATS, TABLES
 from lowbit.hostmodel import HostModel
 from lowbit.workloads import Workload
 
@@ -78,8 +78,14 @@ def needed_mib(fmt: Format, config: Any, workload: Workload | None = None) -> fl
     elif fmt.quantized:
         needed += roofline.linear_parameters(config) / config.num_hidden_layers * 2 / MIB
     if workload is not None:
-        needed += roofline.kv_bytes_per_token(config) * workload.batch * workload.context_tokens / MIB
+        needed += kv_bytes_per_token(fmt, config) * workload.batch * workload.context_tokens / MIB
     return needed
+
+
+def kv_bytes_per_token(fmt: Format, config: Any) -> float:
+    """What one position of one sequence takes in the format's KV cache, scales included."""
+    bits, extra = KV_FORMATS.get(fmt.kv, (16, 0))
+    return roofline.kv_bytes_per_token(config, 1) * (bits + extra / roofline.head_dim(config)) / 8
 
 
 def too_large(

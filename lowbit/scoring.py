@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lowbit import backends, compilers, measure, quality, quantized, streamed, texts, truth
@@ -16,6 +16,9 @@ from lowbit.quantized import TORCH_DTYPES, Quantized
 from lowbit.record import Record
 
 Progress = Callable[[str], None]
+
+KV_CONTEXTS = (2048, 8192)
+"""Windows that a packed KV cache is scored at beside the text's own, where the model's context and the text allow."""
 
 
 @dataclass
@@ -30,33 +33,52 @@ class Scorer:
 
     def __post_init__(self) -> None:
         self._text: quality.Text | None = None
-        self._reference: quality.Reference | None = None
+        self._references: dict[int, quality.Reference] = {}
 
-    @property
-    def has_reference(self) -> bool:
-        return self._reference is not None
+    def is_ready(self, host: HostModel, fmt: Format) -> bool:
+        """Whether every reference that this format is scored against has been made."""
+        return all(text.window in self._references for text in self.texts(host, fmt))
+
+    def prepare(self, host: HostModel, fmt: Format) -> None:
+        """Make the references that are missing, on a device free of other models."""
+        for text in self.texts(host, fmt):
+            self.reference(host, text)
 
     def close(self) -> None:
-        """Free the reference logits and their file."""
-        if self._reference is not None:
-            self._reference.close()
-        self._reference = None
+        """Free the reference logits and their files."""
+        for reference in self._references.values():
+            reference.close()
+        self._references = {}
 
     def text(self, host: HostModel) -> quality.Text:
         if self._text is None:
             self._text = self.source.load(host.tokenizer)
         return self._text
 
-    def reference(self, host: HostModel) -> quality.Reference:
-        """Logits of this run's own bf16 (fp16 where the device has no bf16), made on a device free of other models."""
-        if self._reference is None:
+    def texts(self, host: HostModel, fmt: Format) -> list[quality.Text]:
+        """The text as a format is scored on it: in its own windows, and in longer ones where the KV cache is packed."""
+        text = self.text(host)
+        limit = min(host.config.max_position_embeddings, len(text.ids))
+        further = [window for window in KV_CONTEXTS if text.window < window <= limit] if fmt.kv else []
+        return [text, *(replace(text, window=window) for window in further)]
+
+    def reference(self, host: HostModel, text: quality.Text | None = None) -> quality.Reference:
+        """Logits of this run's own bf16 (fp16 where the device has no bf16), made on a device free of other models.
+
+        Of a longer window fewer are kept: as many positions in all.
+        """
+        own = self.text(host)
+        text = own if text is None else text
+        if text.window not in self._references:
             base = base_format(self.device)
-            text = self.text(host)
-            self.progress(f"{base.id}: reference logits")
+            kept = max(1, quality.REFERENCE_WINDOWS * own.window // text.window)
+            self.progress(f"{base.id}: reference logits of {text.protocol}")
             with measure.cpu_threads(self.device):
-                self._reference = quality.Reference.build(self._base_model(host, base, text), text, source=base.id)
+                model = self._base_model(host, base, text)
+                self._references[text.window] = quality.Reference.build(model, text, windows=kept, source=base.id)
+            del model
             self.vram.release()
-        return self._reference
+        return self._references[text.window]
 
     def _base_model(self, host: HostModel, base: Format, text: quality.Text) -> Any:
         unmet = measure.memory_fits(self.device, reference_mib(base, host.config, text.window))
@@ -74,11 +96,12 @@ class Scorer:
         record.info["coverage"] = made.coverage.to_dict()
         record.info["quality_model"] = host.name
         kernel_error = self.prove(made, host, record)
-        scored = self.score(made, host, case.name, rounds)
+        scored, *further = self.score(made, host, case.name, rounds)
         unsaved = sum(buffer.numel() * buffer.element_size() for buffer in made.model.model.rotary_emb.buffers())
         return Measurement(
             kind="quality",
             quality=scored,
+            further_quality=further,
             kernel_error=kernel_error,
             bits_per_weight=made.coverage.bits_per_weight if own else None,
             weights_bytes=made.coverage.resident_bytes if own else None,
@@ -103,18 +126,22 @@ class Scorer:
         record.info["truth"] = {path: asdict(one) for path, one in found.items()}
         return max(one.kernel for one in found.values())
 
-    def score(self, made: Quantized, host: HostModel, name: str, rounds: Callable[..., Any]) -> Quality:
-        """Perplexity, KL and top-1 of a model. ``rounds`` runs it once. Raises LowbitError naming ``name`` on NaN."""
-        text, reference = self.text(host), self.reference(host)
-        self.progress(f"{made.format.id}: perplexity and KL on {text.protocol}")
+    def score(self, made: Quantized, host: HostModel, name: str, rounds: Callable[..., Any]) -> list[Quality]:
+        """Perplexity, KL and top-1 of a model on each of its texts. ``rounds`` runs it once.
+
+        Raises LowbitError naming ``name`` on NaN.
+        """
+        asked = [(text, self.reference(host, text)) for text in self.texts(host, made.format)]
+        self.progress(f"{made.format.id}: perplexity and KL on {', '.join(text.protocol for text, _ in asked)}")
         scored: list[Quality] = []
 
         def target() -> None:
             with compilers.preserved_state(), measure.cpu_threads(self.device):
-                scored.append(quality.score(made.model, text, reference, source=name))
+                for text, reference in asked:
+                    scored.append(quality.score(made.model, text, reference, source=name, kv=made.format.kv))
 
         rounds(target, rounds=1)
-        return scored[-1]
+        return scored
 
 
 def base_format(device: Device) -> Format:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lowbit import compilers, generate, measure
+from lowbit import compilers, generate, kvcache, measure
 from lowbit.cases import Case
 from lowbit.device import Device
 from lowbit.metrics import Measurement
@@ -47,6 +47,7 @@ class Stopwatch:
     def time_decode(self, case: Case, quantized: Quantized, ids: torch.Tensor, m: Measurement, rounds: Rounds) -> None:
         """Rounds of ``m.new_tokens`` dependent steps after an own prefill of ids [B, S]; then the energy of a step."""
         decoder = self._decoder(case, quantized, ids)
+        m.kv_bytes_per_token = kvcache.bytes_per_token(decoder.cache)
         with self.spent.on(_warming(case)):
             decoder.compile(self._compiler(case, quantized))
             m.compile_s = self._warm_up(lambda: decoder.generate(ids, WARM_STEPS), case)
@@ -116,7 +117,9 @@ class Stopwatch:
         with self.spent.on("warmup"):  # a library's kernels tune themselves in these first calls
             # one place more than is timed, for the step whose logits are looked at
             length = case.workload.context_tokens + 1
-            decoder = generate.Decoder(quantized.model, ids.shape[0], length, TORCH_DTYPES[quantized.dtype])
+            decoder = generate.Decoder(
+                quantized.model, ids.shape[0], length, TORCH_DTYPES[quantized.dtype], kv=case.format.kv
+            )
             decoder.check_finite(ids, case.name)
         return decoder
 

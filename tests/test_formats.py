@@ -59,7 +59,10 @@ def test_inductor_flags_of_a_row_exist_in_this_torch(row):
 
 def test_there_is_one_baseline():
     assert [row.id for row in ROWS if row.is_baseline] == ["bf16-torch"]
-    assert [row.id for row in ROWS if not row.quantized] == ["bf16-torch", "fp16-torch", "bf16-lowbit"]
+    assert [row.id for row in ROWS if not row.quantized] == [
+        *("bf16-torch", "fp16-torch", "bf16-lowbit"),
+        *("bf16_kv_int8-torch", "bf16_kv_fp8-torch", "bf16_kv_int4-torch", "bf16_attn_fp8-torch"),
+    ]
 
 
 def test_selectors_hold_both_spellings():

@@ -27,7 +27,7 @@ STAGES = (
     {"hub", "loading"},
     {"models", "reference"},
     {"backends"},
-    {"regional", "logits_store", "truth", "packed_file"},
+    {"regional", "logits_store", "kvcache", "truth", "packed_file"},
     {"compilers", "generate"},
     {"measure", "quality"},
     {"texts", "streamed", "quantized", "kernel_times"},

@@ -20,6 +20,7 @@ def decode() -> Measurement:
         step_s=[0.100 + 0.010 * i for i in range(11)],
         yardstick_s=[2.0, 1.0, 3.0],
         streamed_bytes_per_step=100e9,
+        kv_bytes_per_token=MIB / 2,
         read_gb_s=4000.0,
         matmul_tflop_s=800.0,
         weights_bytes=3 * MIB,
@@ -65,6 +66,8 @@ EXPECTED = {
     "throughput_tok_s": 20 / 2.02,
     "latency_ms": 2020.0,
     "weights_mib": 3.0,
+    "kv_bytes_per_tok": MIB / 2,
+    "kv_cache_mib": 0.5 * 2 * 15,
     "vram_peak_mib": 200.0,
     "vram_alloc_peak_mib": 150.0,
     "vram_quantize_peak_mib": 180.0,
@@ -141,7 +144,7 @@ def test_better_directions() -> None:
     higher = {"decode_tok_s", "speed_ratio", "prefill_tok_s", "throughput_tok_s", "mbu", "mfu", "top1"}
     lower = {"ttft_ms", "tpot_ms_p50", "latency_ms", "weights_mib", "vram_peak_mib", "energy_j_per_tok", "compile_s"}
     lower |= {"graph_breaks", "recompiles", "ppl", "kld", "ln_ppl_ratio", "checkpoint_mb", "load_s", "quantize_s"}
-    lower |= {"bits_per_weight", "kernel_rel_error"}
+    lower |= {"bits_per_weight", "kernel_rel_error", "kv_bytes_per_tok", "kv_cache_mib"}
     assert {METRICS[name].better for name in higher} == {"higher"}
     assert {METRICS[name].better for name in lower} == {"lower"}
 
@@ -162,6 +165,7 @@ def test_gated_metrics_and_their_floors() -> None:
         "kld": Limit(relative=0.05, absolute=1e-6),
         "checkpoint_mb": Limit(relative=1e-9),
         "bits_per_weight": Limit(relative=1e-9),
+        "kv_bytes_per_tok": Limit(relative=1e-9),
         "kernel_rel_error": Limit(relative=0.50, absolute=1e-4),
     }
     assert {name: METRICS[name].limit for name in floors} == floors
@@ -199,3 +203,14 @@ def test_units_are_in_the_names() -> None:
             assert name.endswith(endings[metric.unit]), name
         assert metric.description, name
         assert metric.kinds, name
+
+
+def test_longer_contexts_stand_behind_the_first_protocol():
+    measured = quality()
+    measured.further_quality = [Quality("embedded_2048", 8000, 13.5, 8188, kld=0.03, top1=0.9)]
+    found = metrics.derive(measured)
+    assert found["kld_embedded_2048_8188tok"] == 0.03
+    assert found["ppl_embedded_2048"] == 13.5
+    assert "ln_ppl_ratio_embedded_2048" not in found
+    assert next(name for name in found if name.startswith("kld_")) == "kld_embedded_512_8192tok"
+    assert metrics.find("kld_embedded_2048_8188tok") is metrics.METRICS["kld"]

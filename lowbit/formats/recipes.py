@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lowbit.errors import LowbitError, unknown
-from lowbit.formats.row import LINEARS, TABLE_PATHS, TABLES, Format
+from lowbit.formats.row import KV_FORMATS, LINEARS, TABLE_PATHS, TABLES, Format
 
 INT4, INT8, NF4 = "a16w4_g128-torchao", "a16w8-torchao", "a16w4_nf4_dq-bitsandbytes"
 TABLE8, TABLE4 = "a16w8-tables", "a16w4_g64-tables"
@@ -32,6 +32,7 @@ class Recipe(NamedTuple):
     keywords: tuple[str, ...] = ()
     suite: str = "full"
     note: str = ""
+    kv: str = ""
 
 
 RECIPES: tuple[Recipe, ...] = (
@@ -76,6 +77,14 @@ RECIPES: tuple[Recipe, ...] = (
         ("int4", "hqq", "head8"),
         "nightly",
     ),
+    Recipe(
+        "a16w4_g128_head8_kv_int8",
+        {"lm_head": INT8, REST: INT4},
+        ("int4", "head8", "kv", "kv8"),
+        "nightly",
+        "weights and KV cache",
+        kv="int8",
+    ),
     Recipe("a16w8_gemlite_head8", {"lm_head": "a16w8-gemlite", REST: "a16w8-gemlite"}, ("int8", "head8"), "nightly"),
 )
 
@@ -92,6 +101,8 @@ def make(recipe: Recipe, known: Mapping[str, Format]) -> Format:
     pattern that names nothing of a Llama, formats that share no base dtype or device or want different values of one
     Inductor flag, and a recipe inside a recipe.
     """
+    if recipe.kv and recipe.kv not in KV_FORMATS:
+        raise LowbitError(f"recipe {recipe.name}: {unknown('KV cache format', recipe.kv, KV_FORMATS)}")
     if not recipe.parts:
         raise LowbitError(
             f"recipe {recipe.name} is empty: expected patterns with format ids, such as {{'*': '{INT8}'}}"
@@ -99,6 +110,10 @@ def make(recipe: Recipe, known: Mapping[str, Format]) -> Format:
     for pattern, part in recipe.parts.items():
         if part not in known:
             raise LowbitError(f"recipe {recipe.name}: {unknown('format', part, known)}")
+        if known[part].kv:
+            raise LowbitError(
+                f"recipe {recipe.name}: {pattern} names {part}, a format of the KV cache; say it as its kv"
+            )
         if known[part].parts or known[part].calibration_windows:
             what = "a recipe itself; name its formats" if known[part].parts else "which is calibrated on a whole model"
             raise LowbitError(f"recipe {recipe.name}: {pattern} names {part}, {what}")
@@ -131,6 +146,7 @@ def make(recipe: Recipe, known: Mapping[str, Format]) -> Format:
         modes=shared,
         note=recipe.note,
         parts=dict(recipe.parts),
+        kv=recipe.kv,
     )
 
 
@@ -213,7 +229,8 @@ def assignment(fmt: Format, layers: int) -> Iterator[tuple[str, str, str]]:
 
 
 def read(path: Path, known: Mapping[str, Format]) -> Format:
-    """The recipe in a JSON file: ``{"name": "mine", "parts": {"lm_head": "a16w8-torchao", …}}``; it runs in any suite.
+    """The recipe in a JSON file: ``{"name": "mine", "parts": {"lm_head": "a16w8-torchao", …}}``, ``kv`` and ``note`` if
+    it has them; it runs in any suite.
 
     Raises LowbitError for a file that can't be read or says something else, and what ``make`` raises.
     """
@@ -228,4 +245,4 @@ def read(path: Path, known: Mapping[str, Format]) -> Format:
     if not isinstance(parts, dict) or not all(isinstance(part, str) for part in parts.values()):
         raise LowbitError(f"recipe {path}: {expected}, got parts {parts!r}")
     note = str(document.get("note", ""))
-    return make(Recipe(name, parts, suite="quick", note=note), known)
+    return make(Recipe(name, parts, suite="quick", note=note, kv=str(document.get("kv", ""))), known)

@@ -14,6 +14,9 @@ TABLES = ("embed_tokens", "lm_head")
 
 TABLE_PATHS = ("model.embed_tokens", "lm_head")
 
+KV_FORMATS: dict[str, tuple[int, int]] = {"int8": (8, 16), "fp8": (8, 16), "int4": (4, 32)}
+"""What a KV cache can hold -> bits of a number, bits of scale and zero per head and token."""
+
 Suite = Literal["quick", "nightly", "full"]
 UnmetKind = Literal["capability", "package", "shape", "memory"]
 
@@ -46,7 +49,7 @@ class Format:
     suite that measures the row: the formats of a first choice are in ``quick``, further group sizes and variants in
     ``nightly``, reference rows in ``full``. ``modes`` are the compile modes that it is measured under; empty: every one
     of the suite. ``parts`` make the row a recipe (lowbit/formats/recipes.py): module path pattern -> id of the format
-    that what it names gets.
+    that what it names gets. ``kv`` is what the KV cache holds, one of KV_FORMATS; empty: the base dtype.
     """
 
     name: str
@@ -69,6 +72,7 @@ class Format:
     note: str = ""
     calibration_windows: int = 0
     parts: Mapping[str, str] = field(default_factory=dict)
+    kv: str = ""
 
     @property
     def id(self) -> str:

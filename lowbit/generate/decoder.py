@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit import kvcache
 from lowbit.errors import LowbitError
 from lowbit.quiet import quiet_import
 
@@ -30,11 +31,12 @@ CACHE_MULTIPLE = 16
 """Cache lengths are rounded up to this: fused attention pads a mask whose rows are not 16-byte aligned, every layer."""
 
 
-def make_cache(model: Any, batch: int, length: int, dtype: torch.dtype | None = None) -> Any:
+def make_cache(model: Any, batch: int, length: int, dtype: torch.dtype | None = None, kv: str = "") -> Any:
     """A static KV cache for ``batch`` sequences of at least ``length`` tokens, allocated now, on the model's device.
 
     Keys and values: [batch, kv_heads, length rounded up to 16, head_dim] per layer. ``dtype`` is that of the
-    activations; None takes it from the final norm, which no format quantizes. Allocated before anything is compiled,
+    activations; None takes it from the final norm, which no format quantizes. ``kv``: what the cache holds instead, as
+    Format.kv (lowbit/kvcache.py). Allocated before anything is compiled,
     because the cache marks its tensors as static addresses for CUDA graphs only outside a compiled region.
     """
     config = model.config
@@ -46,6 +48,8 @@ def make_cache(model: Any, batch: int, length: int, dtype: torch.dtype | None = 
     norm = model.model.norm.weight
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache = StaticCache(config, max_cache_len=-(-length // CACHE_MULTIPLE) * CACHE_MULTIPLE)
+    if kv:
+        kvcache.pack(cache, kv)
     cache.early_initialization(
         batch_size=batch,
         num_heads=config.num_key_value_heads,
@@ -126,12 +130,18 @@ class Decoder:
     """
 
     def __init__(
-        self, model: Any, batch: int, length: int, dtype: torch.dtype | None = None, pick: Pick = greedy
+        self,
+        model: Any,
+        batch: int,
+        length: int,
+        dtype: torch.dtype | None = None,
+        pick: Pick = greedy,
+        kv: str = "",
     ) -> None:
-        """``length`` is the context that a round may reach, ``dtype`` that of the activations (see make_cache)."""
+        """``length`` is the context that a round may reach; ``dtype`` and ``kv`` as in make_cache."""
         self.model = model
         self.length = length
-        self.cache = cache = make_cache(model, batch, length, dtype)
+        self.cache = cache = make_cache(model, batch, length, dtype, kv)
         device = cache.layers[0].keys.device
         self.token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)

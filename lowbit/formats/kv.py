@@ -1,0 +1,33 @@
+"""The formats of the KV cache alone: weights in bf16, keys and values in 8 or 4 bits (lowbit/kvcache.py)."""
+
+from __future__ import annotations
+
+from lowbit.formats.row import BF16, CUDA, Format, row
+
+
+def _kv(kv: str, bits: int, *words: str) -> Format:
+    return Format(
+        *(f"bf16_kv_{kv}", "torch", "cast", 16, 16),
+        dtypes=("bf16",),
+        keywords=("kv", f"kv{bits}", kv, *words),
+        fast=False,
+        suite="nightly",
+        note="codes and scales per head and token, dequantized before attention: a reference path, memory and not speed",
+        kv=kv,
+    )
+
+
+ROWS: tuple[Format, ...] = (
+    _kv("int8", 8),
+    _kv("fp8", 8, "float8"),
+    _kv("int4", 4),
+    row(
+        *("bf16_attn_fp8", "torch", "cast", (16, 16), "fp8", "float8", "attention"),
+        options={"attention": "fp8"},
+        suite="full",
+        fast=False,
+        note="queries, keys and values in e4m3 inside attention",
+        **BF16,
+        **CUDA,
+    ),
+)
