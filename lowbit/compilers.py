@@ -128,8 +128,9 @@ def _flags() -> list[_Setting]:
         _Setting(matmul, name)
         for name in ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
     ]
-    core, config, utils = (
-        sys.modules.get(f"gemlite.{name}") for name in ("core", "triton_kernels.config", "triton_kernels.utils")
+    core, config, utils, quantizers = (
+        sys.modules.get(f"gemlite.{name}")
+        for name in ("core", "triton_kernels.config", "triton_kernels.utils", "quant_utils")
     )
     if core is not None:
         names = ("GEMLITE_TRITON_CONFIG_CACHE", "GEMLITE_ACC_DTYPE", "GEMLITE_USE_TMA", "GEMLITE_ENABLE_PTX_FP4_PACK")
@@ -141,6 +142,8 @@ def _flags() -> list[_Setting]:
         settings.append(_Setting(config.KERNEL_CACHE, "ENABLE"))
     if utils is not None:
         settings += [_Setting(utils, name) for name in ("GEMLITE_USE_NATIVE_ATOMIC_BFP16", "get_closest_m")]
+    if quantizers is not None:
+        settings.append(_Setting(quantizers, "GEMLITE_ENABLE_PTX_FP4_PACK"))  # set_ptx_fp4_pack sets core's and this
     return [setting for setting in settings if hasattr(setting.owner, setting.name)]
 
 

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny import CPU, config, gpu, model
-from torch import nn
 
 from lowbit import backends
 from lowbit.backends import coverage
@@ -168,60 +167,6 @@ def test_a_backend_is_complete(name):
     backend = backends.get(name)
     assert isinstance(backend.PACKAGES, tuple)
     assert all(callable(getattr(backend, verb)) for verb in ("requirement", "quantize", "is_quantized"))
-
-
-# -- gemlite, which can't be imported here: its helper is a stand-in, hqq is real --------------------------------------
-
-
-class _Packed(nn.Module):
-    def __init__(self, source, processor):
-        super().__init__()
-        self.W_q, self.source, self.processor = torch.ones(4, dtype=torch.int32), source, processor
-
-
-@pytest.fixture
-def gemlite_helper(monkeypatch):
-    class Processor:
-        def __init__(self, device, dtype):
-            self.device, self.dtype = device, dtype
-
-        def from_linear(self, linear, del_orig):
-            assert del_orig
-            return _Packed(linear, self)
-
-    class HqqProcessor(Processor):
-        def from_hqqlinear(self, layer):
-            return _Packed(layer, self)
-
-    names = {"A16W8_INT8": Processor, "A8W8_FP8_dynamic": Processor, "A16W4_HQQ_INT": HqqProcessor}
-    monkeypatch.setitem(sys.modules, "gemlite.helper", SimpleNamespace(**names))
-
-
-@pytest.mark.parametrize("scheme", ["A16W8_INT8", "A8W8_FP8_dynamic"])
-def test_gemlite_packs_each_linear_where_it_is(gemlite_helper, scheme):
-    layer = model(torch.float16).model.layers[0]
-    fmt = next(row for row in FORMATS.values() if row.scheme == scheme)
-    backends.get("gemlite").quantize(layer, fmt, torch.float16)
-    packed = layer.mlp.down_proj
-    assert (packed.processor.device, packed.processor.dtype) == ("cpu", torch.float16)
-    assert isinstance(packed.source, nn.Linear)
-    assert not packed.training
-
-
-def test_gemlite_takes_int4_from_hqq(gemlite_helper):
-    pytest.importorskip("hqq")
-    layer = model(torch.float16).model.layers[0]
-    weight = layer.mlp.down_proj.weight.float()
-    backends.get("gemlite").quantize(layer, FORMATS["a16w4_g128-gemlite"], torch.float16)
-    source = layer.mlp.down_proj.source
-    assert (source.meta["nbits"], source.meta["group_size"], source.meta["axis"]) == (4, 128, 1)
-    assert source.meta["scale"].numel() == weight.numel() / 128
-    assert ((source.dequantize().float() - weight).norm() / weight.norm()).item() < 0.15
-
-
-def test_gemlite_lists_its_processors(gemlite_helper):
-    with pytest.raises(LowbitError, match="unknown gemlite processor 'A16W5'; known: A16W4_HQQ_INT, A16W8_INT8"):
-        backends.get("gemlite").quantize(model(), Format("a16w5", "gemlite", "A16W5", 16, 5), torch.bfloat16)
 
 
 # -- what can't run, and why -------------------------------------------------------------------------------------------

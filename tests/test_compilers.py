@@ -168,12 +168,16 @@ def test_gemlites_settings_come_back(monkeypatch):
     )
     monkeypatch.setitem(sys.modules, "gemlite.core", core)
     monkeypatch.setitem(sys.modules, "gemlite.triton_kernels.config", config)
+    quantizers = SimpleNamespace(GEMLITE_ENABLE_PTX_FP4_PACK=True)
+    monkeypatch.setitem(sys.modules, "gemlite.quant_utils", quantizers)
     with compilers.preserved_state():
         autotune.GEMV, autotune.USE_CUDA_GRAPH = "max", True
         config.KERNEL_CACHE.ENABLE = True
         core.GEMLITE_ACC_DTYPE[1] = 3
         core.GEMLITE_TRITON_CONFIG_CACHE = {}
         linear.PACKING_BITWIDTH = 8
+        quantizers.GEMLITE_ENABLE_PTX_FP4_PACK = False
+    assert quantizers.GEMLITE_ENABLE_PTX_FP4_PACK
     assert (autotune.GEMV, autotune.USE_CUDA_GRAPH, config.KERNEL_CACHE.ENABLE) == ("fast", False, False)
     assert (core.GEMLITE_ACC_DTYPE, core.GEMLITE_TRITON_CONFIG_CACHE) == ({1: 2}, {"GEMV": 1})
     assert linear.PACKING_BITWIDTH == 32

@@ -1,0 +1,143 @@
+"""gemlite: Triton kernels for packed weights, one module per linear. CUDA only: its import asks for the GPU.
+
+Its kernels tune themselves at the first call for each (tokens, N, K): what is called before a measurement or a graph
+capture must have the same number of tokens. It ships tuned configurations for some GPUs by name (no H200 among them);
+``compilers.configure_caches`` has Triton keep what is found here on disk.
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.backends import indivisible, minimum_sm, targets
+from lowbit.backends.gemlite._values import activations_of, weight_of
+from lowbit.errors import LowbitError, unknown
+from lowbit.formats import Format, Unmet
+from lowbit.quiet import quiet_import
+
+if TYPE_CHECKING:
+    from lowbit.device import Device
+
+PACKAGES: tuple[str, ...] = ("gemlite", "triton")
+
+MIN_SIZE = 32  # GemLiteLinearTriton.MIN_SIZE: K must be a multiple
+
+NVFP4_TRITON = (3, 8)
+"""First Triton that lowers a product of NVFP4 weights, whose scales are e4m3, below SM100. Found by compiling
+gemlite 0.6.0.post2's kernels for SM90 without a GPU: 3.6.0 and 3.7.0 end in "PassManager::run failed"
+(TritonGPUAccelerateMatmul), 3.8.0 and 3.9.0 give PTX."""
+
+
+def requirement(fmt: Format, device: Device, config: Any) -> Unmet | None:
+    """SM89 for anything that holds e4m3, K in multiples of 32; NVFP4 needs SM100 or a Triton that emulates it."""
+    return _capability(fmt, device) or indivisible(fmt, config, MIN_SIZE, "gemlite's step")
+
+
+def _capability(fmt: Format, device: Device) -> Unmet | None:
+    scheme = fmt.scheme
+    if "FP8" in scheme or scheme in ("A16W8_MXFP", "A8W8_MXFP_dynamic", "A8W4_MXFP_dynamic"):
+        return minimum_sm(device, (8, 9), "fp8")
+    if "HQQ_INT_dynamic" in scheme:
+        return minimum_sm(device, (8, 9), "fp8 activations")
+    if "NVFP" in scheme:
+        return minimum_sm(device, (8, 9), "fp8 scales") or _emulated_nvfp4(device)
+    if "MXFP" in scheme:
+        return minimum_sm(device, (8, 0), "bf16 products of fp4")
+    return minimum_sm(device, (7, 5), "Triton")
+
+
+def _emulated_nvfp4(device: Device) -> Unmet | None:
+    if device.capability is None or device.capability >= (10, 0):
+        return None
+    version = triton_version()
+    if version is None or version >= NVFP4_TRITON:
+        return None
+    needed, found = (".".join(map(str, numbers)) for numbers in (NVFP4_TRITON, version))
+    return Unmet("capability", f"needs SM100 or Triton {needed} (NVFP4), this is {device.sm} with Triton {found}")
+
+
+def triton_version() -> tuple[int, ...] | None:
+    """Major and minor of the installed Triton, without importing it; None where there is none."""
+    try:
+        return tuple(int(number) for number in metadata.version("triton").split(".")[:2])
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def quantize(module: nn.Module, fmt: Format, dtype: torch.dtype) -> None:
+    """Replace the target linears inside ``module`` by gemlite's, packed on the device where they are.
+
+    ``Format.scheme`` is the name of a processor in gemlite.helper, ``options["processor"]`` further arguments of it.
+    Those with HQQ in the name take hqq's own quantized linear (axis 1, ``group_size``; None: the whole row), the BitNet
+    pair ternary codes and their scale; the others take the linear and drop its weight.
+    """
+    found = list(targets(module, fmt))
+    if not found:
+        return
+    helper = quiet_import("gemlite.helper")
+    if not hasattr(helper, fmt.scheme):
+        raise unknown("gemlite processor", fmt.scheme, [name for name in dir(helper) if name.startswith("A")])
+    _leave_blackwells_instructions_alone(found[0].linear.weight.device)
+    for target in found:
+        weight = target.linear.weight
+        if weight.dtype != dtype:
+            raise LowbitError(f"{fmt.id} expects {target.name} in {dtype}, got {weight.dtype}")
+        arguments = fmt.options.get("processor", {})
+        processor = getattr(helper, fmt.scheme)(device=str(weight.device), dtype=dtype, **arguments)
+        # its MX and NVFP quantizers are compiled for each shape; 224 eager calls are over before that
+        with torch.compiler.set_stance("force_eager"):
+            target.replace(_pack(processor, target.linear, fmt, dtype).to(weight.device))
+
+
+def _leave_blackwells_instructions_alone(device: torch.device) -> None:
+    """Undo what gemlite's import may have done: it has fp4 packed by an instruction of SM100 wherever the assembler
+    knows it (core.auto_detect_ptx_fp4_pack), whatever the GPU is; ptxas then refuses the kernel."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (10, 0):
+        quiet_import("gemlite.core").set_ptx_fp4_pack(False)
+
+
+def _pack(processor: Any, linear: nn.Linear, fmt: Format, dtype: torch.dtype) -> Any:
+    # by name: the MXFP processors have a from_hqqlinear too, inherited, which would make int4 of them
+    if "HQQ" in fmt.scheme:
+        return processor.from_hqqlinear(_hqq(linear, fmt, dtype))
+    if "W158" in fmt.scheme:
+        codes, scale = ternarize(linear.weight)
+        return processor.from_weights(codes.to(dtype), scale)  # A16W158 leaves its scales on the host
+    return processor.from_linear(linear, del_orig=True)
+
+
+def _hqq(linear: nn.Linear, fmt: Format, dtype: torch.dtype) -> Any:
+    hqq = quiet_import("hqq.core.quantize")
+    config = hqq.BaseQuantizeConfig(nbits=int(fmt.weight_bits), group_size=fmt.group_size, axis=1)
+    return hqq.HQQLinear(linear, quant_config=config, compute_dtype=dtype, device=str(linear.weight.device))
+
+
+def ternarize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes in {-1, 0, 1}, fp32, and their one scale, the mean magnitude: ``weight ≈ codes * scale``.
+
+    The absmean rule of BitNet b1.58 (arXiv 2402.17764, equations 1 to 3).
+    """
+    scale = weight.float().abs().mean()
+    return (weight.float() / (scale + 1e-8)).round().clamp(-1, 1), scale
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """True for gemlite's linear with packed weights in it. By name: importing gemlite fails without a GPU."""
+    if type(module).__name__ != "GemLiteLinearTriton":
+        return False
+    packed = getattr(module, "W_q", None)
+    return packed is not None and packed.numel() > 0
+
+
+def dequantize(module: Any) -> Tensor:
+    """The weight [out, in] fp32 that the products of ``module`` are taken with. Raises NoTruth for a layout unknown."""
+    return weight_of(module)
+
+
+def quantize_activations(module: Any, x: Tensor) -> Tensor:
+    """What the kernels multiply instead of ``x`` [m, in], fp32, by gemlite's own quantizer of activations."""
+    return activations_of(module, x)
