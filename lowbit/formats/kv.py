@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lowbit.formats.row import BF16, CUDA, Format, row
+from lowbit.formats.row import Format
 
 
 def _kv(kv: str, bits: int, *words: str) -> Format:
@@ -12,7 +12,7 @@ def _kv(kv: str, bits: int, *words: str) -> Format:
         keywords=("kv", f"kv{bits}", kv, *words),
         fast=False,
         suite="nightly",
-        note="codes and scales per head and token, dequantized before attention: a reference path, memory and not speed",
+        note="codes and scales per head and token, dequantized before attention: reference path, memory not speed",
         kv=kv,
     )
 
@@ -21,13 +21,14 @@ ROWS: tuple[Format, ...] = (
     _kv("int8", 8),
     _kv("fp8", 8, "float8"),
     _kv("int4", 4),
-    row(
-        *("bf16_attn_fp8", "torch", "cast", (16, 16), "fp8", "float8", "attention"),
+    Format(
+        *("bf16_attn_fp8", "torch", "cast", 16, 16),
+        dtypes=("bf16",),
+        devices=("cuda",),
+        keywords=("fp8", "float8", "attention"),
         options={"attention": "fp8"},
         suite="full",
         fast=False,
         note="queries, keys and values in e4m3 inside attention",
-        **BF16,
-        **CUDA,
     ),
 )
