@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lowbit import __version__, nightly
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS, Format, Unmet
+from lowbit.report import command
 
 if TYPE_CHECKING:
     from lowbit.device import Device
@@ -47,6 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
     compare.add_argument("new", type=Path, metavar="NEW", help="a kept run or a baseline")
     compare.set_defaults(run=compare_files)
     nightly.add_parsers(commands)
+    command.add_parser(commands)
     return parser
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 import random
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -18,8 +19,11 @@ from lowbit import baselines, regression, runs
 from lowbit.baselines import Baseline
 from lowbit.cases import Case, enumerate_cases
 from lowbit.formats import FORMATS, Unmet
+from lowbit.history import History, Night
 from lowbit.record import Record
-from lowbit.runs import Header
+from lowbit.report import content, since
+from lowbit.report.content import Content
+from lowbit.runs import Header, Run
 from lowbit.spread import pool_spread
 
 PARAMETERS = 8_030_000_000
@@ -100,6 +104,11 @@ def speed(case: Case) -> float:
     return share * READ_GB_S * 1e9 / BYTES.get(fmt.weight_bits, 5.2e9)
 
 
+def divergence(weight_bits: float) -> float:
+    """A KL that looks like the bits'."""
+    return 3e-5 if weight_bits >= 16 else 1e-4 if weight_bits >= 8 else 1.5e-3 * 4.0 ** (4 - weight_bits)
+
+
 def record(case: Case, node: str, rng: random.Random, plan: Plan, night: int) -> Record:
     made = case.record(node, "llama-3.1-8b", "dummy")
     fmt, streamed = case.format, BYTES.get(case.format.weight_bits, 5.2e9)
@@ -107,7 +116,7 @@ def record(case: Case, node: str, rng: random.Random, plan: Plan, night: int) ->
         made.outcome, made.unmet = "skipped", Unmet("capability", "needs SM100 (fp4), this is SM90")
         return made
     if case.kind == "quality":
-        kld = 0.0 if fmt.is_baseline else random.Random(fmt.id).uniform(0.5, 2) * 10.0 ** (-fmt.weight_bits / 2 - 0.6)
+        kld = 0.0 if fmt.is_baseline else random.Random(fmt.id).uniform(0.5, 2) * divergence(fmt.weight_bits)
         made.metrics = {f"kld_{PROTOCOL}_8176tok": kld, f"top1_{PROTOCOL}_8176tok": 1 - kld}
         made.unavailable = {"ppl": "dummy weights: quality is not applicable"}
         made.dtype = "bf16"
@@ -186,6 +195,35 @@ def _build(folder: Path, plan: Plan) -> tuple[Path, Path, Path]:
     for night in range(plan.nights - 1):
         keep(folder / "runs", plan, night)
     return accepted, folder / "runs", keep(folder / "runs", plan, plan.nights - 1, baseline, last=True)
+
+
+def _drawn(last: Run, plan: Plan, night: int, rng: random.Random) -> Night:
+    """A night drawn about the last one's figures; before the plan's step the slower ones are as fast as ever."""
+    environment, metrics = (UPGRADED if night >= plan.step else ENVIRONMENT), {}
+    for made in last.records():
+        slower = next((share for part, share in plan.slower.items() if part in made.case), 1.0)
+        speed = rng.gauss(1, plan.noise) / (1.0 if night >= plan.step else slower)
+        drawn = {name: value * speed for name, value in made.metrics.items() if name in ("decode_tok_s", "compile_s")}
+        drawn |= {
+            name: value / speed for name, value in made.metrics.items() if name in ("ttft_ms", "energy_j_per_tok")
+        }
+        steady = ("vram_peak_mib", f"kld_{PROTOCOL}_8176tok")
+        metrics[made.case] = drawn | {name: made.metrics[name] for name in steady if name in made.metrics}
+    return Night(header(night, environment).started, Path(str(night)), environment, "", metrics)
+
+
+def large(folder: Path, cases: int, nights: int) -> Content:
+    """A last night of many cases beside its baseline, with a history made in memory: no run is written for a night."""
+    plan = Plan(nights=1, step=nights - 6, cases=cases, slower={"a16w4_g128": 0.9}, skipped="\0", error=EVIL)
+    accepted, root, _ = build(folder, replace(plan, step=10**6))
+    shutil.rmtree(root)
+    baseline = baselines.load(accepted)
+    with mock.patch("os.fsync"):
+        last = runs.read(keep(root, plan, nights - 1, baseline, last=True))
+    found = [_drawn(last, plan, night, random.Random(night)) for night in range(nights)]
+    head = last.header
+    history = History(head.device, head.device_name, head.model, head.load_format, found)
+    return since.with_history(content.of_run(last, baseline), history)
 
 
 def main() -> None:

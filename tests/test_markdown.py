@@ -36,7 +36,7 @@ def test_the_verdict_is_the_first_line(judged: Content) -> None:
 
 def test_a_regression_has_base_now_change_limit_spread_and_runs(judged: Content) -> None:
     (line,) = [line for line in markdown.summary(judged).splitlines() if SLOW in line and "decode_tok_s" in line]
-    pattern = r"269\.\d → 23\d\.\d tok/s \| -1[12]\.\d % \| 2\.0 % \| 0\.\d\d % \| 3 of 3 \|$"
+    pattern = r"269\.\d → 23\d\.\d tok/s \| -1[12]\.\d % \| 2\.0 % \| 0\.\d\d % \| 3 of 3 \| – \|$"
     assert re.search(pattern, line), line
 
 
@@ -56,7 +56,7 @@ def test_an_error_message_is_one_harmless_code_span(judged: Content) -> None:
     for line in lines:
         outside = "".join(line.split("`")[::2])
         assert not {"<", ">", "@"} & set(outside)
-        assert line.count("|") == 8  # the message's own bar did not open a cell
+        assert line.count("|") == 9  # the message's own bar did not open a cell
         assert "second line" not in line
 
 

@@ -93,6 +93,18 @@ def add_options(parser: pytest.Parser) -> None:
         "--max-vram", type=float, metavar="MIB", help="the recommendation's limit on VRAM in MiB (default: the card)"
     )
     group.addoption(
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="write the HTML report: verdict, Pareto plots, roofline, all cases, history; one file, no network",
+    )
+    group.addoption(
+        "--history",
+        type=Path,
+        metavar="DIR",
+        help="further kept runs whose nights the report shows, beside .lowbit/runs",
+    )
+    group.addoption(
         "--summary",
         type=Path,
         metavar="FILE",
@@ -130,6 +142,8 @@ class Settings:
     resume: bool
     max_kld: float
     max_vram: float | None
+    report: Path | None
+    history: Path | None
     summary: Path | None
     device_index: int
     child: Path | None
@@ -172,6 +186,8 @@ class Settings:
             resume=option.resume,
             max_kld=option.max_kld,
             max_vram=option.max_vram,
+            report=option.report,
+            history=option.history,
             summary=option.summary,
             device_index=option.lowbit_device or 0,
             child=option.lowbit_child,

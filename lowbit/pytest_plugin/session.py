@@ -54,7 +54,7 @@ class BenchSession:
         self.poisoned: str | None = None
         self.accepted: Path | None = None
         self.warnings: list[str] = []
-        self.written: list[Path] = []
+        self.told: list[str] = []
         self.error: str | None = None
         self.refused = False
         self.blocking = launch_blocking(self.device)

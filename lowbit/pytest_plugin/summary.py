@@ -129,7 +129,7 @@ def _consequences(bench: BenchSession) -> list[str]:
     lines = []
     if bench.writer is not None:
         lines.append(f"run kept in {bench.writer.path}")
-    lines += [f"written: {path}" for path in bench.written]
+    lines += bench.told
     lines += [bench.patched] if bench.patched else []
     if bench.accepted is not None:
         lines.append(f"baseline written: {bench.accepted}")

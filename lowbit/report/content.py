@@ -8,16 +8,21 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from lowbit import comparison, metrics, regression
 from lowbit.baselines import Baseline
+from lowbit.history import History
 from lowbit.record import Record
 from lowbit.regression import Verdict
 from lowbit.report.terminal import first_line
 from lowbit.runs import JUDGED, Header, Run
 from lowbit.spread import Spreads, floors, host_bound, pool_spread, scale
+
+if TYPE_CHECKING:
+    from lowbit.trend import Trend
 
 Status = Literal["regression", "missing", "lost", "failed", "new", "improvement"]
 FAILING: tuple[Status, ...] = ("regression", "missing", "lost", "failed", "new")
@@ -58,6 +63,8 @@ class Content:
     skips: Mapping[str, str] = field(default_factory=dict)
     upgrades: Sequence[str] = ()
     is_baseline: bool = False
+    history: History | None = None
+    trends: Sequence[Trend] = ()
     max_kld: float = 0.05
     max_vram_mib: float | None = None
 
@@ -76,12 +83,24 @@ class Content:
                 words.append(shlex.quote(word))
         return words
 
-    @property
+    @cached_property
+    def _spreads(self) -> Spreads:
+        return pool_spread(self.baseline.rows.values()) if self.baseline else Spreads()
+
+    def spread_of(self, case: str, verdict: Verdict) -> float | None:
+        """σ of the metric from run to run, in its unit; None where the baseline knows none."""
+        metric, row = metrics.find(verdict.metric), self.baseline.rows.get(case) if self.baseline else None
+        floor = floors(metric, host_bound(row)) if metric and row else None
+        if row is None or floor is None or verdict.baseline is None:
+            return None
+        spread = self._spreads.of(verdict.metric, row)
+        return spread.sigma * scale(floor, verdict.baseline) if spread.degrees_of_freedom else None
+
+    @cached_property
     def findings(self) -> list[Finding]:
         """What failed, worst first, then what got better."""
-        spreads = pool_spread(self.baseline.rows.values()) if self.baseline else Spreads()
         found = [
-            Finding(case, verdict.status, verdict, _spread(self.baseline, spreads, case, verdict), verdict.reason)
+            Finding(case, verdict.status, verdict, self.spread_of(case, verdict), verdict.reason)
             for case, verdicts in self.verdicts.items()
             for verdict in verdicts
             if verdict.status in ("regression", "missing", "improvement")
@@ -111,16 +130,6 @@ def _size(verdict: Verdict | None) -> float:
     if verdict is None or verdict.change is None or not verdict.limit:
         return 0.0
     return abs(verdict.change) / verdict.limit
-
-
-def _spread(baseline: Baseline | None, spreads: Spreads, case: str, verdict: Verdict) -> float | None:
-    """σ of the metric from run to run, in its unit."""
-    metric, row = metrics.find(verdict.metric), baseline.rows.get(case) if baseline else None
-    floor = floors(metric, host_bound(row)) if metric and row else None
-    if row is None or floor is None or verdict.baseline is None:
-        return None
-    spread = spreads.of(verdict.metric, row)
-    return spread.sigma * scale(floor, verdict.baseline) if spread.degrees_of_freedom else None
 
 
 def of_run(run: Run, baseline: Baseline | None, **limits: float | None) -> Content:

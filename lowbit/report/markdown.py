@@ -12,6 +12,7 @@ from lowbit.report.content import Content, Finding, name
 from lowbit.report.layout import NONE, divergence, number
 from lowbit.report.recommendation import recommendation
 from lowbit.report.rows import Row, join, memory_metric
+from lowbit.report.since import since
 
 FAILURES, BETTER, FASTEST, REASONS, UPGRADES, CELL = 10, 3, 5, 4, 8, 160
 """Rows of each part, so that all of it stays below 40 lines, and characters of a cell. What is left out is counted."""
@@ -32,7 +33,7 @@ def summary(content: Content) -> str:
     lines = [f"### {headline(content)}", "", facts(content)]
     failing, better = [f for f in findings if f.fails], [f for f in findings if not f.fails]
     if failing:
-        lines += ["", *_findings(failing, FAILURES)]
+        lines += ["", *_findings(content, failing, FAILURES)]
     if content.upgrades:
         kept = [code(change) for change in content.upgrades[:UPGRADES]]
         more = len(content.upgrades) - len(kept)
@@ -84,22 +85,28 @@ def facts(content: Content) -> str:
     return "; ".join(parts)
 
 
-def _findings(findings: Sequence[Finding], limit: int) -> list[str]:
+def _findings(content: Content, findings: Sequence[Finding], limit: int) -> list[str]:
     lines = [
         "| case | metric | base → now | change | limit | spread σ | runs |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    lines += ["| " + " | ".join(_cells(finding)) + " |" for finding in findings[:limit]]
+    lines += ["| " + " | ".join(_cells(content, finding)) + " |" for finding in findings[:limit]]
     more = len(findings) - limit
     return [*lines, "", f"and {more} more, in the report"] if more > 0 else lines
 
 
-def _cells(finding: Finding) -> list[str]:
+def _cells(content: Content, finding: Finding) -> list[str]:
     verdict = finding.verdict
     if verdict is None:
         reason = f"**{WORDS[finding.status][0]}**: {code(finding.reason)}"
-        return [code(name(finding.case)), reason, *[NONE] * 5]
-    return [code(name(finding.case)), code(verdict.metric), *figures(verdict, finding.spread)]
+        return [code(name(finding.case)), reason, *[NONE] * 6]
+    began = since(content, finding)
+    return [
+        code(name(finding.case)),
+        code(verdict.metric),
+        *figures(verdict, finding.spread),
+        NONE if began is None else text(str(began)),
+    ]
 
 
 def figures(verdict: Verdict, spread: float | None) -> list[str]:
