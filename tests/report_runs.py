@@ -17,7 +17,7 @@ from unittest import mock
 
 from lowbit import baselines, regression, runs
 from lowbit.baselines import Baseline
-from lowbit.cases import Case, enumerate_cases
+from lowbit.cases import Case, enumerate_cases, run_order
 from lowbit.formats import FORMATS, Unmet
 from lowbit.history import History, Night
 from lowbit.record import Record
@@ -70,6 +70,8 @@ def chosen(plan: Plan) -> list[tuple[Case, str]]:
         modes = (None, "eager", "reduce-overhead")
         workloads = (None, "p512", "b1_c0", "b8_c0")
         cases = [c for c in cases if c.mode in modes and (c.workload and c.workload.id) in workloads]
+    else:
+        cases.sort(key=run_order)  # whole formats, so that decode is among the first
     named = [(case, f"benches/test_{case.kind}.py::test_{case.kind}[{case.id}]") for case in cases]
     count = plan.cases or len(named)
     return [
