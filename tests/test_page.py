@@ -186,7 +186,7 @@ def test_500_cases_of_200_nights_stay_below_three_megabytes(tmp_path: Path) -> N
 def test_more_history_than_fits_loses_its_oldest_nights_and_says_so(
     told: Content, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data, "HISTORY_CHARACTERS", 10_000)
+    monkeypatch.setattr(data, "HISTORY_CHARACTERS", 3_000)
     past = data.collect(told)["history"]
     assert 2 <= len(past["nights"]) < 14
     assert len(past["nights"]) + past["dropped"] == 14
