@@ -19,22 +19,25 @@ SUITE_MODES: dict[str, tuple[str, ...]] = {
 """Compile modes by suite, the smallest first: a suite has the formats of those before it. lowbit/compilers.py says what
 each mode is."""
 
-KINDS: tuple[Kind, ...] = ("quality", "prefill", "decode")
+KINDS: tuple[Kind, ...] = ("quality", "eval", "prefill", "decode")
+"""``eval`` has cases only where --eval names tasks: see ``evaluation_cases``."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One test. ``mode`` and ``workload`` are None for quality, which is computed once per format."""
+    """One test. ``mode`` and ``workload`` are None for quality, which is computed once per format; ``task`` is that of
+    lm-evaluation-harness that an eval case runs."""
 
     kind: Kind
     format: Format
     mode: str | None = None
     workload: Workload | None = None
+    task: str | None = None
 
     @property
     def id(self) -> str:
         """The part of the test's name in brackets: ``a16w4_g128-torchao-reduce-overhead-b1_c0``."""
-        parts = (self.format.id, self.mode, self.workload.id if self.workload else None)
+        parts = (self.format.id, self.mode, self.workload.id if self.workload else self.task)
         return "-".join(part for part in parts if part)
 
     @property
@@ -51,7 +54,7 @@ class Case:
 
     def record(self, nodeid: str, model: str, load_format: str) -> Record:
         """This case's record before anything is known of it; ``nodeid`` is its test's."""
-        workload = self.workload.id if self.workload else None
+        workload = self.workload.id if self.workload else self.task
         return Record(nodeid, self.kind, self.format.id, self.mode, workload, model, load_format)
 
 
@@ -64,6 +67,8 @@ def enumerate_cases(kind: Kind, suite: str, parameters: int, formats: Iterable[F
     rows = [row for row in (FORMATS.values() if formats is None else formats) if row.suite in held]
     if kind == "quality":
         return [Case("quality", row) for row in rows]
+    if kind == "eval":
+        return []
     return [
         Case(kind, row, mode, workload)
         for row in rows
@@ -71,6 +76,12 @@ def enumerate_cases(kind: Kind, suite: str, parameters: int, formats: Iterable[F
         if not row.modes or mode in row.modes
         for workload in workloads.select(kind, suite, parameters)
     ]
+
+
+def evaluation_cases(suite: str, tasks: Iterable[str]) -> list[Case]:
+    """A case per format of the suite and task of lm-evaluation-harness."""
+    tasks = list(tasks)
+    return [Case("eval", case.format, task=task) for case in enumerate_cases("quality", suite, 0) for task in tasks]
 
 
 def run_order(case: Case) -> tuple[int, int, int]:

@@ -18,6 +18,7 @@ from lowbit.cases import Case
 from lowbit.ceilings import Ceilings, measure_ceilings
 from lowbit.device import MIB, Device
 from lowbit.errors import LoadError, LowbitError
+from lowbit.evaluation import Tasks, harness
 from lowbit.formats import Format, Unmet
 from lowbit.metrics import Measurement
 from lowbit.nvml import Nvml, NvmlUnavailable
@@ -48,6 +49,7 @@ class Lab:
     spent: Spent = field(default_factory=Spent)
     own_pids: Callable[[], set[int]] = set
     profiler: Profiler | None = None
+    tasks: Tasks | None = None
 
     def __post_init__(self) -> None:
         self._host: models.HostModel | None = None
@@ -182,7 +184,8 @@ class Lab:
         self._begin()
         record = case.record(nodeid, self.choice.name, self.choice.load_format)
         before = CardState.read(self.nvml, self.own_pids())
-        take = self._measure_quality if case.kind == "quality" else self._measure_speed
+        kinds = {"quality": self._measure_quality, "eval": self._measure_evaluation}
+        take = kinds.get(case.kind, self._measure_speed)
         measurement = take(case, record, rounds)
         after = CardState.read(self.nvml, self.own_pids())
         disturbance = disturbed(before, after)
@@ -293,3 +296,18 @@ class Lab:
             record.unavailable |= {"ppl": "dummy weights: quality is not applicable"}
         with self.spent.on("quality"):
             return self._scorer.measure(made, host, case, record, rounds, own=own)
+
+    def _measure_evaluation(self, case: Case, record: Record, rounds: Rounds) -> Measurement:
+        assert case.task is not None
+        assert self.tasks is not None
+        made = self.acquire(case.format)
+        record.dtype = made.dtype
+        record.info["coverage"] = made.coverage.to_dict()
+        self.progress(f"{case.name}: evaluating")
+        with self.spent.on("quality"):
+            batch = 8 if self.device.kind == "cuda" else 1
+            outcome = harness.run(made.model, self.host.tokenizer, case.task, self.tasks, batch=batch)
+        record.info["eval"] = outcome.info
+        return Measurement(
+            kind="eval", evaluation=outcome.evaluation, load_s=self.host.load_s, quantize_s=made.quantize_s
+        )

@@ -20,11 +20,13 @@ class Limit:
     """How far a metric may move in its worse direction before it is a regression.
 
     The limit is ``max(absolute, relative * |baseline|, k * pooled spread)``; ``k`` is regression.py's. A metric with
-    neither floor is reported and never gated.
+    neither floor is reported and never gated. ``stderrs`` widens it to so many standard errors of the baseline's value,
+    where a metric beside it (``…_stderr``) tells them.
     """
 
     relative: float = 0.0
     absolute: float = 0.0
+    stderrs: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,16 @@ class Quality:
     top1: float | None = None
     ln_ppl_ratio: float | None = None
     ln_ppl_ratio_stderr: float | None = None
+
+
+@dataclass
+class Evaluation:
+    """One task of lm-evaluation-harness on one format: its ``docs`` documents' figures, standard errors where given."""
+
+    task: str
+    docs: int
+    values: dict[str, float]
+    stderr: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -102,6 +114,7 @@ class Measurement:
     recompiles: int | None = None
     quality: Quality | None = None
     further_quality: list[Quality] = field(default_factory=list)
+    evaluation: Evaluation | None = None
     unavailable: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -368,6 +381,60 @@ def kernel_rel_error(m: Measurement) -> float | None:
 PROTOCOL_METRICS = ("ppl", "kld", "top1", "ln_ppl_ratio")
 
 
+# -- lm-evaluation-harness ---------------------------------------------------------------------------------------------
+
+EVALUATED = ("word_perplexity", "byte_perplexity", "bits_per_byte", "acc", "acc_norm")
+"""What is kept of the harness's figures, by its own names; stored as eval_<name>_<task>_<n>docs."""
+
+OF_ACCURACY = Limit(absolute=0.002, stderrs=1.0)
+
+
+def _evaluated(m: Measurement, name: str) -> float | None:
+    return m.evaluation.values.get(name) if m.evaluation else None
+
+
+@metric("", "lower", Limit(relative=0.001), ("eval",))
+def eval_word_perplexity(m: Measurement) -> float | None:
+    """The harness's perplexity per word of the original text."""
+    return _evaluated(m, "word_perplexity")
+
+
+@metric("", "lower", kinds=("eval",))
+def eval_byte_perplexity(m: Measurement) -> float | None:
+    """The harness's perplexity per byte."""
+    return _evaluated(m, "byte_perplexity")
+
+
+@metric("bit", "lower", kinds=("eval",))
+def eval_bits_per_byte(m: Measurement) -> float | None:
+    """log2 of the perplexity per byte."""
+    return _evaluated(m, "bits_per_byte")
+
+
+@metric("share", "higher", OF_ACCURACY, ("eval",))
+def eval_acc(m: Measurement) -> float | None:
+    """Share of questions where the likeliest answer is the right one."""
+    return _evaluated(m, "acc")
+
+
+@metric("share", "higher", OF_ACCURACY, ("eval",))
+def eval_acc_norm(m: Measurement) -> float | None:
+    """The same, log-likelihoods divided by the answers' lengths."""
+    return _evaluated(m, "acc_norm")
+
+
+@metric("share", "neither", kinds=("eval",))
+def eval_acc_stderr(m: Measurement) -> float | None:
+    """Standard error of eval_acc over the questions, by the harness."""
+    return m.evaluation.stderr.get("acc") if m.evaluation else None
+
+
+@metric("share", "neither", kinds=("eval",))
+def eval_acc_norm_stderr(m: Measurement) -> float | None:
+    """Standard error of eval_acc_norm."""
+    return m.evaluation.stderr.get("acc_norm") if m.evaluation else None
+
+
 def derive(measurement: Measurement) -> dict[str, float]:
     """All metrics that this measurement has, under their stored names."""
     values: dict[str, float] = {}
@@ -376,24 +443,35 @@ def derive(measurement: Measurement) -> dict[str, float]:
             continue
         value = row.compute(measurement)
         if value is not None:
-            values[_stored_name(row.name, measurement.quality)] = float(value)
+            values[_stored_name(row.name, measurement)] = float(value)
     for further in measurement.further_quality:  # behind the first, by which formats are compared
         shown = replace(measurement, quality=further)
         scored = {name: METRICS[name].compute(shown) for name in PROTOCOL_METRICS}
-        values |= {_stored_name(name, further): float(value) for name, value in scored.items() if value is not None}
+        values |= {_stored_name(name, shown): float(value) for name, value in scored.items() if value is not None}
     return values
 
 
-def _stored_name(name: str, quality: Quality | None) -> str:
-    if name not in PROTOCOL_METRICS or quality is None:
+def _stored_name(name: str, m: Measurement) -> str:
+    if m.evaluation is not None and name.startswith("eval_"):
+        return f"{name}_{m.evaluation.task}_{m.evaluation.docs}docs"
+    if name not in PROTOCOL_METRICS or m.quality is None:
         return name
-    suffix = f"_{quality.kld_tokens}tok" if name in ("kld", "top1") else ""
-    return f"{name}_{quality.protocol}{suffix}"
+    suffix = f"_{m.quality.kld_tokens}tok" if name in ("kld", "top1") else ""
+    return f"{name}_{m.quality.protocol}{suffix}"
 
 
 def find(stored_name: str) -> Metric | None:
     """The row behind a stored name, ``ppl_wikitext2_2048`` → ``ppl``; None for a name of another version."""
     if stored_name in METRICS:
         return METRICS[stored_name]
-    family = next((name for name in PROTOCOL_METRICS if stored_name.startswith(name + "_")), None)
-    return METRICS[family] if family else None
+    families = [*PROTOCOL_METRICS, *(name for name in METRICS if name.startswith("eval_"))]
+    found = [name for name in families if stored_name.startswith(name + "_")]
+    return METRICS[max(found, key=len)] if found else None
+
+
+def stderr_of(stored_name: str) -> str | None:
+    """Under which stored name a metric's standard error stands; None for one without."""
+    metric = find(stored_name)
+    if metric is None or metric.limit is None or not metric.limit.stderrs:
+        return None
+    return f"{metric.name}_stderr{stored_name.removeprefix(metric.name)}"

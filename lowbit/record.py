@@ -11,7 +11,7 @@ from lowbit.formats import Unmet
 
 SCHEMA = 1
 Outcome = Literal["measured", "skipped", "failed", "void"]
-Kind = Literal["prefill", "decode", "quality"]
+Kind = Literal["prefill", "decode", "quality", "eval"]
 
 
 @dataclass

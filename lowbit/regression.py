@@ -71,13 +71,16 @@ class Verdict:
         return None if self.limit is None or not self.baseline else self.limit / abs(self.baseline)
 
 
-def limit_for(metric: Metric, baseline: Values, spread: Spread, host_bound: bool) -> float:
-    """How far ``metric`` may move in its worse direction, in its unit. Raises ValueError for an ungated metric."""
+def limit_for(metric: Metric, baseline: Values, spread: Spread, host_bound: bool, stderr: float = 0.0) -> float:
+    """How far ``metric`` may move in its worse direction, in its unit. Raises ValueError for an ungated metric.
+
+    ``stderr`` is the baseline value's own standard error, which counts ``Limit.stderrs`` times.
+    """
     floor = floors(metric, host_bound)
     if floor is None:
         raise ValueError(f"{metric.name} has no limit")
     noise = spread_factor(spread.degrees_of_freedom, len(baseline.runs)) * spread.sigma * scale(floor, baseline.median)
-    return max(floor.absolute, floor.relative * abs(baseline.median), noise)
+    return max(floor.absolute, floor.relative * abs(baseline.median), noise, floor.stderrs * stderr)
 
 
 def find_blunt(rows: Iterable[Row], device_kind: str) -> list[str]:
@@ -131,7 +134,10 @@ def judge(record: Record, row: Row, spreads: Spreads, device_kind: str) -> list[
         if metric is None or floor is None or device_kind not in metric.gated_on:
             verdicts.append(Verdict(name, "ungated", unit, baseline.median, now))
             continue
-        limit = limit_for(metric, baseline, spreads.of(name, row), host_bound(row))
+        stderr = row.metrics.get(metrics.stderr_of(name) or "")
+        limit = limit_for(
+            metric, baseline, spreads.of(name, row), host_bound(row), 0.0 if stderr is None else stderr.median
+        )
         in_units = not floor.relative or limit <= floor.absolute
         verdict = Verdict(name, "missing", unit, baseline.median, now, limit, in_units)
         if now is None:

@@ -68,7 +68,9 @@ def read_plan() -> dict:
 class FakeLab:
     """The lab's face, without a model."""
 
-    def __init__(self, device, choice, source=None, progress=print, spent=None, own_pids=set, profiler=None):
+    def __init__(
+        self, device, choice, source=None, progress=print, spent=None, own_pids=set, profiler=None, tasks=None
+    ):
         self.device, self.choice, self.source, self.progress = device, choice, source, progress
         self.spent = Spent()
         self.faulted = False
@@ -93,6 +95,8 @@ class FakeLab:
         metrics = {"vram_peak_mib": 1000.0, "weights_mib": 500.0, "prefill_tok_s": 1000.0}
         if case.kind == "quality":
             metrics = {"kld_embedded_512_8176tok": 0.01, "ppl_embedded_512": 4.0}
+        elif case.kind == "eval":
+            metrics = {f"eval_acc_{case.task}_4docs": 0.5, f"eval_acc_stderr_{case.task}_4docs": 0.25}
         elif case.kind == "decode":
             speeds = (speed for part, speed in plan.get("tok_s", {}).items() if part in case.name)
             metrics["decode_tok_s"] = next(speeds, DEFAULT_TOK_S)

@@ -31,7 +31,7 @@ STAGES = (
     {"compilers", "generate"},
     {"measure", "quality"},
     {"texts", "streamed", "quantized", "kernel_times"},
-    {"profiling"},
+    {"profiling", "evaluation"},
     {"timing", "scoring", "calibration"},
     {"lab"},
     {"runs"},

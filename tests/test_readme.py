@@ -38,6 +38,8 @@ def word(limit: Limit) -> str:
         words.append(f"{100 * limit.relative:g} %")
     if limit.absolute > 1e-3:
         words.append("one more" if limit.absolute == 0.5 else f"{limit.absolute:g}")
+    if limit.stderrs:
+        words.append(f"{limit.stderrs:g} stderr")
     return " and ".join(words)
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from lowbit.cases import KINDS
 from lowbit.errors import LoadError, LowbitError
-from lowbit.pytest_plugin import children, collection, gate, patching, reporting, summary, updating
+from lowbit.pytest_plugin import children, collection, evaluation, gate, patching, reporting, summary, updating
 from lowbit.pytest_plugin.keys import CASE, RECORD, SESSION, STATS
 from lowbit.pytest_plugin.options import Settings, add_options
 from lowbit.pytest_plugin.xdist import Workers, prepare
@@ -105,6 +105,11 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     return [] if bench is None else summary.header_lines(bench)
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    bench = config.stash.get(SESSION, None)
+    return True if bench is not None and evaluation.ignores(collection_path, bench.settings.tasks) else None
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     bench = metafunc.config.stash.get(SESSION, None)
     if collection.is_bench(metafunc):
@@ -112,7 +117,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             raise pytest.UsageError(
                 "benches are measured by `pytest benches`: no path given lies in a folder `benches`"
             )
-        collection.parametrize(metafunc, bench.settings.suite, bench.choice.parameters)
+        collection.parametrize(metafunc, bench.settings.suite, bench.choice.parameters, bench.tasks)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -122,7 +127,8 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
         return
     from lowbit import measure
 
-    benches = collection.attach_cases(items, bench.settings.suite, bench.choice.parameters, measure.timer(bench.device))
+    timer, settings = measure.timer(bench.device), bench.settings
+    benches = collection.attach_cases(items, settings.suite, bench.choice.parameters, timer, bench.tasks)
     if bench.settings.profile:
         collection.leave_out_quality(config, items)
     collection.sort_items(items)

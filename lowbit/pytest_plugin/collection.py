@@ -28,10 +28,11 @@ def is_bench(metafunc: pytest.Metafunc) -> bool:
     return "measure_case" in metafunc.fixturenames and kind_of(metafunc.function.__name__) is not None
 
 
-def parametrize(metafunc: pytest.Metafunc, suite: str, parameters: int) -> None:
+def parametrize(metafunc: pytest.Metafunc, suite: str, parameters: int, tasks: Sequence[str] = ()) -> None:
     """One parameter set per case: format, mode and workload as strings, so that pytest-benchmark can group by them."""
     kind: Any = kind_of(metafunc.function.__name__)
-    rows = cases.enumerate_cases(kind, suite, parameters)
+    evaluated = cases.evaluation_cases(suite, tasks) if kind == "eval" else []
+    rows = [*evaluated, *cases.enumerate_cases(kind, suite, parameters)]
     names = [name for name in PARAMETERS if name in metafunc.fixturenames]
     values = [[_parameter(case, name) for name in names] for case in rows]
     metafunc.parametrize(names, values, ids=[case.id for case in rows])
@@ -42,15 +43,20 @@ def _parameter(case: Case, name: str) -> str | None:
         return case.format.id
     if name == "mode":
         return case.mode
-    return case.workload.id if case.workload else None
+    return case.workload.id if case.workload else case.task
 
 
 def attach_cases(
-    items: Iterable[pytest.Item], suite: str, parameters: int, timer: Callable[[], float]
+    items: Iterable[pytest.Item],
+    suite: str,
+    parameters: int,
+    timer: Callable[[], float],
+    tasks: Sequence[str] = (),
 ) -> list[pytest.Item]:
     """Give every bench item its Case, its extra keywords and its benchmark options: ``timer`` waits
     for the device. Returns the bench items."""
-    known = {(case.kind, case.id): case for kind in KINDS for case in cases.enumerate_cases(kind, suite, parameters)}
+    of_tables = (case for kind in KINDS for case in cases.enumerate_cases(kind, suite, parameters))
+    known = {(case.kind, case.id): case for case in (*of_tables, *cases.evaluation_cases(suite, tasks))}
     benches: list[pytest.Item] = []
     for item in items:
         if not isinstance(item, pytest.Function) or "measure_case" not in item.fixturenames:
@@ -74,12 +80,14 @@ def selectors(case: Case) -> set[str]:
         words |= {case.mode, "eager" if case.mode == "eager" else "compiled"}
     if case.workload is not None:
         words |= {case.workload.id, f"batch{case.workload.batch}"}
+    if case.task is not None:
+        words.add(case.task)
     return words
 
 
 def leave_out_quality(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect the cases that have no timed kernels, in place: --profile has nothing to say of them."""
-    quality = [item for item in items if CASE in item.stash and item.stash[CASE].kind == "quality"]
+    quality = [item for item in items if CASE in item.stash and item.stash[CASE].workload is None]
     if quality:
         config.hook.pytest_deselected(items=quality)
         items[:] = [item for item in items if item not in quality]
@@ -97,9 +105,11 @@ def expected_minutes(nodeids: Iterable[str], measured_s: Mapping[str, float], de
 
 TYPICAL_S = {
     ("cpu", "quality"): 5.0,
+    ("cpu", "eval"): 300.0,
     ("cpu", "eager"): 3.0,
     ("cpu", "compiled"): 20.0,
     ("cuda", "quality"): 3.0,
+    ("cuda", "eval"): 120.0,
     ("cuda", "eager"): 10.0,
     ("cuda", "compiled"): 35.0,
 }
@@ -108,8 +118,8 @@ TYPICAL_S = {
 
 def _weight(nodeid: str) -> str:
     function, _, parameters = nodeid.rpartition("::")[2].partition("[")
-    if kind_of(function) == "quality":
-        return "quality"
+    if kind_of(function) in ("quality", "eval"):
+        return str(kind_of(function))
     return "eager" if "-eager-" in parameters else "compiled"
 
 
@@ -148,7 +158,8 @@ def vanished_items(session: pytest.Session, bench: BenchSession, benches: Sequen
     missing = [
         case
         for case in baselines.vanished(bench.baseline, collected)
-        if _asked_for(session.config, case, {nodeid.split("::")[0] for nodeid in collected})
+        if not is_evaluation(case)  # in a baseline or not, it runs where --eval asks for it
+        and _asked_for(session.config, case, {nodeid.split("::")[0] for nodeid in collected})
         and (belongs_to_no_suite(case, parameters) or (whole and in_suites(case, [bench.settings.suite], parameters)))
     ]
     return [
@@ -184,7 +195,13 @@ def in_suites(nodeid: str, suites: Iterable[str], parameters: int) -> bool:
     if kind is None:
         return False
     name = nodeid.partition("[")[2].removesuffix("]")
+    if kind == "eval":  # of any task: which ones there are, the harness knows
+        return any(name.startswith(f"{case.format.id}-") for s in suites for case in cases.evaluation_cases(s, ["any"]))
     return any(name in {case.id for case in cases.enumerate_cases(kind, suite, parameters)} for suite in suites)
+
+
+def is_evaluation(nodeid: str) -> bool:
+    return kind_of(nodeid.split("::")[-1].split("[")[0]) == "eval"
 
 
 def belongs_to_no_suite(nodeid: str, parameters: int) -> bool:

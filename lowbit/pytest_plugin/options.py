@@ -11,7 +11,9 @@ import pytest
 
 from lowbit.cases import SUITE_MODES
 from lowbit.errors import LowbitError
+from lowbit.evaluation import Tasks
 from lowbit.formats import FORMATS, recipes, register
+from lowbit.pytest_plugin import evaluation
 
 DEFAULT_BASELINE_RUNS = 5
 DEFAULT_MAX_KLD = 0.05
@@ -39,7 +41,7 @@ def add_options(parser: pytest.Parser) -> None:
         default="quick",
         metavar="|".join(SUITE_MODES),
         help="quick: every format × (eager, reduce-overhead) × (prefill, decode batch 1 at context 0); nightly: all "
-        "modes and workloads; full: also the optional evaluations, of which there are none yet",
+        "modes and workloads; full: also the reference formats",
     )
     group.addoption("--text", type=Path, metavar="FILE", help="score perplexity and KL on this text file")
     group.addoption(
@@ -119,6 +121,7 @@ def add_options(parser: pytest.Parser) -> None:
         help="profile each case: trace, memory snapshot (GPU), Inductor's output in .lowbit/profiles/, and a table "
         "of its longest kernels; the run is not kept, compared or accepted",
     )
+    evaluation.add_options(group)
     group.addoption("--lowbit-profile", metavar="DIR", help="internal: the folder of the run's profiles")
     group.addoption("--lowbit-child", type=Path, metavar="FILE", help="internal: measure one case for a parent process")
 
@@ -148,6 +151,7 @@ class Settings:
     device_index: int
     child: Path | None
     profile: Path | None
+    tasks: Tasks | None
     runs_dir: Path
 
     @classmethod
@@ -192,6 +196,7 @@ class Settings:
             device_index=option.lowbit_device or 0,
             child=option.lowbit_child,
             profile=profile_folder(config),
+            tasks=evaluation.read_options(config),
             runs_dir=config.rootpath / ".lowbit" / "runs",
         )
 

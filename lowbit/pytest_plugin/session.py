@@ -18,7 +18,7 @@ from lowbit.device import Device, detect, environment, launch_blocking, source_c
 from lowbit.errors import LowbitError
 from lowbit.lab import Lab
 from lowbit.profiling import Profiler
-from lowbit.pytest_plugin import children, gate
+from lowbit.pytest_plugin import children, evaluation, gate
 from lowbit.pytest_plugin.collection import VANISHED
 from lowbit.pytest_plugin.foreign import ForeignBenchmark
 from lowbit.pytest_plugin.keys import CASE
@@ -41,6 +41,8 @@ class BenchSession:
         self.source = texts.choose_source(
             self.choice.name, self.choice.load_format, self.choice.config.max_position_embeddings, settings.text
         )
+        if settings.tasks is not None and self.choice.load_format == "dummy":
+            raise LowbitError("--eval needs real weights: with --load-format dummy quality is not applicable")
         self.environment, self.commit = environment(self.device), source_commit()
         self.records: dict[str, Record] = {}
         self.stats: dict[str, dict[str, Any] | None] = {}
@@ -62,7 +64,20 @@ class BenchSession:
         self.baseline: Baseline | None = gate.find_baseline(self)
         self.spreads = pool_spread(self.baseline.rows.values()) if self.baseline else Spreads()
         profiler = Profiler(self.device, settings.profile) if settings.profile else None
-        self.lab = Lab(self.device, self.choice, self.source, progress, own_pids=children.own_pids, profiler=profiler)
+        self.lab = Lab(
+            self.device,
+            self.choice,
+            self.source,
+            progress,
+            own_pids=children.own_pids,
+            profiler=profiler,
+            tasks=settings.tasks,
+        )
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Those of lm-evaluation-harness that --eval asks for."""
+        return self.settings.tasks.names if self.settings.tasks else ()
 
     @property
     def in_worker(self) -> bool:
@@ -95,6 +110,7 @@ class BenchSession:
             words.append(f"--text {shlex.quote(str(settings.text))}")
         if self.config.option.recipe is not None:
             words.append(f"--recipe {shlex.quote(str(self.config.option.recipe))}")
+        words += evaluation.arguments(settings.tasks)
         if settings.device_index:
             words.append(f"--lowbit-device {settings.device_index}")
         return words
@@ -225,7 +241,7 @@ class BenchSession:
             if self.poisoned is not None or self.settings.isolate:
                 return self._measure_elsewhere(item, benchmark)
             record = self.lab.measure(case, item.nodeid, benchmark.pedantic)
-            if self.blocking and record.kind != "quality":
+            if self.blocking and case.workload is not None:
                 record.outcome, record.error = "void", gate.BLOCKING
             elif record.outcome == "void" and self.settings.child is None:
                 self.progress(f"{case.name}: disturbed ({record.error}); once more in a fresh process")

@@ -12,7 +12,7 @@ import pytest
 from lowbit import runs
 from lowbit.pytest_plugin import collection, gate, updating
 from lowbit.record import Record
-from lowbit.report import kernels, recommendation, terminal
+from lowbit.report import evaluation, kernels, recommendation, terminal
 from lowbit.report.progress import Progress
 from lowbit.spent import host_peak_mib
 
@@ -105,6 +105,7 @@ def _results(bench: BenchSession, color: bool) -> list[str]:
             records, max_kld=bench.settings.max_kld, max_vram_mib=vram, arguments=arguments
         ),
         kernels.tables(records, color=color),
+        evaluation.table(records),
         _notes(records),
         _footer(bench, records),
     ]

@@ -70,7 +70,7 @@ def join(records: Iterable[Record]) -> list[Row]:
     for record in records:
         if record.kind == "quality":
             qualities[record.format] = record
-        elif record.workload is not None:
+        elif record.workload is not None and record.kind != "eval":
             row = rows.setdefault((record.format, record.mode), Row(record.format, record.mode))
             row.speed[record.kind, record.workload] = record
     with_speed = {row.format for row in rows.values()}
