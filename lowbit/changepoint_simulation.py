@@ -20,7 +20,7 @@ Floats = NDArray[np.float64]
 Noise = Callable[[np.random.Generator, int], Floats]
 
 NIGHTS = 200
-TOLERANCE = 5  # nights that a found change may lie from the true one and still be it
+TOLERANCE = 5  # nights that the named first night may lie from the true one
 
 
 def gaussian(rng: np.random.Generator, n: int) -> Floats:
@@ -70,10 +70,8 @@ def with_outlier(values: Floats, index: int, size: float = -0.10) -> Floats:
 
 
 def finds(changes: list[Change], index: int, tolerance: int = TOLERANCE) -> bool:
-    """True when a change for the worse is named whose first night, or its 95 % range, is ``index`` give or take."""
-    return any(
-        change.size < 0 and change.earliest - tolerance <= index <= change.latest + tolerance for change in changes
-    )
+    """True when a change for the worse is named whose first night is ``index``, give or take ``tolerance``."""
+    return any(change.size < 0 and abs(change.index - index) <= tolerance for change in changes)
 
 
 def share(tries: int, seed: int, found: Callable[[np.random.Generator], bool]) -> float:
@@ -101,19 +99,11 @@ def false_histories(tries: int, sigma: float, noise: Noise = gaussian, seed: int
 def detection(tries: int, sigma: float, missing: float = 0.0) -> list[tuple[str, float]]:
     """(what happened, share of the tries in which it was named) for each situation at this noise."""
 
-    def stepped(nights: int) -> float:
-        return share(
-            tries,
-            nights,
-            lambda rng: finds(find_changes(with_step(history(rng, sigma, missing=missing), nights)), NIGHTS - nights),
-        )
+    def noticed(make: Callable[[Floats, int], Floats], nights: int) -> float:
+        def found(rng: np.random.Generator) -> bool:
+            return finds(find_changes(make(history(rng, sigma, missing=missing), nights)), NIGHTS - nights)
 
-    def drifted(nights: int) -> float:
-        return share(
-            tries,
-            nights,
-            lambda rng: finds(find_changes(with_drift(history(rng, sigma, missing=missing), nights)), NIGHTS - nights),
-        )
+        return share(tries, nights, found)
 
     def fooled(index: int) -> float:
         return share(
@@ -121,8 +111,8 @@ def detection(tries: int, sigma: float, missing: float = 0.0) -> list[tuple[str,
         )
 
     return [
-        *((f"step of -2 %, after {n} nights", stepped(n)) for n in (3, 5, 10)),
-        *((f"drift of -0.2 % a night, after {n} nights", drifted(n)) for n in (5, 10, 15, 20)),
+        *((f"step of -2 %, after {n} nights", noticed(with_step, n)) for n in (3, 5, 10)),
+        *((f"drift of -0.2 % a night, after {n} nights", noticed(with_drift, n)) for n in (5, 10, 15, 20)),
         ("outlier of -10 %, middle night: named", fooled(NIGHTS // 2)),
         ("outlier of -10 %, last night: named", fooled(NIGHTS - 1)),
     ]

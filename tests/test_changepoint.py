@@ -18,15 +18,24 @@ def steady(sigma=0.004, nights=200, seed=0):
 
 
 @pytest.mark.parametrize(
-    ("nights", "share"), [(5, 0.99), (10, 0.95)], ids=["the step within 5 nights", "the drift within 10"]
+    ("make", "nights", "share"),
+    [(simulation.with_step, 5, 0.99), (simulation.with_drift, 10, 0.95)],
+    ids=["the step within 5 nights", "the drift within 10"],
 )
-def test_noise_of_0_4_percent_hides_neither(nights, share):
-    make = simulation.with_step if nights == 5 else simulation.with_drift
-
+def test_noise_of_0_4_percent_hides_neither(make, nights, share):
     def found(rng):
-        return bool(find_changes(make(simulation.history(rng, 0.004), nights)))
+        return simulation.finds(find_changes(make(simulation.history(rng, 0.004), nights)), 200 - nights)
 
     assert simulation.share(TRIES, 11, found) >= share
+
+
+def test_a_change_of_the_other_sign_or_another_night_is_not_the_one_that_happened():
+    better = find_changes(simulation.with_step(steady(), 20, size=0.02))
+    assert [change.index for change in better] == [180]
+    assert not simulation.finds(better, 180)
+    worse = find_changes(simulation.with_step(steady(), 20))
+    assert simulation.finds(worse, 180)
+    assert not simulation.finds(worse, 174)
 
 
 @pytest.mark.parametrize("index", [100, 199], ids=["middle", "last night"])
@@ -77,6 +86,27 @@ def test_there_and_back_are_two_changes():
     assert (down.index, down.end, up.index) == (80, 92, 92)
     assert down.size_relative == pytest.approx(-0.05, abs=0.003)
     assert up.size == pytest.approx(-down.size, abs=0.4)
+
+
+def test_the_end_of_a_drift_is_no_change_of_its_own_unless_it_jumps():
+    values = simulation.with_drift(steady(), 120)
+    values[120:] = steady(seed=7)[120:] * 0.92
+    (drift,) = find_changes(values)
+    assert (drift.kind, abs(drift.index - 80) <= 3, abs(drift.end - 120) <= 8) == ("drift", True, True)
+    values[120:] /= 0.92
+    assert [change.kind for change in find_changes(values)] == ["drift", "step"]
+
+
+def test_a_small_step_in_the_middle_of_many_nights_is_no_drift_from_the_first():
+    values = steady()
+    values[100:] *= 1.006
+    (change,) = find_changes(values)
+    assert (change.kind, abs(change.index - 100) <= 10) == ("step", True)
+
+
+def test_a_slow_drift_is_no_staircase():
+    (change,) = find_changes(simulation.with_drift(steady(), 100, slope=-0.0002))
+    assert (change.kind, abs(change.index - 100) <= 20) == ("drift", True)
 
 
 def test_missing_nights_are_counted_but_not_judged():
@@ -155,4 +185,4 @@ def test_where_the_level_before_is_0_the_relative_size_is_unknown():
 
 
 def test_500_series_take_seconds():
-    assert simulation.seconds(50) < 1.0  # 0.1 on an idle core; docs/trend.md has the figure for 500
+    assert simulation.seconds(50) < 0.5  # 0.06 on an idle core; docs/trend.md has the figure for 500
