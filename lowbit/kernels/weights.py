@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -227,10 +228,16 @@ CHUNK = 1 << 22
 """Weights that are worked on at once, so that a head of 525 million needs no gigabytes beside it."""
 
 
-def row_chunks(n: int, k: int) -> list[tuple[int, int]]:
-    """Row ranges of about CHUNK weights."""
-    step = max(1, CHUNK // k)
+def row_chunks(n: int, k: int, size: int | None = None) -> list[tuple[int, int]]:
+    """Row ranges of about ``size`` weights; None: CHUNK."""
+    step = max(1, (size or CHUNK) // k)
     return [(start, min(start + step, n)) for start in range(0, n, step)]
+
+
+@lru_cache(maxsize=8)
+def e2m1_table(device: torch.device) -> Tensor:
+    """The value of each e2m1 code, [16] fp32. Kept: a copy from the host can't be part of a CUDA graph."""
+    return torch.tensor((*E2M1, *(-value for value in E2M1)), device=device)
 
 
 def code_values(codes: Tensor, row: WeightFormat) -> Tensor:
@@ -241,8 +248,7 @@ def code_values(codes: Tensor, row: WeightFormat) -> Tensor:
         return codes.contiguous().view(torch.float8_e4m3fn).float()
     values = unpack(codes, row.bits)
     if row.kind == "e2m1":
-        table = torch.tensor((*E2M1, *(-value for value in E2M1)), device=codes.device)
-        return table[values.int()]
+        return e2m1_table(codes.device)[values.int()]
     return values.float() * row.step + row.offset
 
 

@@ -2,7 +2,7 @@
 
 options.py: the command line; collection.py: cases as tests; session.py: one run's state; gate.py: its verdicts;
 updating.py: ``--update-baselines``; patching.py: ``--baseline-patch``; summary.py: what is printed; reporting.py: files
-about the run; xdist.py: one GPU per worker; children.py: fresh processes.
+about the run; products.py: single kernels; xdist.py: one GPU per worker; children.py: fresh processes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,17 @@ import pytest
 
 from lowbit.cases import KINDS
 from lowbit.errors import LoadError, LowbitError
-from lowbit.pytest_plugin import children, collection, evaluation, gate, patching, reporting, summary, updating
+from lowbit.pytest_plugin import (
+    children,
+    collection,
+    evaluation,
+    gate,
+    patching,
+    products,
+    reporting,
+    summary,
+    updating,
+)
 from lowbit.pytest_plugin.keys import CASE, RECORD, SESSION, STATS
 from lowbit.pytest_plugin.options import Settings, add_options
 from lowbit.pytest_plugin.xdist import Workers, prepare
@@ -29,6 +39,7 @@ if TYPE_CHECKING:
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
     add_options(parser)
+    pluginmanager.register(products, "lowbit-products")
     pluginmanager.register(Workers(benches_requested), Workers.NAME)  # early: ``-n auto`` is resolved soon after
 
 

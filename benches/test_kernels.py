@@ -1,0 +1,12 @@
+"""Single products of a linear at batch 1, 2, 4 and 8: µs, GB/s and the share of the read bandwidth. Not in any suite:
+
+pytest benches/test_kernels.py -k "lowbit and down_proj"
+"""
+
+import pytest
+
+pytestmark = pytest.mark.kernels
+
+
+def test_kernels(contender, product, measure_product):
+    measure_product()
