@@ -12,12 +12,23 @@ from lowbit.record import Kind, Record
 from lowbit.workloads import Workload
 
 SUITE_MODES: dict[str, tuple[str, ...]] = {
-    "quick": ("eager", "reduce-overhead"),
-    "nightly": ("eager", "default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune", "regional"),
-    "full": ("eager", "default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune", "regional"),
+    "quick": ("eager", "reduce-overhead", "native"),
+    "nightly": (
+        "eager",
+        "default",
+        "reduce-overhead",
+        "max-autotune-no-cudagraphs",
+        "max-autotune",
+        "regional",
+        "native",
+    ),
+    "full": ("eager", "default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune", "regional", "native"),
 }
 """Compile modes by suite, the smallest first: a suite has the formats of those before it. lowbit/compilers.py says what
 each mode is."""
+
+ON_REQUEST = ("native",)
+"""Modes of rows that name them only: no other library's modules run in lowbit's own kernels."""
 
 KINDS: tuple[Kind, ...] = ("quality", "eval", "prefill", "decode")
 """``eval`` has cases only where --eval names tasks: see ``evaluation_cases``."""
@@ -73,7 +84,7 @@ def enumerate_cases(kind: Kind, suite: str, parameters: int, formats: Iterable[F
         Case(kind, row, mode, workload)
         for row in rows
         for mode in SUITE_MODES[suite]
-        if not row.modes or mode in row.modes
+        if (mode in row.modes if row.modes else mode not in ON_REQUEST)
         for workload in workloads.select(kind, suite, parameters)
     ]
 

@@ -52,6 +52,7 @@ MODES: dict[str, Mode] = {
         Mode("reduce-overhead", "reduce-overhead", cuda_graph=True, note="whole step, CUDA graphs"),
         Mode("max-autotune-no-cudagraphs", "max-autotune-no-cudagraphs", note="whole step, kernels searched"),
         Mode("max-autotune", "max-autotune", cuda_graph=True, note="whole step, kernels searched, CUDA graphs"),
+        Mode("native", None, cuda_graph=True, note="lowbit's own kernels, one CUDA graph per token"),
         Mode("regional", "default", cuda_graph=True, regional=True, note="one layer compiled for all, one CUDA graph"),
     )
 }
@@ -68,6 +69,8 @@ def find(mode: str) -> Mode:
 def unmet(mode: str, device: Device, fmt: Format, rows: int | None = None) -> Unmet | None:
     """Why this mode can't run on this device with this format, at ``rows`` tokens per forward pass, or None."""
     row = find(mode)
+    if row.name == "native" and device.kind != "cuda":
+        return Unmet("capability", f"needs cuda (lowbit's own kernels), this is {device.kind}")
     if row.inductor is None:
         return None
     if device.kind == "cuda":
@@ -279,6 +282,10 @@ def compile_call(
     Raises LowbitError for an unknown mode.
     """
     row = find(mode)
+    if row.name == "native":
+        from lowbit.regional import GraphedCall
+
+        return cast(Fn, GraphedCall(fn))
     if row.inductor is None:
         return fn
     import_compiler(mode)

@@ -49,8 +49,12 @@ class Stopwatch:
         decoder = self._decoder(case, quantized, ids)
         m.kv_bytes_per_token = kvcache.bytes_per_token(decoder.cache)
         with self.spent.on(_warming(case)):
-            decoder.compile(self._compiler(case, quantized))
-            m.compile_s = self._warm_up(lambda: decoder.generate(ids, WARM_STEPS), case)
+            native_s = 0.0
+            if case.mode == "native":
+                native_s = self._time_once(lambda: decoder.run_natively(ids, case.name, self.progress))
+            else:
+                decoder.compile(self._compiler(case, quantized))
+            m.compile_s = native_s + self._warm_up(lambda: decoder.generate(ids, WARM_STEPS), case)
             decoder.prefill(ids)
             probed = min(m.new_tokens, PROBE_STEPS)
             step_s = self._time_once(lambda: decoder.decode(probed)) / probed

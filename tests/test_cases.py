@@ -17,9 +17,10 @@ def test_quick_is_its_formats_eager_and_reduce_overhead_at_one_prefill_and_one_d
     for kind, workload in (("prefill", "p512"), ("decode", "b1_c0")):
         found = cases.enumerate_cases(kind, "quick", LARGE)
         assert {case.format.id for case in found} == {row.id for row in rows}
-        assert {case.mode for case in found} == {"eager", "reduce-overhead"}
+        assert {case.mode for case in found} == {"eager", "reduce-overhead", "native"}
         assert {case.workload.id for case in found} == {workload}
-        assert len(found) == sum(len({"eager", "reduce-overhead"} & set(row.modes)) or 2 for row in rows)
+        assert len(found) == sum(len({"eager", "reduce-overhead", "native"} & set(row.modes)) or 2 for row in rows)
+        assert {case.format.backend for case in found if case.mode == "native"} == {"lowbit"}
 
 
 def test_nightly_has_all_modes_and_workloads():

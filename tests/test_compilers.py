@@ -26,13 +26,14 @@ def double(x):
 # -- modes -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_modes_of_issue_2_are_there():
+def test_the_modes_are_there():
     assert list(compilers.MODES) == [
         "eager",
         "default",
         "reduce-overhead",
         "max-autotune-no-cudagraphs",
         "max-autotune",
+        "native",
         "regional",
     ]
     inductor = {mode.inductor for mode in compilers.MODES.values()} - {None}
@@ -190,7 +191,7 @@ def test_eager_is_the_function_itself():
     assert compilers.compile_call(double, "eager", CPU, {"coordinate_descent_tuning": True}) is double
 
 
-@pytest.mark.parametrize("mode", [mode for mode in compilers.MODES if mode not in ("eager", "regional")])
+@pytest.mark.parametrize("mode", [mode for mode in compilers.MODES if mode not in ("eager", "native", "regional")])
 def test_flags_of_mode_and_format_reach_the_compile_alone(monkeypatch, mode):
     compile_fx = quiet_import("torch._inductor.compile_fx")
     seen = []
@@ -208,6 +209,14 @@ def test_flags_of_mode_and_format_reach_the_compile_alone(monkeypatch, mode):
         assert torch._inductor.config.get_config_copy() == before
     want = {**torch._inductor.list_mode_options(mode), "force_fuse_int_mm_with_mul": True}
     assert [{name: patches[name] for name in want} for patches in seen] == [want]
+
+
+def test_the_native_mode_is_for_gpus_and_captures_the_prefill(monkeypatch):
+    monkeypatch.setattr("lowbit.regional.GraphedCall", lambda fn: ("captured", fn))
+    h200, row = gpu(9, 0), FORMATS["a16w4_g128-lowbit"]
+    assert compilers.unmet("native", h200, row) is None
+    assert str(compilers.unmet("native", CPU, row)) == "capability: needs cuda (lowbit's own kernels), this is cpu"
+    assert compilers.compile_call(double, "native", h200, {}) == ("captured", double)
 
 
 def test_an_unknown_flag_is_refused():

@@ -327,6 +327,11 @@ def test_a_context_beyond_the_models_is_unmet(bench):
     assert (unmet.kind, unmet.reason) == ("shape", "b1_c300 needs 308 positions, the model has 256")
 
 
+def test_the_native_mode_says_what_it_needs(bench):
+    unmet = bench.unmet(decode("a16w8-lowbit", "native"))
+    assert str(unmet) == "capability: needs cuda (lowbit's own kernels), this is cpu"
+
+
 def test_what_does_not_fit_is_unmet_with_the_figures(folder, source):
     small = dataclasses.replace(CPU, total_mib=6.0)
     bench = make_lab(folder, source, small)

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from lowbit.backends import shapes, targets
 from lowbit.errors import LowbitError
 from lowbit.formats import Format, Unmet
-from lowbit.kernels import dispatch, weights
+from lowbit.kernels import dispatch, geometry, nvrtc, stream, stream_modules, weights
 from lowbit.kernels.modules import NativeEmbedding, NativeLinear, PackedModule, packed_modules
+from lowbit.kernels.stream_modules import StreamLinear
 
 if TYPE_CHECKING:
     from lowbit.device import Device
@@ -46,6 +47,7 @@ def quantize(module: nn.Module, fmt: Format, dtype: torch.dtype, choose: Choose 
     get the row's scheme. Raises LowbitError on a shape that a format can't store.
     """
     names = {id(child): path for path, child in module.named_modules()}
+    device = next(module.parameters()).device
     for target in targets(module, fmt):
         path = names[id(target.linear)]
         name = choose(path) if choose else fmt.scheme
@@ -53,6 +55,21 @@ def quantize(module: nn.Module, fmt: Format, dtype: torch.dtype, choose: Choose 
             raise LowbitError(f"{fmt.id} expects {path} in {dtype}, got {target.linear.weight.dtype}")
         if name is not None:
             target.replace(NativeLinear.from_linear(target.linear, name))
+    if choose is None and streams(device):
+        stream_modules.attach(module, _streamable)
+
+
+def streams(device: torch.device) -> bool:
+    """Whether weights on this device go into the order of the decode kernels, which then are their only copy."""
+    if device.type != "cuda" or nvrtc.available() is not None:
+        return False
+    return torch.cuda.get_device_capability(device) == geometry.NEEDED_SM
+
+
+def _streamable(module: nn.Module) -> weights.Packed | None:
+    if not isinstance(module, NativeLinear) or module.bias is not None or module.n % 8:
+        return None
+    return module.packed if stream.streamable(module.format, module.k) else None
 
 
 def quantize_embedding(model: Any, name: str) -> None:
@@ -69,19 +86,23 @@ def quantize_embedding(model: Any, name: str) -> None:
 
 def is_quantized(module: nn.Module) -> bool:
     """True for our linear and its packed weight."""
-    return isinstance(module, NativeLinear) and module.codes.numel() > 0
+    return isinstance(module, StreamLinear) or (isinstance(module, NativeLinear) and module.codes.numel() > 0)
 
 
 def dequantize(module: nn.Module) -> Tensor:
     """The weights [n, k] fp32 that a quantized linear stands for, by the definition and not by its kernel."""
-    if not isinstance(module, PackedModule):
+    if not isinstance(module, PackedModule | StreamLinear):
         raise LowbitError(f"expected one of lowbit's packed modules, got a {type(module).__name__}")
     return weights.dequantize(module.packed)
 
 
 def kernels(model: nn.Module, dtype: torch.dtype, rows: int = 1) -> str:
     """Which kernels multiply ``rows`` vectors with the model's packed linears: ``PyTorch reference (29)``."""
-    found = Counter(
+    found: Counter[str] = Counter()
+    for module in model.modules():
+        if isinstance(module, StreamLinear):
+            found["NVRTC unpack, cuBLAS"] += 1
+    found += Counter(
         dispatch.chosen("linear", dispatch.problem(module.packed, rows, dtype))
         for module in packed_modules(model).values()
         if isinstance(module, NativeLinear)

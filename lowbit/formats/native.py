@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lowbit.formats.row import LINEARS, Format, Suite, row
+from lowbit.formats.row import FP16_FIRST, LINEARS, Format, Suite, row
 
 
 def _native(name: str, scheme: str, bits: float, *keywords: str, group: int | None = None, **fields: Any) -> Format:
@@ -20,13 +20,14 @@ def _native(name: str, scheme: str, bits: float, *keywords: str, group: int | No
         group_size=group,
         targets=targets,
         suite=suite,
-        modes=EAGER,
-        **fields,
+        modes=MODES,
+        **(FP16_FIRST | fields),
     )
 
 
-EAGER = ("eager",)
-"""The operations are custom ops: what a compiler could fuse around them is left to the decode runner's own graph."""
+MODES = ("eager", "native")
+"""The operations are custom ops: what a compiler could fuse around them is left to ``native``, our kernels' own graph.
+The decode kernels keep activations in fp16, beside bf16 weights in bf16."""
 
 ROWS: tuple[Format, ...] = (
     _native("bf16", "bf16", 16, dtypes=("bf16",)),

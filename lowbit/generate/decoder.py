@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lowbit import kvcache
 from lowbit.errors import LowbitError
+from lowbit.kernels.runner import NativeStep
 from lowbit.quiet import quiet_import
 
 StaticCache: Any = quiet_import("transformers").StaticCache  # its import alone warns and prints
@@ -26,6 +27,10 @@ PrefillStep = Callable[[Tensor], Tensor]
 """ids [B, S] -> next token [B, 1]."""
 Pick = Callable[[Tensor], Tensor]
 """logits [B, 1, V] -> next token [B, 1]."""
+
+NATIVE_BOUNDS = {torch.float16: 2.0**-5, torch.bfloat16: 2.0**-3}
+"""||difference|| / ||logits|| between the native step and the eager one, whose residual stream is in 16 bits: 7e-3 and
+5e-2 were seen on 8B's shape with dummy weights."""
 
 CACHE_MULTIPLE = 16
 """Cache lengths are rounded up to this: fused attention pads a mask whose rows are not 16-byte aligned, every layer."""
@@ -156,6 +161,7 @@ class Decoder:
         def prefill_step(ids: Tensor) -> Tensor:
             return prefill(model, cache, ids, pick)
 
+        self._native: NativeStep | None = None
         self._step: Step = step
         self._prefill_step: PrefillStep = prefill_step
 
@@ -167,6 +173,30 @@ class Decoder:
     def compile(self, compiler: Callable[[Step], Step]) -> None:
         """Decode with ``compiler(step)`` from now on; the prefill stays as it is."""
         self._step = compiler(self._step)
+
+    @torch.no_grad()
+    def run_natively(self, ids: Tensor, source: str, progress: Callable[[str], None] | None = None) -> None:
+        """Decode with lowbit's own kernels from now on, one CUDA graph per token; the prefill stays as it is.
+
+        The model holds streamed weights (lowbit.backends.native on SM90). A step after the prompt ``ids`` [1, S] is
+        held against the eager one first: LowbitError naming ``source`` if their logits differ by more than the dtype
+        explains.
+        """
+        self.prefill(ids)
+        native = NativeStep(self.model, self.cache, self.token, self.position, progress)
+        expected = decode_logits(self.model, self.token, self.position, self.cache).flatten().double()
+        self.prefill(ids)
+        native.launch()
+        error = float((native.logits.double() - expected).norm() / expected.norm())
+        bound = NATIVE_BOUNDS[native.shape.dtype]
+        if not error <= bound:
+            raise LowbitError(
+                f"{source}: the native step's logits should be those of the eager step within {bound:g}, they differ "
+                f"by {error:.2e} (||difference|| / ||logits||): its kernels are wrong on this device; use mode eager "
+                "and report it"
+            )
+        native.capture()
+        self._native = native
 
     def compile_prefill(self, compiler: Callable[[PrefillStep], PrefillStep]) -> None:
         """Prefill with ``compiler(prefill_step)`` from now on; decode stays as it is."""
@@ -185,8 +215,15 @@ class Decoder:
 
     def decode(self, new_tokens: int, on_step: Callable[[], object] | None = None) -> Tensor:
         """``new_tokens`` dependent steps from where the cache stands -> [B, new_tokens]; see the function."""
+        begin = self._used
         self._reserve(new_tokens)
-        return decode(self._step, self.token, self.position, new_tokens, on_step)
+        if self._native is None:
+            return decode(self._step, self.token, self.position, new_tokens, on_step)
+        for _ in range(new_tokens):
+            self._native()
+            if on_step is not None:
+                on_step()
+        return self._native.history[begin + 1 : begin + 1 + new_tokens].unsqueeze(0).clone()
 
     def generate(self, ids: Tensor, new_tokens: int) -> Tensor:
         """A whole round: ids [B, S] -> the first token and the ``new_tokens`` after it, [B, 1 + new_tokens]."""
@@ -213,6 +250,8 @@ class Decoder:
     def check_length(self, source: str) -> None:
         """LowbitError unless the cache's own count of its tokens is ours: a graph that replays nothing is very fast."""
         lengths = {int(layer.cumulative_length) for layer in self.cache.layers}
+        if self._native is not None:  # its kernels count positions on the device, and nothing else
+            lengths = {int(self.position)}
         if lengths != {self._used}:
             raise LowbitError(
                 f"{source}: the KV cache should hold {self._used} tokens after its steps, its layers count "

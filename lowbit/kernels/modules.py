@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lowbit.errors import LowbitError
 from lowbit.kernels import ops
 from lowbit.kernels.quantizer import quantize
+from lowbit.kernels.stream_modules import StreamLinear
 from lowbit.kernels.weights import Packed
 
 M = TypeVar("M", bound="PackedModule")
@@ -102,4 +103,4 @@ class NativeEmbedding(PackedModule):
 def packed_modules(model: nn.Module) -> dict[str, Any]:
     """Every packed linear and embedding of a model, by its path; one that hangs in two places has both paths."""
     named = model.named_modules(remove_duplicate=False)
-    return {path: module for path, module in named if isinstance(module, PackedModule)}
+    return {path: module for path, module in named if isinstance(module, PackedModule | StreamLinear)}

@@ -1,0 +1,53 @@
+// ---------------------------------------------------------------------------------------------- back to a matrix
+// Rows of a stream as a 16-bit matrix, for products with many tokens: dequantize, then a library's GEMM. One thread takes
+// the 16 bytes that a lane takes above: some 8 columns (bf16: 4) of rows g and g + 8 of a tile. `half`: the stream holds
+// two matrices, 8 rows of each in a tile; 0: it does not, 1: write the first, 2: the second.
+struct Unpack { const uint8_t* weights; const float* row_scale; uint16_t* out; int row0, rows, k, half, bf16_out; };
+constexpr int BLOCKS32 = FORMAT == INT4 ? 2 : (FORMAT == INT2 || FORMAT == TERNARY) ? 4 : 1;  // of 32 columns, per thread
+
+__device__ __forceinline__ uint32_t pair16(float a, float b, int bf16_out) {
+  if (bf16_out) return (uint32_t)__bfloat16_as_ushort(__float2bfloat16(a)) | ((uint32_t)__bfloat16_as_ushort(__float2bfloat16(b)) << 16);
+  return (uint32_t)__half_as_ushort(__float2half_rn(a)) | ((uint32_t)__half_as_ushort(__float2half_rn(b)) << 16);
+}
+template <int KU> __global__ void __launch_bounds__(256) unpack_kernel(const __grid_constant__ Unpack u) {
+  constexpr int PER_STAGE = code_bytes(KU) / 16, STAGE_BYTES = stage_bytes(KU);  // threads and bytes of a stage
+  const int chunks = u.k / KU, first = u.half ? 0 : u.row0 / 16;
+  const uint32_t i = blockIdx.x * 256 + threadIdx.x, stage_index = i / PER_STAGE, in_stage = i % PER_STAGE;
+  const int tile = first + stage_index / chunks, chunk = stage_index % chunks, j = in_stage / 32, lane = in_stage % 32;
+  const int g = lane >> 2, q4 = lane & 3;
+  if (tile * (u.half ? 8 : 16) >= u.row0 + u.rows) return;
+  const uint8_t* stage = u.weights + ((size_t)tile * chunks + chunk) * STAGE_BYTES;
+  const uint4 four = ((const uint4*)stage)[in_stage];
+  const uint32_t w[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+  for (int high = 0; high < 2; high++) {
+    if (u.half == 2 - high) continue;
+    const int row = tile * 16 + high * 8 + g, to = u.half ? tile * 8 + g : row - u.row0;
+    if (to < 0 || to >= u.rows) continue;
+    const float row_scale = ROW_SCALED ? u.row_scale[row] : 1.f;
+    uint16_t* out = u.out + (size_t)to * u.k + chunk * KU + q4 * 8;
+    if constexpr (FORMAT == BF16) {
+      const float2 a = from16x2(w[high]), b = from16x2(w[2 + high]);
+      *(uint2*)(out + j / 2 * 32 + j % 2 * 4) = make_uint2(pair16(a.x, a.y, u.bf16_out), pair16(b.x, b.y, u.bf16_out));
+      continue;
+    }
+#pragma unroll
+    for (int b = 0; b < BLOCKS32; b++) {
+      const int column = (j * BLOCKS32 + b) * 32;
+      float v[8], scale = row_scale, zero = 0.f;
+#pragma unroll
+      for (int e = 0; e < 8; e++) {
+        if constexpr (FORMAT == INT8) v[e] = (float)((int)((w[e / 4 * 2 + high] >> (8 * (e % 4))) & 255) - 128);
+        else if constexpr (FORMAT == FP8) v[e] = __half2float(__ushort_as_half((uint16_t)(e4m3_to_halves(w[e / 4 * 2 + high], e % 4 >= 2) >> (16 * (e & 1)))));
+        else if constexpr (FORMAT == INT4) v[e] = (float)((w[b * 2 + e / 4] >> (high * 8 + (e % 4 >> 1) * 4 + (e & 1) * 16)) & 15);
+        else v[e] = (float)((w[b] >> (high * 8 + (e >> 1) * 2 + (e & 1) * 16)) & 3) - (FORMAT == TERNARY ? 1.f : 0.f);
+      }
+      if constexpr (GROUPED) {
+        const __half2 sz = *(const __half2*)(stage + code_bytes(KU) + ((column / GROUP) * 8 + g) * 8 + high * 4);
+        scale = __low2float(sz), zero = __high2float(sz);
+      }
+      *(uint4*)(out + column) = make_uint4(pair16(v[0] * scale + zero, v[1] * scale + zero, u.bf16_out), pair16(v[2] * scale + zero, v[3] * scale + zero, u.bf16_out),
+                                           pair16(v[4] * scale + zero, v[5] * scale + zero, u.bf16_out), pair16(v[6] * scale + zero, v[7] * scale + zero, u.bf16_out));
+    }
+  }
+}

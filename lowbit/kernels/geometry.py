@@ -1,0 +1,125 @@
+"""What the decode kernels (cuda/) are compiled for: a Llama's shape and a weight format, and which they can run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from lowbit.errors import LowbitError
+from lowbit.kernels.stream import GROUP, LAYOUTS, TILE, stage_columns
+
+NEEDED_SM = (9, 0)
+"""Bulk copies into shared memory and programmatic dependent launch."""
+BLOCKS = 128
+"""Thread blocks of a product: divides the row tiles of Llama-3's matrices; an H200 has 132 multiprocessors."""
+BATCH_TILES = 14
+RING_BYTES = 220 * 1024
+"""Shared memory of a product: more than half of a multiprocessor's, so that blocks of two kernels never share one."""
+MAX_RING = 48
+MAX_SPLITS = 16
+ATTENTION_THREADS = 256
+ATTENTION_BYTES = 4 * 64 * ATTENTION_THREADS
+"""Keys and values on their way: 4 passes of 64 bytes per thread."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What the kernels are compiled for. Sizes in elements; ``eps`` is RMSNorm's."""
+
+    format: str
+    hidden: int
+    inter: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float
+
+    @classmethod
+    def of(cls, config: Any, format: str) -> Geometry:
+        """Of a transformers LlamaConfig."""
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return cls(
+            format,
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            head_dim,
+            config.rms_norm_eps,
+        )
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Every K of the model."""
+        return self.hidden, self.inter, self.heads * self.head_dim
+
+    @property
+    def warps(self) -> int:
+        return LAYOUTS[self.format].warps
+
+    @property
+    def threads(self) -> int:
+        """Of a product's block: consumers and one producer warp."""
+        return self.warps * 32 + 32
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Activations, norms, embedding and KV cache."""
+        return torch.bfloat16 if self.format == "bf16" else torch.float16
+
+    def macros(self) -> dict[str, object]:
+        """For the compiler."""
+        return {
+            "FORMAT": LAYOUTS[self.format].code,
+            "WIDEST": LAYOUTS[self.format].widest,
+            "HIDDEN": self.hidden,
+            "INTER": self.inter,
+            "HEADS": self.heads,
+            "KV_HEADS": self.kv_heads,
+            "HEAD_DIM": self.head_dim,
+            "EPS": f"{self.eps!r}f" if "e" in repr(self.eps) or "." in repr(self.eps) else f"{self.eps!r}.f",
+            "WARPS": self.warps,
+        }
+
+    def shared(self, k: int, tiles: int) -> tuple[int, int, int]:
+        """Stages in the ring, row tiles per batch, bytes of shared memory for a product of ``tiles`` row tiles."""
+        blocks = min(BLOCKS, tiles)
+        batch = min(BATCH_TILES, -(-tiles // blocks))
+        ku = stage_columns(self.format, k)
+        stage = LAYOUTS[self.format].stage_bytes(ku)
+        fixed = k * 2 + k // GROUP * 8 + batch * (k // ku) * 64 + 128 + 16 * MAX_RING
+        ring = min(MAX_RING, (RING_BYTES - fixed) // stage) // self.warps * self.warps
+        if not ring:
+            raise LowbitError(
+                f"a ring of {self.warps} stages of {stage} bytes and x of K={k} exceed {RING_BYTES} bytes"
+            )
+        return ring, batch, ring * stage + fixed
+
+
+def unmet(
+    config: Any, format: str, capability: tuple[int, int] | None, batch: int = 1
+) -> tuple[Literal["capability", "shape"], str] | None:
+    """Why the runner can't decode this model in this weight format on this device: (kind, reason), or None."""
+    if batch != 1:
+        return "shape", f"the native step decodes one sequence, this case has {batch}"
+    if capability is None:
+        return "capability", "needs a CUDA device: the native step is a CUDA graph"
+    if capability != NEEDED_SM:
+        sm = f"SM{capability[0]}{capability[1]}"
+        return "capability", f"needs SM90 (bulk copies, dependent launch; compiled and measured there), this is {sm}"
+    if format not in LAYOUTS:
+        return "capability", f"no decode kernel streams {format}; there are ones for {', '.join(LAYOUTS)}"
+    shape = Geometry.of(config, format)
+    if any(k % (2 * GROUP) for k in shape.widths):
+        return "shape", f"every K must be a multiple of 256, this model has {shape.widths}"
+    if shape.head_dim not in (32, 64, 128):
+        return "shape", f"head_dim must be 32, 64 or 128, this model has {shape.head_dim}"
+    if shape.heads % shape.kv_heads or shape.heads // shape.kv_heads > 4:
+        return "shape", f"at most 4 query heads share a KV head, this model has {shape.heads} over {shape.kv_heads}"
+    if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
+        return "shape", "the decode kernels add no bias"
+    if shape.inter % 8 or shape.hidden % TILE or (shape.heads + 2 * shape.kv_heads) * shape.head_dim % TILE:
+        return "shape", f"rows must come in tiles of {TILE}"
+    return None

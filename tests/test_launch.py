@@ -1,0 +1,85 @@
+"""What is asked of the CUDA driver, by a driver that only writes it down."""
+
+from __future__ import annotations
+
+import ctypes
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lowbit.errors import LowbitError
+from lowbit.kernels import launch
+from lowbit.kernels.nvrtc import Binary
+
+
+class Code(int):
+    name = "CUDA_ERROR_INVALID_VALUE"
+
+
+class FakeDriver:
+    CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared")
+    CUlaunchAttributeID = SimpleNamespace(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION="overlap")
+
+    def __init__(self):
+        self.code, self.prepared, self.launched = Code(0), [], []
+
+    def CUlaunchConfig(self):
+        return SimpleNamespace(attrs=[], numAttrs=0)
+
+    def CUlaunchAttribute(self):
+        return SimpleNamespace(value=SimpleNamespace())
+
+    def cuModuleLoadData(self, cubin):
+        return self.code, ("module", cubin)
+
+    def cuModuleGetFunction(self, module, name):
+        return self.code, name
+
+    def cuFuncSetAttribute(self, function, attribute, value):
+        self.prepared.append((function, attribute, value))
+        return (self.code,)
+
+    def cuLaunchKernelEx(self, config, function, pointers, extra):
+        argument = ctypes.cast(pointers, ctypes.POINTER(ctypes.c_void_p))[0]
+        self.launched.append((config, function, ctypes.c_int.from_address(argument).value))
+        return (self.code,)
+
+
+class Argument(ctypes.Structure):
+    _fields_ = [("count", ctypes.c_int)]
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    found = FakeDriver()
+    monkeypatch.setattr(launch, "_driver", lambda: found)
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
+    return found
+
+
+NAMES = {"product_kernel<HIDDEN>": "mangled", "embed_kernel": "embed"}
+
+
+def test_a_kernel_is_launched_on_torchs_stream_with_its_argument(driver):
+    module = launch.Module(Binary(b"cubin", NAMES))
+    module.launch("product_kernel<HIDDEN>", (128, 1), 288, Argument(41), shared_bytes=1000, overlap=True)
+    module.launch("embed_kernel", (16, 1), 256, Argument(42))
+    (config, function, value), (plain, embed, other) = driver.launched
+    assert (function, value, embed, other) == (b"mangled", 41, b"embed", 42)
+    assert (config.gridDimX, config.gridDimY, config.gridDimZ, config.blockDimX) == (128, 1, 1, 288)
+    assert (config.sharedMemBytes, config.hStream) == (1000, 7)
+    assert [one.id for one in config.attrs] == ["overlap"]
+    assert config.numAttrs == 1
+    assert config.attrs[0].value.programmaticStreamSerializationAllowed == 1
+    assert (plain.attrs, plain.numAttrs) == ([], 0)
+    assert driver.prepared == [(b"mangled", "shared", launch.MAX_SHARED_BYTES)]  # once, and only where it is needed
+
+
+def test_the_drivers_refusal_names_the_kernel(driver):
+    module = launch.Module(Binary(b"cubin", NAMES))
+    module.function("embed_kernel")
+    driver.code = Code(1)
+    with pytest.raises(LowbitError, match="failed while launching embed_kernel: CUDA_ERROR_INVALID_VALUE"):
+        module.launch("embed_kernel", (1, 1), 32, Argument(0))

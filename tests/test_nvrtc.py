@@ -1,0 +1,104 @@
+"""The CUDA kernels, compiled for their GPU on a machine without one: they build, spill nothing, are kept on disk."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+
+import pytest
+
+from lowbit.errors import LowbitError
+from lowbit.kernels import nvrtc, runner
+from lowbit.kernels.geometry import Geometry
+from lowbit.kernels.stream import LAYOUTS
+
+needs_nvrtc = pytest.mark.skipif(nvrtc.available() is not None, reason=f"NVRTC is not installed: {nvrtc.available()}")
+pytestmark = needs_nvrtc
+
+LLAMA_8B = {"hidden": 4096, "inter": 14336, "heads": 32, "kv_heads": 8, "head_dim": 128, "eps": 1e-5}
+LLAMA_1B = {"hidden": 2048, "inter": 8192, "heads": 32, "kv_heads": 8, "head_dim": 64, "eps": 1e-5}
+LLAMA_3B = {"hidden": 3072, "inter": 8192, "heads": 24, "kv_heads": 8, "head_dim": 128, "eps": 1e-5}
+SMALL = {"hidden": 256, "inter": 768, "heads": 8, "kv_heads": 2, "head_dim": 32, "eps": 1e-6}
+CASES = [
+    *((name, LLAMA_8B) for name in LAYOUTS if name != "int4_sym_g128"),  # the same kernels as int4_g128's
+    ("int4_g128", LLAMA_1B),
+    ("int8", LLAMA_3B),
+    ("bf16", SMALL),
+]
+SOURCE = nvrtc.read_sources("common", "product", "attention", "unpack")
+STRUCTURES = {
+    "Product": runner._Product,
+    "Embed": runner._Embed,
+    "Attention": runner._Attention,
+    "Unpack": runner._Unpack,
+}
+
+
+def layout_checks():
+    """C++ that compiles only if an argument is as large as ctypes makes it."""
+    return "\n".join(
+        f'static_assert(sizeof({name}) == {ctypes.sizeof(kind)}, "{name}");' for name, kind in STRUCTURES.items()
+    )
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_arguments_have_the_kernels_fields_in_their_order(name):
+    body = re.search(rf"struct {name} {{(.*?)\n?}};", SOURCE, re.DOTALL)[1]
+    body = re.sub(r"//.*", "", body)
+    fields = [
+        re.sub(r"\W", "", word)
+        for line in body.split(";")
+        if line.strip()
+        for word in re.sub(r"^(const )?\w+", "", line.strip()).split(",")
+    ]
+    assert fields == [field for field, _ in STRUCTURES[name]._fields_]
+
+
+@pytest.mark.parametrize(("name", "shape"), CASES, ids=[f"{name}-{shape['hidden']}" for name, shape in CASES])
+def test_the_decode_kernels_compile_for_sm90_without_spills(name, shape):
+    geometry = Geometry(name, **shape)
+    ku = 1024 if LAYOUTS[name].widest == 1024 and shape is LLAMA_8B else 256
+    kernels = (*runner.KERNELS, f"unpack_kernel<{ku}>")
+    binary = nvrtc.compile_source(f"{SOURCE}\n{layout_checks()}", kernels, geometry.macros(), "sm_90a")
+    assert set(binary.names) == set(kernels)
+    found = binary.resources()
+    assert set(found) == set(binary.names.values())
+    threads = {name: geometry.threads if name.startswith("product") else 256 for name in kernels}
+    for kernel, mangled in binary.names.items():
+        registers, spilled = found[mangled]
+        assert spilled == 0, kernel
+        assert registers * threads[kernel] <= 65536, kernel
+
+
+def test_a_compiled_source_is_kept_by_its_hash_and_compiled_again_if_half_written(tmp_path):
+    source = 'extern "C" __global__ void twice(float* x) { x[threadIdx.x] *= FACTOR; }'
+
+    def build(factor=2, **changes):
+        told = []
+        options = {"folder": tmp_path, "progress": told.append} | changes
+        made = nvrtc.compile_source(source, ("twice",), {"FACTOR": factor}, "sm_90a", **options)
+        return made, told
+
+    first, told = build()
+    assert told == ["compiling lowbit's kernels for sm_90a, once"]
+    assert first.names == {"twice": "twice"}
+    again, told = build()
+    assert (told, again.cubin, again.names) == ([], first.cubin, first.names)
+    _, told = build(factor=3)
+    assert told  # other macros are another binary
+    for path in tmp_path.glob("*.cubin"):
+        path.write_bytes(path.read_bytes()[:-1])
+    repaired, told = build()
+    assert told
+    assert repaired.cubin == first.cubin
+    assert not [path for path in tmp_path.iterdir() if path.suffix not in (".cubin", ".json")]  # no partial files
+
+
+def test_a_compile_error_is_told_in_the_compilers_words():
+    with pytest.raises(LowbitError, match=r"could not compile[\s\S]*undefined_thing"):
+        nvrtc.compile_source("__global__ void k() { undefined_thing(); }", ("k",), {}, "sm_90a")
+
+
+def test_the_cache_lies_where_caches_lie(tmp_path):
+    assert nvrtc.cache_folder({"XDG_CACHE_HOME": str(tmp_path)}) == tmp_path / "lowbit" / "kernels"
+    assert nvrtc.cache_folder({}).parts[-3:] == (".cache", "lowbit", "kernels")

@@ -1,0 +1,230 @@
+"""The native decode step, as far as it can be checked without its GPU: what it needs, what it launches with what."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import config, model
+from torch import nn
+
+from lowbit import generate
+from lowbit.errors import LowbitError
+from lowbit.kernels import geometry, runner, stream, stream_modules
+from lowbit.kernels.geometry import Geometry
+from lowbit.kernels.quantizer import quantize
+from lowbit.kernels.runner import NativeStep
+from lowbit.kernels.stream import LAYOUTS
+
+H200 = (9, 0)
+
+
+# -- what it needs -----------------------------------------------------------------------------------------------------
+
+
+def test_a_llama_in_a_streamed_format_on_an_h200_can_run():
+    for name in LAYOUTS:
+        assert geometry.unmet(config(), name, H200) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "capability", "batch", "kind", "words"),
+    [
+        ({}, "int8", None, 1, "capability", "needs a CUDA device"),
+        ({}, "int8", (8, 0), 1, "capability", "needs SM90 (bulk copies, dependent launch; compiled and measured"),
+        ({}, "int8", (12, 0), 1, "capability", "this is SM120"),
+        ({}, "mxfp4", H200, 1, "capability", "no decode kernel streams mxfp4"),
+        ({}, "int8", H200, 8, "shape", "decodes one sequence, this case has 8"),
+        ({"intermediate_size": 640}, "int8", H200, 1, "shape", "multiple of 256"),
+        ({"head_dim": 48, "num_attention_heads": 16}, "int8", H200, 1, "shape", "head_dim must be 32, 64 or 128"),
+        ({"num_key_value_heads": 1}, "int8", H200, 1, "shape", "at most 4 query heads share a KV head"),
+        ({"attention_bias": True}, "int8", H200, 1, "shape", "no bias"),
+    ],
+)  # fmt: skip
+def test_what_it_can_not_run_is_said_with_the_requirement(changes, name, capability, batch, kind, words):
+    found, reason = geometry.unmet(config(**changes), name, capability, batch)
+    assert found == kind
+    assert words in reason
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "widths",
+    [(4096, 14336, 32, 8, 128), (2048, 8192, 32, 8, 64), (3072, 8192, 24, 8, 128), (256, 768, 8, 2, 32)],
+    ids=["8b", "1b", "3b", "small"],
+)
+def test_a_block_has_shared_memory_for_a_ring_that_deals_slots_evenly(name, widths):
+    shape = Geometry(name, *widths, eps=1e-5)
+    hidden, inter, heads, kv, dim = widths
+    for k, rows in (
+        (hidden, (heads + 2 * kv) * dim),
+        (heads * dim, hidden),
+        (hidden, 2 * inter),
+        (inter, hidden),
+        (hidden, 128256),
+    ):
+        tiles = rows // 16
+        ring, batch, total = shape.shared(k, tiles)
+        assert ring % shape.warps == 0  # a slot belongs to one warp
+        assert shape.warps <= ring <= geometry.MAX_RING
+        assert total <= geometry.RING_BYTES <= 227 * 1024
+        per_block = -(-tiles // min(geometry.BLOCKS, tiles))
+        assert batch == min(per_block, geometry.BATCH_TILES)
+        assert shape.warps * 32 >= batch * 16  # one thread per row of an epilogue
+
+
+# -- what it launches --------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """In the place of a loaded cubin."""
+
+    def __init__(self):
+        self.launched = []
+
+    def launch(self, kernel, grid, threads, argument, *, shared_bytes=0, overlap=False):
+        self.launched.append((kernel, grid, threads, argument, shared_bytes, overlap))
+
+
+@pytest.fixture
+def module(monkeypatch):
+    found = Recorder()
+    monkeypatch.setattr(runner, "load", lambda shape, device, progress=None: found)
+    return found
+
+
+def streamed(name="int4_g128", **changes):
+    dtype = torch.bfloat16 if name == "bf16" else torch.float16
+    made = model(dtype, **changes)
+
+    def packed(linear):
+        return quantize(linear.weight.detach(), name, search=False) if isinstance(linear, nn.Linear) else None
+
+    assert stream_modules.attach(made, packed) == 2 * 7 + 1
+    return made, dtype
+
+
+def decoder_of(made, dtype, length=160):
+    return generate.Decoder(made, 1, length, dtype)
+
+
+def step_of(made, dtype, **changes):
+    decoder = decoder_of(made, dtype)
+    parts = {"model": made, "cache": decoder.cache, "token": decoder.token, "position": decoder.position} | changes
+    return NativeStep(**parts), decoder
+
+
+@pytest.mark.parametrize("name", ["int4_g128", "int8", "bf16", "ternary"])
+def test_a_step_is_5_kernels_per_layer_in_order_with_the_models_own_memory(module, name):
+    made, dtype = streamed(name)
+    step, decoder = step_of(made, dtype)
+    step.launch()
+    kernels = [kernel for kernel, *_ in module.launched]
+    layer = [
+        runner.PRODUCTS["qkv"],
+        "attention_kernel",
+        runner.PRODUCTS["o"],
+        runner.PRODUCTS["gate_up"],
+        runner.PRODUCTS["down"],
+    ]
+    assert kernels == ["embed_kernel", *layer, *layer, runner.PRODUCTS["head"]]
+    assert [overlap for *_, overlap in module.launched] == [False] + [True] * 11  # the first waits for the step before
+    embed, qkv, attention, o, gate_up, down = (one[3] for one in module.launched[:6])
+    body = made.model
+    assert embed.table == body.embed_tokens.weight.data_ptr()
+    assert qkv.weights == body.layers[0].self_attn.v_proj.part.stream.data.data_ptr()
+    assert qkv.norm == body.layers[0].input_layernorm.weight.data_ptr()
+    assert (qkv.tiles, qkv.rows) == ((8 + 4) * 32 // 16, 12 * 32)
+    assert attention.keys == decoder.cache.layers[0].keys.data_ptr()
+    assert attention.length == decoder.cache.layers[0].keys.shape[2]
+    assert attention.position == decoder.position.data_ptr()
+    assert gate_up.norm == body.layers[0].post_attention_layernorm.weight.data_ptr()
+    assert gate_up.rows == 2 * 768
+    assert o.out == down.out == embed.x == step.residual.data_ptr()
+    head = module.launched[-1][3]
+    assert head.norm == body.norm.weight.data_ptr()
+    assert (head.token, head.rows) == (decoder.token.data_ptr(), 512)
+    assert (qkv.token, qkv.history) == (None, None)  # only the head hands out tokens
+    assert (qkv.row_scale is None) == (name in ("bf16", "int4_g128"))
+
+
+def test_positions_have_the_models_own_rotation(module):
+    made, dtype = streamed()
+    step, _ = step_of(made, dtype)
+    cos, sin = made.model.rotary_emb(torch.zeros(1), torch.arange(160).unsqueeze(0))
+    assert torch.equal(step.rope[:, :, 0], cos[0, :, :16].float())
+    assert torch.equal(step.rope[:, :, 1], sin[0, :, :16].float())
+
+
+def test_what_a_step_can_not_run_is_refused_by_name(module):
+    made, dtype = streamed()
+    decoder = generate.Decoder(made, 2, 160, dtype)
+    with pytest.raises(LowbitError, match="one sequence"):
+        NativeStep(made, decoder.cache, decoder.token, decoder.position)
+    decoder = generate.Decoder(made, 1, 160, torch.bfloat16)
+    with pytest.raises(LowbitError, match=r"keeps keys and values in torch.float16, got torch.bfloat16"):
+        NativeStep(made, decoder.cache, decoder.token, decoder.position)
+    plain, _ = streamed()
+    plain.model.layers[1].mlp.down_proj = nn.Linear(768, 256, bias=False, dtype=dtype)
+    with pytest.raises(LowbitError, match="needs streamed weights, but layer 1's down_proj is a Linear"):
+        step_of(plain, dtype)
+    mixed, _ = streamed()
+    weight = mixed.model.layers[0].self_attn.o_proj.packed
+    other = quantize(torch.randn(weight.n, weight.k).half(), "int8")
+    mixed.model.layers[0].self_attn.o_proj = stream_modules.StreamLinear(
+        stream_modules.StreamPart(stream.pack_stream(other), other.n)
+    )
+    with pytest.raises(LowbitError, match=r"runs one weight format, int4_g128, but o is int8: mixed recipes"):
+        step_of(mixed, dtype)
+
+
+# -- the decoder that runs it ------------------------------------------------------------------------------------------
+
+
+class FakeStep:
+    """A native step that does what the eager one does, ``wrong`` by a factor."""
+
+    wrong = 1.0
+
+    def __init__(self, made, cache, token, position, progress=None):
+        self.model, self.cache, self.token, self.position = made, cache, token, position
+        self.shape = Geometry.of(made.config, "int4_g128")
+        self.history = torch.zeros(cache.layers[0].keys.shape[2] + 1, dtype=torch.int64)
+        self.captured = False
+
+    def launch(self):
+        found = generate.decode_logits(self.model, self.token, self.position, self.cache).flatten().float()
+        self.logits = found * self.wrong
+        self.token.fill_(int(found.argmax()))
+        self.position += 1
+        self.history[int(self.position)] = self.token.item()
+
+    def capture(self):
+        self.captured = True
+
+    __call__ = launch
+
+
+def test_native_tokens_are_the_eager_ones_and_the_count_is_checked(monkeypatch):
+    monkeypatch.setattr("lowbit.generate.decoder.NativeStep", FakeStep)
+    made = model(torch.float16)
+    ids = torch.arange(8).unsqueeze(0)
+    eager = decoder_of(made, torch.float16).generate(ids, 12)
+    native = decoder_of(made, torch.float16)
+    native.run_natively(ids, "a case")
+    seen = []
+    first = native.prefill(ids).clone()
+    tokens = native.decode(12, on_step=lambda: seen.append(1))
+    assert torch.equal(torch.cat([first.view(1, 1), tokens], 1), eager)
+    assert len(seen) == 12
+    native.check_length("a case")
+    native.position -= 1  # a graph that did nothing
+    with pytest.raises(LowbitError, match="a case: the KV cache should hold"):
+        native.check_length("a case")
+
+
+def test_a_native_step_that_computes_something_else_is_an_error(monkeypatch):
+    monkeypatch.setattr("lowbit.generate.decoder.NativeStep", FakeStep)
+    monkeypatch.setattr(FakeStep, "wrong", 1.05)
+    native = decoder_of(model(torch.float16), torch.float16)
+    with pytest.raises(LowbitError, match=r"a case: the native step's logits .* differ by 5.00e-02"):
+        native.run_natively(torch.arange(8).unsqueeze(0), "a case")

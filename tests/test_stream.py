@@ -1,0 +1,178 @@
+"""Weights in the order of the decode kernels: read as a lane of a warp reads them, and back bit for bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny import model
+from torch import nn
+
+from lowbit.errors import LowbitError
+from lowbit.kernels import modules, stream, stream_modules, weights
+from lowbit.kernels.modules import NativeLinear
+from lowbit.kernels.quantizer import quantize
+from lowbit.kernels.stream import LAYOUTS
+from lowbit.kernels.stream_modules import StreamLinear
+
+FORMATS = sorted(LAYOUTS)
+
+
+def packed(name, n=48, k=512, seed=0):
+    torch.manual_seed(seed)
+    dtype = torch.bfloat16 if name == "bf16" else torch.float16
+    return quantize((torch.randn(n, k) * 0.1).to(dtype), name, search=False)
+
+
+def same(a, b):
+    return a.tensors().keys() == b.tensors().keys() and all(
+        torch.equal(one, b.tensors()[name]) for name, one in a.tensors().items()
+    )
+
+
+# -- what a lane reads, written down from cuda/product.cu and not from the packing -------------------------------------
+
+
+def lane_codes(words, bits, lane, block):
+    """A lane's 8 codes of the 32-column ``block``, for rows g and g + 8: [2, 8]. ``words``: the stage as uint32."""
+    quad = words.reshape(-1, 32, 4)[:, lane]  # the 16 bytes that this lane loads at a time
+    out = np.zeros((2, 8), np.int64)
+    for high in range(2):
+        for c in range(8):
+            if bits == 16:  # two loads per block, 4 columns each; word = high, then the pair
+                word = quad[block * 2 + c // 4][high + 2 * (c % 4 // 2)]
+                out[high, c] = (word >> (16 * (c % 2))) & 0xFFFF
+            elif bits == 8:
+                out[high, c] = (quad[block][high + 2 * (c // 4)] >> (8 * (c % 4))) & 0xFF
+            elif bits == 4:
+                word = quad[block // 2][block % 2 * 2 + c // 4]
+                out[high, c] = (word >> (8 * high + 4 * (c % 4 // 2) + 16 * (c % 2))) & 0xF
+            else:
+                out[high, c] = (quad[block // 4][block % 4] >> (8 * high + 2 * (c // 2) + 16 * (c % 2))) & 3
+    return out
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_lane_finds_its_codes_and_scales_where_the_kernel_looks(name):
+    want = packed(name)
+    found = stream.pack_stream(want)
+    layout, ku = found.layout, found.ku
+    canonical = (
+        want.codes.contiguous().view(torch.int16).numpy().astype(np.int64) & 0xFFFF
+        if layout.bits == 16
+        else weights.unpack(want.codes, layout.bits).numpy()
+    )
+    size = 2 * ku * layout.bits
+    for tile, chunk in ((0, 0), (found.tiles - 1, want.k // ku - 1)):
+        stage = found.data[tile, chunk].numpy()
+        words = stage[:size].view(np.uint32)
+        for lane in (0, 5, 31):
+            g, quarter = lane // 4, lane % 4
+            for block in range(ku // 32):
+                column = chunk * ku + block * 32 + quarter * 8
+                rows = canonical[[tile * 16 + g, tile * 16 + g + 8], column : column + 8]
+                assert (lane_codes(words, layout.bits, lane, block) == rows).all()
+            if layout.grouped:
+                for group in range(ku // 128):
+                    pairs = stage[size:].view(np.float16)[(group * 8 + g) * 4 :][:4].reshape(2, 2)
+                    at = [tile * 16 + g, tile * 16 + g + 8], chunk * ku // 128 + group
+                    assert (pairs[:, 0] == want.scale.numpy()[at]).all()
+                    zero = want.zero if want.zero is not None else want.scale * want.row.offset
+                    assert (pairs[:, 1] == zero.numpy()[at]).all()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("n", [48, 40])  # 40 rows: the last tile is padded
+def test_a_stream_comes_back_bit_for_bit(name, n):
+    want = packed(name, n=n, k=768)
+    assert same(stream.unpack_stream(stream.pack_stream(want)), want)
+
+
+def test_a_large_matrix_is_reordered_in_pieces(monkeypatch):
+    want = packed("int4_g128", n=160)
+    whole = stream.pack_stream(want)
+    monkeypatch.setattr(stream, "CHUNK_WEIGHTS", 32 * 512)
+    assert torch.equal(stream.pack_stream(want).data, whole.data)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_nothing_is_added_to_the_stored_bytes(name):
+    want = packed(name, n=64, k=1024)
+    found = stream.pack_stream(want)
+    bits = want.row.bits * 64 * 1024
+    scales = 64 * 8 * 32 if found.layout.grouped else 0  # fp16 scale and zero per group of 128
+    assert found.data.numel() * 8 == bits + scales
+
+
+def test_stages_are_as_wide_as_k_allows():
+    assert stream.stage_columns("int4_g128", 4096) == 1024
+    assert stream.stage_columns("int4_g128", 14336) == 1024
+    assert stream.stage_columns("int4_g128", 768) == 256
+    assert stream.stage_columns("bf16", 4096) == 256
+    with pytest.raises(LowbitError, match=r"K=384"):
+        stream.stage_columns("int4_g128", 384)
+    with pytest.raises(LowbitError, match="no decode kernel streams mxfp4; there are ones for bf16"):
+        stream.stage_columns("mxfp4", 4096)
+    assert stream.streamable("int8", 512)
+    assert not stream.streamable("int8", 640)
+    assert not stream.streamable("nvfp4", 512)
+
+
+# -- several matrices in one stream ------------------------------------------------------------------------------------
+
+
+def native_layer(name, dtype):
+    made = model(dtype).model.layers[0]
+    for parent in list(made.modules()):
+        for path, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(parent, path, NativeLinear(quantize(child.weight.detach(), name, search=False)))
+    return made
+
+
+@pytest.mark.parametrize("name", ["int4_g128", "int4_sym_g128", "ternary", "bf16"])
+def test_linears_that_share_x_share_a_stream_and_keep_their_rows(name):
+    dtype = torch.bfloat16 if name == "bf16" else torch.float16
+    layer = native_layer(name, dtype)
+    before = {path: module.packed for path, module in modules.packed_modules(layer).items()}
+    assert stream_modules.attach(layer, lambda module: module.packed if isinstance(module, NativeLinear) else None) == 7
+    after = {path: module for path, module in modules.packed_modules(layer).items()}
+    assert after.keys() == before.keys()
+    for path, module in after.items():
+        assert isinstance(module, StreamLinear)
+        assert same(module.packed, before[path]), path
+    attention, mlp = layer.self_attn, layer.mlp
+    assert attention.q_proj.part.stream is attention.k_proj.part.stream is attention.v_proj.part.stream
+    assert mlp.gate_proj.part.stream is mlp.up_proj.part.stream
+    assert attention.o_proj.part.stream is not attention.q_proj.part.stream
+
+
+def test_a_tile_of_gate_and_up_holds_8_rows_of_each():
+    gate, up = packed("int8", 32, 256, seed=1), packed("int8", 32, 256, seed=2)
+    woven = stream.interleave(gate, up)
+    assert torch.equal(woven.codes[16:24], gate.codes[8:16])
+    assert torch.equal(woven.codes[24:32], up.codes[8:16])
+    with pytest.raises(LowbitError, match="as many rows"):
+        stream.interleave(gate, packed("int8", 48, 256))
+
+
+def test_a_half_quantized_group_is_refused():
+    layer = native_layer("int8", torch.float16)
+    skipped = layer.self_attn.k_proj
+    with pytest.raises(LowbitError, match=r"q_proj, k_proj, v_proj share a stream.*got 2"):
+        stream_modules.attach(layer, lambda m: m.packed if isinstance(m, NativeLinear) and m is not skipped else None)
+
+
+def test_one_product_has_one_format():
+    with pytest.raises(LowbitError, match="one format and K, got int8 K=256, int4_g128 K=256"):
+        stream.concatenate([packed("int8", 16, 256), packed("int4_g128", 16, 256)])
+
+
+def test_a_streamed_linear_is_saved_as_every_packed_one():
+    linear = NativeLinear(packed("int4_g128"))
+    part = stream_modules.StreamPart(stream.pack_stream(linear.packed), linear.n)
+    streamed = StreamLinear(part)
+    want = {name: tensor for name, tensor in linear.state_dict().items() if tensor.numel()}
+    got = streamed.state_dict()
+    assert got.keys() == linear.packed.tensors().keys()
+    assert all(torch.equal(tensor, want[name]) for name, tensor in got.items())
