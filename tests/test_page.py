@@ -20,7 +20,7 @@ from fakes import Bench
 from lowbit import __main__, baselines, runs
 from lowbit.report import content, page, since
 from lowbit.report.content import Content
-from lowbit.report.page import data, series
+from lowbit.report.page import data, nights, series
 
 pytest_plugins = ["pytester"]
 PLAN = report_runs.Plan(nights=14, step=9, cases=90, error=report_runs.EVIL)
@@ -124,9 +124,30 @@ def test_the_verdict_stands_in_the_page_without_a_script(text: str) -> None:
     assert re.search(r"decode_tok_s 26\d\.\d → 23\d\.\d tok/s <b>\(-1\d\.\d %\)", verdict)
     assert "beyond it in 3 of 3 runs" in verdict
     assert "σ 0." in verdict
-    assert "since 2026-10-21 (step, 5 nights) · that night: " in verdict
-    assert "torch 2.11.0+cu130 → 2.12.0+cu130" in verdict
-    assert "Which one to run:" in verdict
+    assert "since 2026-10-21 (step, 5 nights), the night that lowbit_source, torch, triton changed" in verdict
+    assert "<b>torch</b> 2.11.0+cu130 → 2.12.0+cu130" in verdict
+    assert "Which one to run" in verdict
+
+
+def test_what_failed_with_the_same_words_is_one_card(text: str) -> None:
+    verdict = between(text, '<section id="verdict"', "</section>")
+    assert verdict.count('<li class="failed">') == 1
+    assert "<b>3 cases failed</b>: " in between(verdict, '<li class="failed">', "</li>")
+    assert between(verdict, '<li class="failed">', "</li>").count('<a class="case"') == 3
+    assert verdict.count('<li class="regression">') == 1  # decode_tok_s and energy_j_per_tok of one case
+
+
+def test_the_answer_has_its_figures_beside_bf16s(text: str) -> None:
+    tiles = between(text, '<dl class="tiles">', "</dl>")
+    for words in ("decode", "TTFT of 512 tokens", "energy", "VRAM", "KL divergence"):
+        assert f"<dt>{words}</dt>" in tiles
+    assert re.search(r"<small>1\.\d\d× bf16&#x27;s 18\d\.\d</small>", tiles)
+
+
+def test_the_kv_cache_that_a_step_reads_is_told_apart(told: Content, drawn: dict) -> None:
+    here = drawn["cases"]["id"].index("benches/test_decode.py::test_decode[bf16-torch-eager-b8_c0]")
+    assert drawn["cases"]["kv"][here] == pytest.approx(8 * 131072 * (5 + 127 / 2), rel=1e-4)
+    assert drawn["cases"]["kv"][drawn["cases"]["kind"].index("quality")] is None
 
 
 def test_columns_hold_the_runs_figures(told: Content, drawn: dict) -> None:
@@ -186,7 +207,7 @@ def test_500_cases_of_200_nights_stay_below_three_megabytes(tmp_path: Path) -> N
 def test_more_history_than_fits_loses_its_oldest_nights_and_says_so(
     told: Content, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data, "HISTORY_CHARACTERS", 3_000)
+    monkeypatch.setattr(nights, "CHARACTERS", 3_000)
     past = data.collect(told)["history"]
     assert 2 <= len(past["nights"]) < 14
     assert len(past["nights"]) + past["dropped"] == 14
@@ -239,7 +260,9 @@ def test_a_baseline_alone_is_shown_as_it_is(folder: Path, tmp_path: Path) -> Non
     assert "Baseline: the figures that runs are judged by" in text
     found = json.loads(between(text, '<script type="application/json" id="data">', "</script>"))
     assert found["ceilings"]["read_gb_s"] == report_runs.READ_GB_S
-    assert "skipped" in found["cases"]["state"]
+    skipped = found["cases"]["state"].index("skipped")
+    assert found["cases"]["format"][skipped] == "a8w8_llmint8-bitsandbytes"
+    assert found["cases"]["library"][skipped] == "bitsandbytes"
     assert not found["history"]["nights"]
 
 
@@ -285,6 +308,6 @@ def test_a_bench_run_writes_its_report(pytester: pytest.Pytester, monkeypatch: p
     verdict = between(text, '<section id="verdict"', "</section>")
     assert "1 regression" in verdict
     assert "decode_tok_s 100.0 → 80.0 tok/s <b>(-20.0 %)</b>" in verdict
-    assert "torch 2.13.0 → 2.14.0" in verdict
+    assert "<b>torch</b> 2.13.0 → 2.14.0" in verdict
     found = json.loads(between(text, '<script type="application/json" id="data">', "</script>"))
     assert len(found["history"]["nights"]) == 2  # the accepted run's and this one's

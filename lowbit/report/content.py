@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lowbit import comparison, metrics, regression
 from lowbit.baselines import Baseline
+from lowbit.formats import FORMATS
 from lowbit.history import History
 from lowbit.record import Record
 from lowbit.regression import Verdict
@@ -195,6 +196,11 @@ def _is_whole(run: Run, baseline: Baseline) -> bool:
     chosen = any(header.selection.values()) or header.suite != baseline.header.suite
     chosen = chosen or any(".py" in word or word in ("--lf", "--last-failed", "-x") for word in header.argv)
     return run.complete and not chosen
+
+
+def format_of(case: str) -> str | None:
+    """The format of a case that left no record, by its id: the longest that fits; None for a format of another day."""
+    return max((fmt for fmt in FORMATS if f"[{fmt}-" in case or f"[{fmt}]" in case), key=len, default=None)
 
 
 def name(case: str) -> str:

@@ -6,9 +6,9 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
-from lowbit.formats import FORMATS
 from lowbit.regression import Verdict
-from lowbit.report.content import Content, Finding, name
+from lowbit.report.common import in_common
+from lowbit.report.content import Content, Finding, format_of, name
 from lowbit.report.layout import NONE, divergence, number
 from lowbit.report.recommendation import recommendation
 from lowbit.report.rows import Row, join, memory_metric
@@ -87,12 +87,13 @@ def facts(content: Content) -> str:
 
 def _findings(content: Content, findings: Sequence[Finding], limit: int) -> list[str]:
     lines = [
-        "| case | metric | base → now | change | limit | spread σ | runs |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| case | metric | base → now | change | limit | spread σ | runs | since |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     lines += ["| " + " | ".join(_cells(content, finding)) + " |" for finding in findings[:limit]]
-    more = len(findings) - limit
-    return [*lines, "", f"and {more} more, in the report"] if more > 0 else lines
+    more, shared = len(findings) - limit, in_common(content)
+    lines += ["", f"and {more} more, in the report"] if more > 0 else []
+    return [*lines, "", f"**In common:** {', '.join(map(code, shared))}"] if shared else lines
 
 
 def _cells(content: Content, finding: Finding) -> list[str]:
@@ -129,7 +130,12 @@ def figures(verdict: Verdict, spread: float | None) -> list[str]:
 def _amount(value: float | None) -> str:
     if value is None or value == 0:
         return NONE if value is None else "0"
-    return f"{value:.2e}" if abs(value) < 1e-3 else f"{value:.4f}" if abs(value) < 1 else number(value)
+    return f"{value:.2e}" if abs(value) < 1e-3 else f"{value:.4f}" if abs(value) < 1 else thousands(value)
+
+
+def thousands(value: float | None) -> str:
+    """As the terminal writes a number, with commas: 59.8, 1,204."""
+    return number(value) if value is None or abs(value) < 1000 else f"{value:,.0f}"
 
 
 def _sentence(finding: Finding) -> str:
@@ -155,7 +161,7 @@ def _row(row: Row, memory: str) -> list[str]:
     mbu = row.value("decode", "b1_c0", "mbu")
     share = NONE if mbu is None else f"{100 * mbu:.0f} %"
     title = code(f"{row.format} · {row.mode}")
-    return [title, number(row.decode_tok_s), number(row.memory(memory)), divergence(row.kld), share]
+    return [title, thousands(row.decode_tok_s), thousands(row.memory(memory)), divergence(row.kld), share]
 
 
 def _answer(content: Content) -> list[str]:
@@ -165,7 +171,7 @@ def _answer(content: Content) -> list[str]:
     )
     body, _, rest = told.partition("\n  reproduce: ")
     command = rest.splitlines()[0] if rest else ""
-    lines = [f"**Answer:** {text(' '.join(body.split()).removeprefix('recommendation '))}"]
+    lines = [f"**Answer**{text(' '.join(body.split()).removeprefix('recommendation'))}"]
     return [*lines, f"Reproduce: {code(command)}"] if command else lines
 
 
@@ -181,7 +187,7 @@ def _skips(content: Content) -> list[str]:
 
 def _formats(cases: Iterable[str]) -> str:
     """The formats that those cases are of, where few."""
-    ids = sorted({fmt for case in cases for fmt in FORMATS if f"[{fmt}-" in case or f"[{fmt}]" in case})
+    ids = sorted({fmt for case in cases if (fmt := format_of(case))})
     return f" ({', '.join(map(code, ids))})" if 0 < len(ids) <= 3 else ""
 
 

@@ -37,26 +37,21 @@ def recommendation(
     """
     rows = join(records)
     memory = memory_metric(rows)
-    candidates = [
-        _candidate(row, row.headline, memory, max_kld, max_vram_mib)
-        for row in rows
-        if row.headline is not None and row.headline.outcome == "measured" and row.decode_tok_s
-    ]
+    candidates = find_candidates(rows, max_kld=max_kld, max_vram_mib=max_vram_mib)
     if not candidates:
         return "recommendation: none, for no decode case at batch 1 and context 0 was measured"
     label = "weights" if memory == "weights_mib" else "VRAM"
     limits = f"KL ≤ {max_kld:g}"
     if max_vram_mib is not None:
         limits += f" and {label} ≤ {max_vram_mib:,.0f} MiB"
-    fitting = [candidate for candidate in candidates if not candidate.misses]
-    if not fitting:
+    best = best_of(candidates)
+    if best is None:
         closest = min(candidates, key=lambda candidate: candidate.distance)
         missed = "; ".join(text for text, _ in closest.misses)
         return _fill(
             f"recommendation: no measured case has {limits}. Closest: {_name(closest)} at "
             f"{closest.decode_tok_s:.1f} tok/s: {missed}. Raise --max-kld or --max-vram, or measure more formats."
         )
-    best = max(fitting, key=lambda candidate: candidate.decode_tok_s)
     facts = [f"{best.decode_tok_s:.1f} tok/s{_against_bf16(best, candidates)}", _divergence(best.row)]
     if best.memory_mib is not None:
         facts.append(f"{label} {best.memory_mib:,.0f} MiB")
@@ -66,6 +61,31 @@ def recommendation(
     if unscored:
         lines.append(_fill(f"  faster, but without a KL in this run (test_quality gives it): {', '.join(unscored)}"))
     return "\n".join(lines)
+
+
+def find_candidates(rows: Sequence[Row], *, max_kld: float, max_vram_mib: float | None) -> list[Candidate]:
+    """Every row whose decode at batch 1 and context ~0 was measured, with what it misses of the limits."""
+    memory = memory_metric(rows)
+    return [
+        _candidate(row, row.headline, memory, max_kld, max_vram_mib)
+        for row in rows
+        if row.headline is not None and row.headline.outcome == "measured" and row.decode_tok_s
+    ]
+
+
+def best_of(candidates: Sequence[Candidate]) -> Candidate | None:
+    """The fastest within the limits; None where nothing is within them."""
+    return max((candidate for candidate in candidates if not candidate.misses), key=_speed, default=None)
+
+
+def fastest_bf16(candidates: Sequence[Candidate]) -> Candidate | None:
+    """What a speed-up is told against: the base format in its fastest mode."""
+    base = [c for c in candidates if c.row.format in FORMATS and FORMATS[c.row.format].is_baseline]
+    return max(base, key=_speed, default=None)
+
+
+def _speed(candidate: Candidate) -> float:
+    return candidate.decode_tok_s
 
 
 def reproduce(case: str, arguments: Sequence[str]) -> str:
@@ -103,10 +123,9 @@ def _divergence(row: Row) -> str:
 
 
 def _against_bf16(best: Candidate, candidates: Sequence[Candidate]) -> str:
-    base = [c for c in candidates if c.row.format in FORMATS and FORMATS[c.row.format].is_baseline]
-    if not base:
+    fastest = fastest_bf16(candidates)
+    if fastest is None:
         return ""
-    fastest = max(base, key=lambda candidate: candidate.decode_tok_s)
     if fastest is best:
         return " (the fastest bf16)"
     return f" ({best.decode_tok_s / fastest.decode_tok_s:.2f}× bf16's best, {fastest.row.mode})"

@@ -15,7 +15,7 @@ from importlib import resources
 
 from lowbit import __version__
 from lowbit.report.content import Content
-from lowbit.report.page import markup
+from lowbit.report.page import markup, verdict
 from lowbit.report.page.data import to_json
 
 LIMIT_BYTES = 3_000_000
@@ -37,7 +37,7 @@ def render(content: Content) -> str:
         "subject": markup.escape(markup.subject(content)),
         "facts": markup.facts(content),
         "state": markup.state(content),
-        "verdict": markup.verdict(content),
+        "verdict": verdict.verdict(content),
         "environment": markup.environment(content),
         "footer": markup.footer(),
         "data": to_json(content),

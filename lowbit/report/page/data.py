@@ -8,21 +8,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lowbit import baselines, metrics
+from lowbit.formats import FORMATS
 from lowbit.record import Record
-from lowbit.report.content import Content, Finding
-from lowbit.report.page import series
+from lowbit.report.content import Content, Finding, format_of
+from lowbit.report.content import name as name_of
+from lowbit.report.page import nights
+from lowbit.report.page.series import rounded
 from lowbit.report.rows import Row, join, memory_metric
 from lowbit.report.since import since
-from lowbit.trend import environment_change
-from lowbit.workloads import WORKLOADS
+from lowbit.roofline import mean_context
+from lowbit.workloads import SMALL_MODEL_PARAMETERS, WORKLOADS
 
-DIGITS = 5  # significant
-
-HISTORY = ("decode_tok_s", "ttft_ms", "speed_ratio", "vram_peak_mib", "energy_j_per_tok", "compile_s", "ppl", "kld")
-"""The metrics whose nights are in the page, if a case has them."""
-
-HISTORY_CHARACTERS = 1_500_000
-"""Of all series together; with more cases than fit, the oldest nights are left out, and the page says so."""
+SMALL_MIB = 2.0 * SMALL_MODEL_PARAMETERS / 2**20
+"""A model of fewer MiB has the small workloads of its name: a record says the name alone."""
 
 STATES = ("REGRESSED", "MISSING", "LOST", "failed", "new", "better", "void", "ok", "measured", "skipped")
 """A case's word, in the order in which the table shows them."""
@@ -60,9 +58,10 @@ def collect(content: Content) -> dict[str, Any]:
         "metrics": _metrics(content),
         "memory": memory_metric(join(content.records)),
         "embedded": content.header.load_format == "dummy",
+        "cpu": content.header.device.startswith("cpu"),
         "ceilings": _ceilings(content),
         "command": " ".join(["pytest benches", *content.arguments]),
-        "history": _history(content, place),
+        "history": nights.of(content, place),
     }
 
 
@@ -74,7 +73,7 @@ def _cases(content: Content, findings: Sequence[Finding]) -> dict[str, list[Any]
         name: []
         for name in (
             *("id", "kind", "format", "mode", "workload", "library", "batch", "state", "dtype"),
-            *("kld", "ppl", "memory", "reason", "info"),
+            *("kld", "ppl", "memory", "kv", "reason", "info"),
         )
     }
     known = {record.case for record in content.records}
@@ -93,9 +92,10 @@ def _cases(content: Content, findings: Sequence[Finding]) -> dict[str, list[Any]
             "batch": batches.get(record.workload or "", 1),
             "state": words[record.case],
             "dtype": record.dtype,
-            "kld": _rounded(row.kld),
-            "ppl": _rounded((row.quality_value("ppl") or ("", None))[1]),
-            "memory": _rounded(record.metrics.get(memory)),
+            "kld": rounded(row.kld),
+            "ppl": rounded((row.quality_value("ppl") or ("", None))[1]),
+            "memory": rounded(record.metrics.get(memory)),
+            "kv": rounded(_kv_bytes(record)),
             "reason": _reason(content, record),
             "info": _info(record),
         }
@@ -103,11 +103,29 @@ def _cases(content: Content, findings: Sequence[Finding]) -> dict[str, list[Any]
             column.append(values[name])
     for case in absent:
         reason = content.skips.get(case, "")
-        blank = dict.fromkeys(columns) | {"id": case, "kind": "", "format": case, "library": "", "info": []}
+        fmt = format_of(case) or ""
+        blank = dict.fromkeys(columns) | {"id": case, "kind": _kind(case), "format": fmt, "info": []}
+        blank |= {"library": FORMATS[fmt].backend if fmt else ""}
         blank |= {"state": "skipped" if reason else "LOST", "reason": reason or content.lost.get(case)}
         for name, column in columns.items():
             column.append(blank[name])
     return columns
+
+
+def _kind(case: str) -> str:
+    """``decode`` of ``benches/test_decode.py::test_decode[…]``."""
+    return name_of(case).partition("[")[0]
+
+
+def _kv_bytes(record: Record) -> float | None:
+    """Bytes of KV cache that one decoded step of the whole batch reads; None where the run did not count them."""
+    per_token = record.metrics.get("kv_bytes_per_tok")
+    scale = "small" if record.metrics.get("weights_mib", math.inf) < SMALL_MIB else "full"
+    rows = [row for row in WORKLOADS if row.id == record.workload and row.phase == "decode"]
+    row = next((row for row in rows if row.scale == scale), rows[0] if rows else None)
+    if per_token is None or row is None:
+        return None
+    return per_token * row.batch * mean_context(row.prompt_tokens, row.new_tokens)
 
 
 def _words(content: Content, findings: Sequence[Finding]) -> dict[str, str]:
@@ -175,7 +193,7 @@ def _base(content: Content, ids: Sequence[str]) -> dict[str, list[float | None]]
 
 def _columns(ids: Sequence[str], rows: Mapping[str, Mapping[str, float]]) -> dict[str, list[float | None]]:
     names = dict.fromkeys(name for case in ids for name in rows.get(case, ()))
-    return {name: [_rounded(rows.get(case, {}).get(name)) for case in ids] for name in names}
+    return {name: [rounded(rows.get(case, {}).get(name)) for case in ids] for name in names}
 
 
 def _verdicts(content: Content, place: Mapping[str, int], findings: Sequence[Finding]) -> dict[str, list[Any]]:
@@ -191,14 +209,14 @@ def _verdicts(content: Content, place: Mapping[str, int], findings: Sequence[Fin
             row = [
                 verdict.metric,
                 verdict.status,
-                _rounded(verdict.limit),
+                rounded(verdict.limit),
                 verdict.in_units,
-                _rounded(finding.spread if finding else content.spread_of(case, verdict)),
+                rounded(finding.spread if finding else content.spread_of(case, verdict)),
                 verdict.beyond,
                 verdict.runs,
                 verdict.reason,
                 [str(began), *began.environment] if began else [],
-                _rounded(verdict.now),
+                rounded(verdict.now),
             ]
             told.setdefault(str(place[case]), []).append(row)
     return told
@@ -220,56 +238,6 @@ def _ceilings(content: Content) -> dict[str, Any]:
     return dict(next(found, {}))
 
 
-def _history(content: Content, place: Mapping[str, int]) -> dict[str, Any]:
-    """Nights, their environment changes, every series, the changes found. Empty with fewer than two nights."""
-    history = content.history
-    if history is None or len(history.nights) < 2:
-        return {"nights": []}
-    wanted = [
-        (case, name)
-        for case, names in history.cases().items()
-        if case in place
-        for name in names
-        if (metric := metrics.find(name)) and metric.name in HISTORY
-    ]
-    kept = max(2, min(len(history.nights), HISTORY_CHARACTERS // (2 * max(len(wanted), 1))))
-    dropped = len(history.nights) - kept
-    nights = history.nights[dropped:]
-    told: dict[str, dict[str, Any]] = {}
-    for case, name in wanted:
-        coded = series.encode([night.metrics.get(case, {}).get(name, math.nan) for night in nights])
-        if coded is not None:
-            low, unit, text = coded
-            told.setdefault(name, {})[str(place[case])] = [_fine(low), _fine(unit), text]
-    steps = [(i, environment_change(nights[i - 1], nights[i])) for i in range(1, len(nights))]
-    return {
-        "nights": [night.started[:16] for night in nights],
-        "dropped": dropped,
-        "alphabet": series.ALPHABET,
-        "upgrades": [[i, lines] for i, lines in steps if lines],
-        "series": told,
-        "changes": [_change(trend, place, dropped) for trend in content.trends if trend.case in place],
-    }
-
-
-def _change(trend: Any, place: Mapping[str, int], dropped: int) -> list[Any]:
-    """Case number, metric, kind, first night, end, before, after, worse, p, upgrades of that night, its date."""
-    change = trend.change
-    return [
-        place[trend.case],
-        trend.metric,
-        change.kind,
-        change.index - dropped,
-        change.end - dropped,
-        _rounded(change.before),
-        _rounded(change.after),
-        trend.worse,
-        _rounded(change.p),
-        list(trend.environment),
-        trend.first.date,
-    ]
-
-
 def environment_rows(content: Content) -> Iterable[tuple[str, str | None, str]]:
     """(name, in the baseline, in this run), what changed first. None without a baseline."""
     new = content.header.environment
@@ -278,14 +246,3 @@ def environment_rows(content: Content) -> Iterable[tuple[str, str | None, str]]:
     names = sorted(new.keys() | (old or {}).keys(), key=lambda name: (name not in changed, name))
     for name in names:
         yield name, old.get(name, "none") if old is not None else None, new.get(name, "none")
-
-
-def _rounded(value: float | None) -> float | None:
-    if value is None or not math.isfinite(value):
-        return None
-    short = float(f"{value:.{DIGITS}g}")
-    return int(short) if short == int(short) and abs(short) < 1e15 else short
-
-
-def _fine(value: float) -> float:
-    return float(f"{value:.9g}")

@@ -15,6 +15,9 @@ ALPHABET = "".join(chr(code) for code in range(33, 127) if chr(code) not in '"\\
 LEVELS = len(ALPHABET) ** 2 - 2
 """Steps between the smallest and the largest value; the last code of all is a night without one."""
 
+DIGITS = 5
+"""Significant ones of a figure that the page shows: one more than it prints."""
+
 GAP = ALPHABET[-1] * 2
 
 
@@ -43,3 +46,16 @@ def decode(low: float, unit: float, text: str) -> list[float]:
         math.nan if pair == GAP else low + unit * (ALPHABET.index(pair[0]) * base + ALPHABET.index(pair[1]))
         for pair in pairs
     ]
+
+
+def rounded(value: float | None) -> float | None:
+    """To what can be read off a plot; None for what is no number."""
+    if value is None or not math.isfinite(value):
+        return None
+    short = float(f"{value:.{DIGITS}g}")
+    return int(short) if short == int(short) and abs(short) < 1e15 else short
+
+
+def fine(value: float) -> float:
+    """A series' smallest value and unit, of which every night is made."""
+    return float(f"{value:.9g}")

@@ -8,7 +8,11 @@ const OTHERS = [["#3f7f8c", "#7cc4d2", "circle"], ["#8c3f3f", "#e08f8f", "rect"]
 const libraries = [...new Set(cases.library)].filter(Boolean).sort();
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const hidden = new Set();
-const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+const palette = new Map(); // asking the style sheet anew for every label would cost a layout each time
+function color(name) {
+  if (!palette.has(name)) palette.set(name, getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim());
+  return palette.get(name);
+}
 const styleOf = (library) => LIBRARY[library] || OTHERS[libraries.indexOf(library) % OTHERS.length];
 const paintOf = (library) => styleOf(library)[dark.matches ? 1 : 0];
 
@@ -37,7 +41,7 @@ function leaveEmpty(id, why) {
 function axis(name, extra) {
   return {
     name, nameLocation: "middle", nameGap: 28, nameTextStyle: { color: color("muted") }, scale: true,
-    axisLine: { lineStyle: { color: color("line") } }, axisLabel: { color: color("muted"), hideOverlap: true },
+    axisLine: { lineStyle: { color: color("line") } }, axisLabel: { color: color("muted"), hideOverlap: true, formatter: tick },
     axisTick: { show: false }, splitLine: { lineStyle: { color: color("grid") } }, minorSplitLine: { show: false }, ...extra,
   };
 }
@@ -94,16 +98,26 @@ function named(edge, across) {
   return new Set(kept.map((one) => one.i));
 }
 
-function paretoSeries(points, x, place, across) {
+/** Round numbers about these values, with room for the points' own size; ``from``: where the axis has to begin. */
+function roomy(all, from = null) {
+  const [low, high] = [from ?? Math.min(...all), Math.max(...all)];
+  const span = high - low || Math.abs(high) || 1;
+  const power = 10 ** Math.floor(Math.log10(span / 6));
+  const interval = power * [1, 2, 2.5, 5, 10].find((factor) => factor * power >= span / 6);
+  const down = (value) => interval * Math.floor(value / interval);
+  return { min: from ?? Math.max(0, down(low - 0.06 * span)), max: -down(-(high + 0.06 * span)), interval };
+}
+
+function paretoSeries(points, x, place, across, right) {
   const size = sizes(points);
   const edge = frontier(points, x);
   const onEdge = named(edge, across);
   const label = (i) => ({
-    show: true, position: "top", distance: 4, fontSize: 11, color: color("text"), textBorderColor: color("panel"), textBorderWidth: 3,
+    show: true, position: "top", distance: 3, fontSize: 11, color: color("text"), textBorderColor: color("panel"), textBorderWidth: 3,
     formatter: () => cases.format[i].replace(/-[^-]*$/, ""),
   });
   const groups = libraries.filter((name) => points.some((i) => cases.library[i] === name)).map((name) => ({
-    type: "scatter", name, symbol: styleOf(name)[2], z: 3,
+    type: "scatter", name, symbol: styleOf(name)[2], z: 3, labelLayout: { hideOverlap: true },
     itemStyle: { color: paintOf(name), opacity: 0.82, borderColor: color("panel"), borderWidth: 1 },
     emphasis: { itemStyle: { opacity: 1, borderColor: color("text") } },
     data: points.filter((i) => cases.library[i] === name).map((i) => ({
@@ -114,7 +128,7 @@ function paretoSeries(points, x, place, across) {
   }));
   const line = {
     type: "line", name: "frontier", step: "end", symbol: "none", silent: true, z: 2, lineStyle: { color: color("accent"), width: 1.5, type: "dashed" },
-    data: edge.map((i) => [place(i), valueOf("decode_tok_s", i)]), tooltip: { show: false },
+    data: [...edge.map((i) => [place(i), valueOf("decode_tok_s", i)]), [right, valueOf("decode_tok_s", edge.at(-1))]], tooltip: { show: false },
   };
   return [line, ...groups];
 }
@@ -128,14 +142,18 @@ function between(all, place) {
   return (i) => (place(i) - low) / (high - low || 1);
 }
 
+const upTo = (points) => ({ type: "value", ...roomy(points.map((i) => valueOf("decode_tok_s", i)), 0) });
+
 function drawPareto() {
   const points = decoded(byId("pareto-workload").value).filter((i) => !hidden.has(cases.library[i]));
   drawQuality(points);
   const measured = points.filter((i) => cases.memory[i] !== null);
   if (!measured.length) return leaveEmpty("plot-memory", "No decode case with its memory in this workload.");
+  const memory = (i) => cases.memory[i];
+  const reach = roomy(measured.map(memory));
   draw("plot-memory", {
-    grid: GRID, tooltip: caseTip(), yAxis: upright("decode tok/s", { min: 0 }), xAxis: axis(`${MEMORY} MiB`, { type: "value" }),
-    series: paretoSeries(measured, (i) => cases.memory[i], (i) => cases.memory[i], between(measured.map((i) => cases.memory[i]), (i) => cases.memory[i])),
+    grid: GRID, tooltip: caseTip(), yAxis: upright("decode, tok/s", upTo(measured)), xAxis: axis(`${MEMORY}, MiB`, { type: "value", ...reach }),
+    series: paretoSeries(measured, memory, memory, between(measured.map(memory), memory), reach.max),
   }, `Scatter plot: decode speed against ${MEMORY} of ${measured.length} cases`, choose);
 }
 
@@ -146,7 +164,8 @@ function drawQuality(points) {
   byId("quality-name").textContent = name === "kld" ? (data.embedded ? "KL divergence (embedded model)" : "KL divergence") : "perplexity";
   if (!scored.length) return leaveEmpty("plot-quality", "No decode case of this workload has a quality: test_quality gives it.");
   let place = (i) => column[i];
-  let x = axis("perplexity", { type: "value" });
+  let reach = roomy(scored.map((i) => column[i]));
+  let x = axis("perplexity", { type: "value", ...reach });
   if (name === "kld") {
     // A logarithm has no zero: bf16 itself stands a decade left of the smallest divergence, labelled 0.
     const positive = scored.map((i) => column[i]).filter((value) => value > 0);
@@ -154,14 +173,15 @@ function drawQuality(points) {
     const top = 10 ** Math.ceil(Math.log10(positive.length ? Math.max(...positive) * 1.05 : 1));
     place = (i) => (column[i] > 0 ? column[i] : zero);
     const hasZero = scored.some((i) => !(column[i] > 0));
+    reach = { min: hasZero ? zero / 2 : zero * 10, max: top };
     x = axis("KL divergence from bf16, nat (log)", {
-      type: "log", min: hasZero ? zero / 2 : zero * 10, max: top,
-      axisLabel: { color: color("muted"), hideOverlap: true, formatter: (value) => (value < zero * 0.99 ? "" : value <= zero * 1.01 && hasZero ? "0" : number(value)) },
+      type: "log", ...reach,
+      axisLabel: { color: color("muted"), hideOverlap: true, formatter: (value) => (value < zero * 0.99 ? "" : value <= zero * 1.01 && hasZero ? "0" : tick(value)) },
     });
   }
   const along = name === "kld" ? (i) => Math.log10(place(i)) : place;
   const across = between(scored.map(along), along);
-  draw("plot-quality", { grid: GRID, tooltip: caseTip(), yAxis: upright("decode tok/s", { min: 0 }), xAxis: x, series: paretoSeries(scored, (i) => column[i], place, across) },
+  draw("plot-quality", { grid: GRID, tooltip: caseTip(), yAxis: upright("decode, tok/s", upTo(scored)), xAxis: x, series: paretoSeries(scored, (i) => column[i], place, across, reach.max) },
     `Scatter plot: decode speed against ${byId("quality-name").textContent} of ${scored.length} cases`, choose);
 }
 
@@ -175,7 +195,7 @@ function bytesPerStep(i) {
 const brief = (text) => text.replace("bitsandbytes", "bnb").replace("max-autotune-no-cudagraphs", "max-auto-no-cg").replace("max-autotune", "max-auto");
 
 let showAllTimes = false;
-const TIMES = 20;
+const isNarrow = () => byId("plot-time").clientWidth < 480;
 function drawRoofline() {
   const ceiling = data.ceilings.read_gb_s;
   const points = decoded(byId("roofline-workload").value).filter((i) => bytesPerStep(i) !== null && !hidden.has(cases.library[i]));
@@ -187,7 +207,7 @@ function drawRoofline() {
   const bytes = points.map(bytesPerStep);
   const steps = (i) => valueOf("decode_tok_s", i) / cases.batch[i];
   const [low, high] = [Math.min(...bytes) * 0.7, Math.max(...bytes) * 1.4];
-  const octaves = { type: "log", logBase: 2, axisLabel: { color: color("muted"), hideOverlap: true, showMinLabel: false, showMaxLabel: false, formatter: (value) => String(value < 100 ? +value.toPrecision(3) : Math.round(value)) } };
+  const octaves = { type: "log", logBase: 2, axisLabel: { color: color("muted"), hideOverlap: true, showMinLabel: false, showMaxLabel: false, formatter: tick } };
   const roof = (part) => ({
     type: "line", name: `MBU ${share(part)}`, symbol: "none", silent: true, z: 1, tooltip: { show: false },
     lineStyle: { color: color(part === 1 ? "accent" : "muted"), width: part === 1 ? 2 : 1, type: part === 1 ? "solid" : "dotted" },
@@ -200,42 +220,66 @@ function drawRoofline() {
   }));
   draw("plot-roofline", {
     grid: { ...GRID, right: 46 }, tooltip: caseTip(),
-    xAxis: axis("GB read per step (log)", { ...octaves, min: low / 1e9, max: high / 1e9 }),
-    yAxis: upright("steps/s (log)", { ...octaves, min: Math.min(...points.map(steps)) / 1.5, max: (1.15 * ceiling * 1e9) / low }), series: [roof(1), roof(0.5), roof(0.25), ...groups],
+    xAxis: axis("read per step, GB (log)", { ...octaves, min: low / 1e9, max: high / 1e9 }),
+    yAxis: upright("steps per second (log)", { ...octaves, min: Math.min(...points.map(steps)) / 1.5, max: (1.15 * ceiling * 1e9) / low }), series: [roof(1), roof(0.5), roof(0.25), ...groups],
   }, `Roofline of ${points.length} cases under ${number(ceiling)} GB/s`, choose);
   drawTimes(points, ceiling);
 }
 
-function drawTimes(points, ceiling) {
-  const sorted = points.sort((a, b) => valueOf("decode_tok_s", b) - valueOf("decode_tok_s", a));
-  const shown = (showAllTimes ? sorted : sorted.slice(0, TIMES)).reverse();
-  byId("time-more").hidden = sorted.length <= TIMES;
-  byId("time-more").textContent = showAllTimes ? `the ${TIMES} fastest` : `all ${sorted.length}`;
-  const narrow = byId("plot-time").clientWidth < 480;
-  byId("plot-time").style.height = `${Math.max(380, 60 + 17 * shown.length)}px`;
-  charts.get("plot-time")?.resize();
-  const total = (i) => (1e3 * cases.batch[i]) / valueOf("decode_tok_s", i);
-  const reading = (i) => (1e3 * bytesPerStep(i)) / (ceiling * 1e9);
-  const bar = (name, paint, height, label) => ({
-    type: "bar", stack: "step", name, itemStyle: { color: paint }, barMaxWidth: 13, label,
-    data: shown.map((i) => ({ value: height(i), case: i })),
-  });
-  draw("plot-time", {
-    grid: { left: narrow ? 138 : 236, right: 44, top: 34, bottom: 24 },
-    legend: { top: 0, left: 0, itemWidth: 12, itemHeight: 10, textStyle: { color: color("muted") }, selectedMode: false },
-    tooltip: tooltip({ trigger: "item", formatter: (point) => make("div", { className: "tip" }, make("b", null, titleOf(point.data.case)), `${number(total(point.data.case))} ms per step: ${number(reading(point.data.case))} ms to read ${number(bytesPerStep(point.data.case) / 1e9)} GB at the ceiling, ${number(total(point.data.case) - reading(point.data.case))} ms for all else`, make("code", null, command(point.data.case))) }),
-    xAxis: axis("", { type: "value", min: 0 }),
-    yAxis: { type: "category", data: shown.map((i) => brief(titleOf(i))), axisTick: { show: false }, axisLine: { lineStyle: { color: color("line") } }, axisLabel: { color: color("text"), fontSize: narrow ? 10 : 11, width: narrow ? 130 : 228, overflow: "truncate", interval: 0 } },
-    series: [
-      bar("reading at the ceiling", color("reading"), reading),
-      bar("all else", color("rest"), (i) => total(i) - reading(i), { show: true, position: "right", color: color("muted"), fontSize: 10, formatter: (point) => share(valueOf("mbu", point.data.case)) }),
-    ],
-  }, `Bars: milliseconds per decoded step of ${shown.length} cases, reading weights against all else`, choose);
+/** Milliseconds of one step: reading weights and KV cache as fast as the ceiling allows, and all that is left. */
+function parts(i, ceiling) {
+  const read = bytesPerStep(i);
+  const kv = Math.min(cases.kv[i] ?? 0, read);
+  const total = (1e3 * cases.batch[i]) / valueOf("decode_tok_s", i);
+  const ms = (bytes) => (1e3 * bytes) / (ceiling * 1e9);
+  return { total, read, kv, weights: ms(read - kv), cache: ms(kv), rest: Math.max(0, total - ms(read)) };
+}
+function timeTip(i, ceiling) {
+  const one = parts(i, ceiling);
+  const cache = one.kv ? `, ${number(one.cache)} ms to read ${number(one.kv / 1e9)} GB of KV cache` : "";
+  const words = `${number(one.total)} ms per step: ${number(one.weights)} ms to read ${number((one.read - one.kv) / 1e9)} GB of weights at the ceiling${cache}, ${number(one.rest)} ms for all else: kernels below the ceiling, launches, attention, sampling`;
+  return make("div", { className: "tip" }, make("b", null, titleOf(i)), words, make("code", null, command(i)));
 }
 
+function drawTimes(points, ceiling) {
+  const narrow = isNarrow();
+  const most = narrow ? 12 : 20;
+  const sorted = points.sort((a, b) => valueOf("decode_tok_s", b) - valueOf("decode_tok_s", a));
+  const shown = (showAllTimes ? sorted : sorted.slice(0, most)).reverse();
+  byId("time-more").hidden = sorted.length <= most;
+  byId("time-more").textContent = showAllTimes ? `the ${most} fastest` : `all ${sorted.length}`;
+  byId("plot-time").style.height = `${Math.max(200, 62 + (narrow ? 32 : 18) * shown.length)}px`;
+  byId("plot-roofline").style.height = narrow ? "" : `${Math.min(440, Math.max(340, 62 + 18 * shown.length))}px`;
+  for (const id of ["plot-time", "plot-roofline"]) charts.get(id)?.resize();
+  const bar = (name, paint, height, label) => ({
+    type: "bar", stack: "step", name, itemStyle: { color: paint }, barMaxWidth: 13, label,
+    data: shown.map((i) => ({ value: height(parts(i, ceiling)), case: i })),
+  });
+  const cached = shown.some((i) => cases.kv[i] > 0.005 * bytesPerStep(i)); // less can't be seen
+  const label = narrow ? (name) => name.replace(" · ", "\n") : (name) => name;
+  draw("plot-time", {
+    grid: { left: narrow ? 150 : 236, right: 44, top: narrow && cached ? 52 : 34, bottom: 24 },
+    legend: { top: 0, left: 0, itemWidth: 12, itemHeight: 10, textStyle: { color: color("muted") }, selectedMode: false },
+    tooltip: tooltip({ trigger: "item", formatter: (point) => timeTip(point.data.case, ceiling) }),
+    xAxis: axis("", { type: "value", min: 0 }),
+    yAxis: { type: "category", data: shown.map((i) => brief(titleOf(i))), axisTick: { show: false }, axisLine: { lineStyle: { color: color("line") } }, axisLabel: { color: color("text"), fontSize: narrow ? 10 : 11, lineHeight: 13, width: narrow ? 142 : 228, overflow: "truncate", interval: 0, formatter: label } },
+    series: [
+      bar("weights at the ceiling", color("reading"), (one) => one.weights),
+      ...(cached ? [bar("KV cache at the ceiling", color("cache"), (one) => one.cache)] : []),
+      bar("all else", color("rest"), (one) => one.rest, { show: true, position: "right", color: color("muted"), fontSize: 10, formatter: (point) => share(valueOf("mbu", point.data.case)) }),
+    ],
+  }, `Bars: milliseconds per decoded step of ${shown.length} cases, reading weights and KV cache against all else`, choose);
+}
+
+/** The libraries with their colours; a click leaves one out. Above the Pareto plots and above the roofline. */
 function buildLegend() {
+  for (const id of ["legend", "legend-roofline"]) byId(id).replaceChildren(...legendItems(id));
+}
+
+function legendItems(id) {
   const shapes = { circle: "M6 1a5 5 0 100 10A5 5 0 006 1z", rect: "M1 1h10v10H1z", triangle: "M6 1l5.5 10H.5z", diamond: "M6 0l5 6-5 6-5-6z", roundRect: "M3 1h6a2 2 0 012 2v6a2 2 0 01-2 2H3a2 2 0 01-2-2V3a2 2 0 012-2z", pin: "M6 12C2 7 2 6 2 4a4 4 0 018 0c0 2 0 3-4 8z", arrow: "M6 0l5 12-5-3-5 3z" };
-  const items = libraries.filter((name) => cases.kind.some((kind, i) => kind === "decode" && cases.library[i] === name && valueOf("decode_tok_s", i) !== null)).map((name) => {
+  const shown = libraries.filter((name) => cases.kind.some((kind, i) => kind === "decode" && cases.library[i] === name && valueOf("decode_tok_s", i) !== null));
+  return shown.map((name) => {
     const mark = document.createElementNS("http://www.w3.org/2000/svg", "svg");
     mark.setAttribute("viewBox", "0 0 12 12");
     mark.setAttribute("aria-hidden", "true");
@@ -246,13 +290,13 @@ function buildLegend() {
     const button = make("button", { type: "button", "aria-pressed": String(!hidden.has(name)) }, mark, name);
     button.addEventListener("click", () => {
       if (!hidden.delete(name)) hidden.add(name);
-      button.setAttribute("aria-pressed", String(!hidden.has(name)));
+      buildLegend();
+      byId(id).querySelectorAll("button")[shown.indexOf(name)].focus();
       drawPareto();
       drawRoofline();
     });
     return make("li", null, button);
   });
-  byId("legend").replaceChildren(...items);
 }
 
 function buildCharts() {
@@ -273,7 +317,7 @@ function buildCharts() {
   });
   const { read_gb_s: read, matmul_tflop_s: product } = data.ceilings;
   byId("roofline-hint").textContent = read
-    ? `Measured on this card before the cases: ${number(read)} GB/s read${product ? `, ${number(product)} TFLOP/s in bf16 products` : ""}. A decoded step reads every weight and the KV cache once; MBU is the share of that bandwidth it reaches. The figure behind each bar is its MBU.`
+    ? `Measured on this ${data.cpu ? "CPU" : "card"} before the cases: ${number(read)} GB/s read${product ? `, ${number(product)} TFLOP/s in bf16 products` : ""}. A decoded step reads every weight and the KV cache once; MBU is the share of that bandwidth it reaches: the solid line is all of it, the dotted ones a half and a quarter. The figure behind each bar is its MBU.`
     : "The run keeps no measured ceiling of this device.";
   buildLegend();
   drawPareto();

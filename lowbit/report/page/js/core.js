@@ -35,17 +35,19 @@ function command(i) {
   return `${data.command} -k ${quoted}`;
 }
 
-/** Four significant digits at most; small ones by their magnitude. */
+/** Four significant digits at most, thousands whole with commas; small ones by their magnitude. */
 function number(value) {
   if (value === null || value === undefined || Number.isNaN(value)) return "–";
   const size = Math.abs(value);
-  if (size >= 10000) return Math.round(value).toLocaleString("en-US");
-  if (size >= 1000) return value.toFixed(0);
+  if (size >= 1000) return Math.round(value).toLocaleString("en-US");
   if (size >= 10) return value.toFixed(1);
   if (size >= 1) return value.toFixed(2);
   if (size >= 0.001) return value.toFixed(4).replace(/0+$/, "").replace(/\.$/, "");
   return size ? value.toExponential(1) : "0";
 }
+/** A number beside an axis: no zeros that say nothing. */
+const tick = (value) => number(value).replace(".0e", "e").replace(/(\.\d*?)0+$/, "$1").replace(/\.$/, "");
+const arrows = (lines) => lines.join(", ").replaceAll(" -> ", " → ");
 const percent = (share, digits = 1) => (share === null ? "–" : `${share > 0 ? "+" : ""}${(100 * share).toFixed(digits)} %`);
 const share = (value) => (value === null ? "–" : `${(100 * value).toFixed(0)} %`);
 const unitOf = (name) => (data.metrics[name] || [""])[0];

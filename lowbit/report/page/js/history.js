@@ -38,23 +38,31 @@ function drawHistory() {
     xAxis: one.first, lineStyle: { color: color(one.worse === false ? "good" : "bad"), width: 1.5, type: "solid" },
     label: { formatter: `${one.kind} ${percent(relative(one))}`, color: color(one.worse === false ? "good" : "bad"), position: one.first > values.length / 2 ? "insideEndTop" : "insideEndBottom", rotate: 0, align: one.first > values.length / 2 ? "right" : "left", fontSize: 11 },
   }));
+  if (!lines.length && judged?.since.length) {
+    const first = past.nights.findIndex((night) => night.startsWith(judged.since[0].slice(0, 10)));
+    const late = first > values.length / 2;
+    if (first >= 0) lines.push({
+      xAxis: first, lineStyle: { color: color(judged.status === "improvement" ? "good" : "bad"), width: 1.5, type: "dotted" },
+      label: { formatter: "beyond the limit since", color: color("muted"), position: late ? "insideEndTop" : "insideEndBottom", rotate: 0, align: late ? "right" : "left", fontSize: 11 },
+    });
+  }
   const limits = centre !== null && judged?.limit ? [[{ yAxis: centre - judged.limit }, { yAxis: centre + judged.limit }]] : [];
   const reach = values.filter((value) => value !== null).concat(limits.length ? [centre - judged.limit, centre + judged.limit] : []);
   const pad = (Math.max(...reach) - Math.min(...reach) || Math.abs(reach[0]) * 0.01 || 1) * 0.12;
   const upgradeAt = new Map(past.upgrades.map(([night, names]) => [night, names]));
   const lowest = Math.max(0, Math.min(...reach) - pad);
   draw("plot-history", {
-    grid: { left: 64, right: 26, top: 26, bottom: 34 },
+    grid: { left: 64, right: 26, top: 34, bottom: 34 },
     tooltip: tooltip({
       trigger: "axis",
       formatter: (points) => {
         const night = points[0].dataIndex;
         const upgrades = upgradeAt.get(night);
-        return make("div", { className: "tip" }, make("b", null, `${past.nights[night].replace("T", " ")} UTC`), values[night] === null ? "not measured" : `${number(values[night])} ${unit}`, upgrades ? make("code", null, upgrades.join("; ").replaceAll(" -> ", " → ")) : null);
+        return make("div", { className: "tip" }, make("b", null, `${past.nights[night].replace("T", " ")} UTC`), values[night] === null ? "not measured" : `${number(values[night])} ${unit}`, upgrades ? make("code", null, arrows(upgrades)) : null);
       },
     }),
-    xAxis: { ...axis("", { type: "category" }), data: past.nights.map((night) => night.slice(5, 10)), boundaryGap: false, splitLine: { show: false } },
-    yAxis: axis("", { type: "value", min: lowest, max: Math.max(...reach) + pad, axisLabel: { color: color("muted"), formatter: number } }),
+    xAxis: { ...axis("", { type: "category", axisLabel: { color: color("muted"), hideOverlap: true } }), data: past.nights.map((night) => night.slice(5, 10)), boundaryGap: false, splitLine: { show: false } },
+    yAxis: axis(unit, { type: "value", min: lowest, max: Math.max(...reach) + pad, nameLocation: "end", nameGap: 12, nameTextStyle: { color: color("muted"), align: "right" }, axisLabel: { color: color("muted"), showMinLabel: false, showMaxLabel: false, formatter: number } }),
     series: [
       {
         type: "line", name: metric, data: values, symbol: "circle", symbolSize: values.length > 90 ? 3 : 5, connectNulls: false, lineStyle: { color: color("accent"), width: 1.3 }, itemStyle: { color: color("accent") },
@@ -70,7 +78,7 @@ function drawHistory() {
   if (past.upgrades.length) notes.push("triangles: nights with another environment");
   if (past.dropped) notes.push(`${past.dropped} older nights are left out`);
   byId("history-caption").textContent = `${notes.join(" · ")}.`;
-  byId("case-changes").replaceChildren(...found.map((one) => make("li", null, make("b", { className: toneOfChange(one) }, `${one.kind} of ${percent(relative(one))}`), ` since ${one.date} (${one.end - one.first} nights, sure to ${sure(one.p)}): ${number(one.before)} → ${number(one.after)} ${unit}`, one.upgrades.length ? `; that night: ${one.upgrades.join(", ").replaceAll(" -> ", " → ")}` : "; nothing was upgraded that night")));
+  byId("case-changes").replaceChildren(...found.map((one) => make("li", null, make("b", { className: toneOfChange(one) }, `${one.kind} of ${percent(relative(one))}`), ` since ${one.date} (${one.end - one.first} nights, sure to ${sure(one.p)}): ${number(one.before)} → ${number(one.after)} ${unit}`, one.upgrades.length ? `; that night: ${arrows(one.upgrades)}` : "; nothing was upgraded that night")));
 }
 
 function drawCase(i) {
@@ -82,6 +90,7 @@ function drawCase(i) {
   const wanted = headlines[i] && names.includes(headlines[i].metric) ? headlines[i].metric : changed || names[0];
   fill(byId("history-metric"), names.map((name) => [name, NAMES[name] || name]), wanted);
   byId("history-metric").disabled = names.length < 2;
+  byId("history-metric").parentElement.hidden = !names.length;
   drawHistory();
   drawFigures(i);
 }
@@ -104,27 +113,37 @@ function drawFigures(i) {
 
 const CHANGES = 25;
 let showAllChanges = false;
+/** All changes, the newest night first; what a night upgraded is told once, above its changes. */
 function drawChanges() {
   const all = (past.changes || []).map(change);
   byId("changes-title").hidden = byId("changes").parentElement.hidden = !all.length;
   byId("changes-hint").textContent = all.length
     ? `${all.length} in ${past.nights.length} nights, the newest first. An isolated night is an outlier and no change.`
     : past.nights.length ? `No change in ${past.nights.length} nights${past.nights.length < 8 ? "; from 8 on they can be found" : ""}.` : "";
-  if (!all.length) byId("changes-title").hidden = true;
   const shown = showAllChanges ? all : all.slice(0, CHANGES);
   byId("changes-more").hidden = all.length <= CHANGES;
   byId("changes-more").textContent = showAllChanges ? `The newest ${CHANGES}` : `All ${all.length}`;
-  byId("changes").tHead.replaceChildren(make("tr", null, ...["since", "case", "metric", "change", "before → after", "sure to", "that night"].map((title) => make("th", { scope: "col" }, make("span", null, title)))));
-  byId("changes").tBodies[0].replaceChildren(...shown.map((one) => {
-    const button = make("button", { type: "button", className: "case id" }, shortName(cases.id[one.case]));
-    button.addEventListener("click", () => {
-      select(one.case);
-      byId("history-metric").value = one.metric;
-      drawHistory();
-    });
-    const cells = [one.date, button, one.metric, make("span", { className: toneOfChange(one) }, `${one.kind} ${percent(relative(one))}`), `${number(one.before)} → ${number(one.after)} ${unitOf(one.metric)}`, sure(one.p), one.upgrades.join(", ").replaceAll(" -> ", " → ") || "no upgrade"];
-    return make("tr", null, ...cells.map((cell) => make("td", null, cell)));
-  }));
+  const titles = ["case", "metric", "change", "before → after", "sure to"];
+  byId("changes").tHead.replaceChildren(make("tr", null, ...titles.map((title, at) => make("th", { scope: "col", className: at > 1 ? "number" : "" }, make("span", null, title)))));
+  const bodies = new Map();
+  for (const one of shown) {
+    if (!bodies.has(one.date)) bodies.set(one.date, [nightRow(one, titles.length)]);
+    bodies.get(one.date).push(changeRow(one));
+  }
+  byId("changes").replaceChildren(byId("changes").tHead, ...[...bodies.values()].map((rows) => make("tbody", null, ...rows)));
+}
+function nightRow(one, width) {
+  return make("tr", { className: "night" }, make("th", { scope: "rowgroup", colSpan: width }, one.date, make("span", { className: "sub" }, one.upgrades.length ? arrows(one.upgrades) : "nothing was upgraded that night")));
+}
+function changeRow(one) {
+  const button = make("button", { type: "button", className: "case id" }, shortName(cases.id[one.case]));
+  button.addEventListener("click", () => {
+    select(one.case);
+    byId("history-metric").value = one.metric;
+    drawHistory();
+  });
+  const cells = [button, one.metric, make("span", { className: toneOfChange(one) }, `${one.kind} ${percent(relative(one))}`), `${number(one.before)} → ${number(one.after)} ${unitOf(one.metric)}`, sure(one.p)];
+  return make("tr", null, ...cells.map((cell, at) => make("td", { className: at > 1 ? "number" : "" }, cell)));
 }
 
 function buildHistory() {

@@ -35,6 +35,7 @@ buildHistory();
 for (const button of document.querySelectorAll("button.copy")) button.addEventListener("click", () => copy(button));
 addEventListener("hashchange", () => fromAddress() >= 0 && select(fromAddress()));
 dark.addEventListener("change", () => {
+  palette.clear();
   buildLegend();
   drawPareto();
   drawRoofline();
@@ -50,5 +51,6 @@ requestAnimationFrame(() => {
     if ((width < 480) !== (innerWidth < 480)) drawRoofline();
     width = innerWidth;
   });
-  document.documentElement.dataset.ready = "true";
+  document.documentElement.dataset.ready = Math.round(performance.now()); // ms since the page was asked for
+  setTimeout(fillRest, 30);
 });

@@ -1,22 +1,28 @@
 // The table of all cases: sorted by its headings, filtered by words and choices; what changed stands on top.
-const numeric = (get) => (i) => get(i);
+const JUDGED = Object.keys(base).length > 0; // by a baseline; without one there is no change and no limit to show
 const COLUMNS = [
   { id: "state", title: "state", key: (i) => STATES.indexOf(cases.state[i]), cell: stateCell, first: "ascending" },
   { id: "case", title: "case", key: (i) => shortName(cases.id[i]), cell: caseCell, first: "ascending" },
-  { id: "change", title: "change", key: (i) => (headlines[i] ? changeOf(headlines[i].metric, i, headlines[i].now) : null), cell: changeCell },
-  { id: "metric", title: "base → now", key: (i) => headlines[i]?.metric ?? "", cell: movedCell, first: "ascending" },
-  { id: "limit", title: "limit", key: (i) => relativeTo(headlines[i], i, "limit"), text: (i) => headlines[i] && limitText(headlines[i], baseOf(headlines[i].metric, i)) },
-  { id: "spread", title: "spread", unit: "σ", key: (i) => relativeTo(headlines[i], i, "spread"), text: (i) => headlines[i] && spreadText(headlines[i], baseOf(headlines[i].metric, i)) },
-  { id: "runs", title: "runs", unit: "beyond", key: (i) => headlines[i]?.beyond ?? null, text: (i) => runsText(headlines[i]) },
+  ...(JUDGED ? judgedColumns() : []),
   plain("decode", "tok/s", "decode_tok_s"),
   plain("TTFT", "ms", "ttft_ms"),
   { id: "memory", title: MEMORY, unit: "MiB", key: (i) => cases.memory[i], text: (i) => number(cases.memory[i]) },
   { id: "kld", title: "KL", unit: data.embedded ? "embedded" : "nat", key: (i) => cases.kld[i], text: (i) => number(cases.kld[i]) },
+  { id: "ppl", title: "ppl", key: (i) => cases.ppl[i], text: (i) => number(cases.ppl[i]) },
   { id: "mbu", title: "MBU", key: (i) => valueOf("mbu", i), text: (i) => share(valueOf("mbu", i)) },
   plain("energy", "J/tok", "energy_j_per_tok"),
   plain("compile", "s", "compile_s"),
-];
+].filter(({ first, key }) => first || cases.id.some((_, i) => key(i) !== null)); // a CPU has no energy, dummy weights no ppl
 
+function judgedColumns() {
+  return [
+    { id: "change", title: "change", key: (i) => (headlines[i] ? changeOf(headlines[i].metric, i, headlines[i].now) : null), cell: changeCell },
+    { id: "metric", title: "base → now", key: (i) => headlines[i]?.metric ?? "", cell: movedCell, first: "ascending" },
+    { id: "limit", title: "limit", key: (i) => relativeTo(headlines[i], i, "limit"), text: (i) => headlines[i] && limitText(headlines[i], baseOf(headlines[i].metric, i)) },
+    { id: "spread", title: "spread", unit: "σ", key: (i) => relativeTo(headlines[i], i, "spread"), text: (i) => headlines[i] && spreadText(headlines[i], baseOf(headlines[i].metric, i)) },
+    { id: "runs", title: "runs", unit: "beyond", key: (i) => headlines[i]?.beyond ?? null, text: (i) => runsText(headlines[i]) },
+  ];
+}
 function plain(title, unit, name) {
   return { id: name, title, unit, key: (i) => valueOf(name, i), text: (i) => number(valueOf(name, i)) };
 }
@@ -30,7 +36,7 @@ function stateCell(i) {
 }
 function caseCell(i) {
   const parts = [cases.mode[i], cases.workload[i]].filter(Boolean).join(" · ");
-  const button = make("button", { type: "button", className: "case id", title: cases.id[i] }, cases.kind[i] ? `${cases.kind[i]} ${cases.format[i]}` : shortName(cases.id[i]));
+  const button = make("button", { type: "button", className: "case id", title: cases.id[i] }, cases.format[i] ? `${cases.kind[i]} ${cases.format[i]}` : shortName(cases.id[i]));
   button.addEventListener("click", () => select(i));
   const reason = cases.state[i] !== "ok" && cases.reason[i] ? make("span", { className: "sub" }, cases.reason[i].split("\n")[0].slice(0, 200)) : null;
   return [button, parts ? make("span", { className: "sub" }, parts) : null, reason];
@@ -51,7 +57,7 @@ function changeCell(i) {
 }
 
 const sorting = { column: "state", direction: "ascending" };
-const rows = [];
+const rows = new Map();
 
 function buildTable() {
   const head = make("tr");
@@ -64,16 +70,34 @@ function buildTable() {
     head.append(cell);
   }
   byId("table").tHead.append(head);
-  for (let i = 0; i < COUNT; i++) {
-    const row = make("tr");
+  listeners.push((chosen) => rows.forEach((row, i) => row.classList.toggle("selected", i === chosen)));
+}
+
+/** A case's row, made when it is first shown. */
+function rowOf(i) {
+  if (!rows.has(i)) {
+    const row = make("tr", { className: i === selected ? "selected" : "" });
     row.dataset.case = i;
     for (const column of COLUMNS) {
       const content = column.cell ? column.cell(i) : [column.text(i) || "–"];
       row.append(make("td", { className: !column.first ? "number" : "" }, ...content));
     }
-    rows.push(row);
+    rows.set(i, row);
   }
-  listeners.push((chosen) => rows.forEach((row, i) => row.classList.toggle("selected", i === chosen)));
+  return rows.get(i);
+}
+
+const AT_ONCE = 60; // more than a screen
+let waiting = []; // the rows below these; they follow when the browser has drawn the first
+/** All of these cases as the table's rows, in two steps: 500 laid out at once would hold the page up. */
+function fillTable(indices) {
+  byId("table").tBodies[0].replaceChildren(...indices.slice(0, AT_ONCE).map(rowOf));
+  waiting = indices.slice(AT_ONCE);
+  if (document.documentElement.dataset.ready) setTimeout(fillRest, 30);
+}
+function fillRest() {
+  byId("table").tBodies[0].append(...waiting.map(rowOf));
+  waiting = [];
 }
 
 function sortBy(column) {
@@ -128,7 +152,7 @@ function show() {
   for (let i = 0; i < COUNT; i++) {
     if (words.every((word) => haystacks[i].includes(word)) && chosen.every(([column, value]) => cases[column][i] === value)) kept.push(i);
   }
-  byId("table").tBodies[0].replaceChildren(...order(kept).map((i) => rows[i]));
+  fillTable(order(kept));
   for (const cell of byId("table").tHead.rows[0].cells) {
     if (cell.dataset.column === sorting.column) cell.setAttribute("aria-sort", sorting.direction);
     else cell.removeAttribute("aria-sort");
