@@ -1,14 +1,14 @@
 """Baselines: the medians of several runs of one device, model and load format, as pytest-benchmark's own JSON.
 
 ``<baselines_dir>/<device slug>/NNNN_<model>-<load_format>.json`` is readable by ``pytest-benchmark compare``; each
-benchmark's ``extra_info["lowbit"]`` carries the row that the gate judges by: a metric's median and the runs' values.
+benchmark's ``extra_info["lowbit"]`` carries the row that the gate judges by: each metric's values, one per run; the
+median is taken when the file is read.
 """
 
 from __future__ import annotations
 
 import math
 import re
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -83,7 +83,7 @@ def build(runs: Sequence[Run]) -> Baseline:
             timed = sorted((entry.stats for entry in measured if entry.stats), key=lambda found: float(found["median"]))
             if timed:
                 middle = timed[(len(timed) - 1) // 2]
-                stats[case] = {key: middle[key] for key in documents.STATS if key in middle}
+                stats[case] = {key: _short(middle[key]) for key in documents.STATS if key in middle}
         elif skipped:
             skips[case] = (skipped[-1].kind, skipped[-1].reason)
     environments: list[dict[str, str]] = []
@@ -101,9 +101,7 @@ def _make_row(records: list[Record]) -> Row:
         if not all(map(math.isfinite, values)):
             raise LowbitError(f"{records[0].case}: {name} is not finite ({values}): such a run can't become a baseline")
         digits = _digits(name)
-        metrics[name] = Values(
-            _rounded(statistics.median(values), digits), tuple(_rounded(value, digits) for value in values)
-        )
+        metrics[name] = Values.of(_rounded(value, digits) for value in values)
     last = records[-1]
     info = {key: value for key, value in last.info.items() if _is_small(value)}
     if isinstance(ceilings := last.info.get("ceilings"), Mapping):  # what mbu was held against: the report draws by it
@@ -120,6 +118,10 @@ def _digits(name: str) -> int:
 
 def _rounded(value: float, digits: int) -> float:
     return float(f"{value:.{digits}g}")
+
+
+def _short(value: Any) -> Any:
+    return _rounded(value, DIGITS) if isinstance(value, float) else value
 
 
 def _is_small(value: Any) -> bool:
@@ -160,7 +162,7 @@ def to_document(baseline: Baseline) -> dict[str, Any]:
     for case in sorted(baseline.rows):
         row = baseline.rows[case]
         data = {key: value for key, value in asdict(row).items() if key not in ("case", "metrics")}
-        data["metrics"] = {name: {"median": v.median, "runs": list(v.runs)} for name, v in row.metrics.items()}
+        data["metrics"] = {name: list(values.runs) for name, values in row.metrics.items()}
         params = {"format": row.format, "mode": row.mode, "workload": row.workload}
         if case in baseline.stats:
             timed.append(documents.benchmark(case, row.kind, params, baseline.stats[case], data))
@@ -207,9 +209,9 @@ def load(path: Path) -> Baseline:
 
 
 def _to_row(path: Path, data: Mapping[str, Any]) -> Row:
-    metrics = {name: Values(float(v["median"]), tuple(map(float, v["runs"]))) for name, v in data["metrics"].items()}
+    metrics = {name: Values.of(map(float, runs)) for name, runs in data["metrics"].items()}
     for name, values in metrics.items():
-        if not all(map(math.isfinite, (values.median, *values.runs))):
+        if not all(map(math.isfinite, values.runs)):
             raise LowbitError(
                 f"{path}: {data['case']}: {name} is not finite, nothing can be judged by it; make it anew"
             )

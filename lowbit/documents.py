@@ -64,7 +64,8 @@ def encode(data: Mapping[str, Any]) -> str:
     lines = []
     for key, value in data.items():
         if key == "benchmarks":
-            text = "[\n  " + ",\n  ".join(json.dumps(row) for row in value) + "\n ]" if value else "[]"
+            rows = ",\n  ".join(json.dumps(row, separators=(",", ":")) for row in value)
+            text = f"[\n  {rows}\n ]" if value else "[]"
         else:
             text = json.dumps(value, indent=1).replace("\n", "\n ")
         lines.append(f" {json.dumps(key)}: {text}")

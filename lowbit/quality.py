@@ -219,12 +219,12 @@ def _stream_logits(model: Any, windows: Tensor, kv: str = "") -> Iterator[tuple[
     length = windows.shape[1]
     shares = -(-length * vocab * 4 // CHUNK_BYTES)
     cache = make_cache(model, 1, length, kv=kv) if kv else None
+    cached = {"past_key_values": cache, "use_cache": True} if cache else {"use_cache": False}
     for index, ids in enumerate(windows.to(device)):
         if cache is not None:
             for layer in cache.layers:
                 layer.cumulative_length.zero_()
-        found = model.model(input_ids=ids[None], past_key_values=cache, use_cache=cache is not None)
-        hidden = found.last_hidden_state[0]  # [window, H]
+        hidden = model.model(input_ids=ids[None], **cached).last_hidden_state[0]  # [window, H]
         start = 0
         for block in hidden.tensor_split(shares):
             stop = min(start + len(block), length - 1)  # the last position has no target

@@ -23,6 +23,12 @@ class Values(NamedTuple):
     median: float
     runs: tuple[float, ...]
 
+    @classmethod
+    def of(cls, runs: Iterable[float]) -> Values:
+        """The values and their median. Raises ValueError for none."""
+        values = tuple(runs)
+        return cls(statistics.median(values), values)
+
 
 @dataclass(frozen=True)
 class Row:

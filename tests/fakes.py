@@ -225,8 +225,8 @@ class Bench:
     def baseline(self) -> Path:
         return self.root / "benches" / "baselines" / "fake-gpu" / "0001_embedded-auto.json"
 
-    def rows(self) -> dict[str, dict[str, dict[str, float]]]:
-        """The baseline's metrics by case."""
+    def rows(self) -> dict[str, dict[str, list[float]]]:
+        """The baseline's metrics by case: the value of each run."""
         document = json.loads(self.baseline.read_text())
         return {row["fullname"]: row["extra_info"]["lowbit"]["metrics"] for row in document["benchmarks"]}
 

@@ -45,7 +45,7 @@ class Repository(Bench):
         self.git("apply", "--check", str(self.patch))
         self.git("apply", str(self.patch))
         assert self.git("status", "--porcelain", "benches").split() == ["M", "benches/baselines/fake-gpu/" + NAME]
-        changed = [line for line in self.git("diff", "-U0", "benches").splitlines() if '"fullname": ' in line]
+        changed = [line for line in self.git("diff", "-U0", "benches").splitlines() if '"fullname":' in line]
         return {json.loads(line[1:].strip().rstrip(","))["fullname"] for line in changed}
 
 
@@ -67,8 +67,8 @@ def test_a_slowdown_is_accepted_and_nothing_else(bench):
     text = bench.patch.read_text()
     assert f"decode[{DECODE}] on fake-gpu: decode_tok_s 100.0 -> 90.0 tok/s (-10.0 %" in text
     assert bench.apply() == {NODE}
-    assert bench.rows()[NODE]["decode_tok_s"] == {"median": 90.0, "runs": [90.0, 90.0, 90.0]}  # the run and its repeats
-    assert bench.rows()[OTHER]["decode_tok_s"]["median"] == 100.0
+    assert bench.rows()[NODE]["decode_tok_s"] == [90.0, 90.0, 90.0]  # the run and its repeats
+    assert bench.rows()[OTHER]["decode_tok_s"] == [100.0]
 
 
 def test_the_patched_baseline_passes_the_gate_and_still_fails_a_further_slowdown(bench):
@@ -91,7 +91,7 @@ def test_an_improvement_is_accepted_too_and_what_is_not_confirmed_is_not(bench):
     bench.plan(tok_s={f"decode[{DECODE}]": 120})
     assert bench.compare().ret == 0
     assert bench.apply() == {NODE}
-    assert bench.rows()[NODE]["decode_tok_s"]["median"] == 120.0
+    assert bench.rows()[NODE]["decode_tok_s"] == [120.0]
 
 
 def test_a_slowdown_that_is_not_confirmed_is_not_in_the_patch(bench):
@@ -163,7 +163,7 @@ def test_workers_results_are_patched_by_the_controller(bench):
     result = bench.compare("-n", "2", processes=True)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     assert bench.apply() == {NODE}
-    assert len(bench.rows()[NODE]["decode_tok_s"]["runs"]) == 3
+    assert len(bench.rows()[NODE]["decode_tok_s"]) == 3
 
 
 def test_it_needs_a_comparison(bench):

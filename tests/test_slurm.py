@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from _pytest.mark.expression import Expression  # what -k itself reads
 
 from lowbit.__main__ import make_parser
+from lowbit.cases import KINDS, Case, enumerate_cases
 from lowbit.formats import FORMATS
+from lowbit.pytest_plugin.collection import selectors
 
 PAGE = (Path(__file__).parent.parent / "docs" / "slurm.md").read_text()
 SCRIPTS = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
@@ -23,19 +27,31 @@ def test_the_scripts_parse(script):
     assert (result.returncode, result.stderr) == (0, "")
 
 
-def selects(expression: str, row: str) -> bool:
-    """What ``-k`` does: a word is true where it is part of the test's name or of one of its keywords."""
-    names = {f"test_decode[{row}-eager-b1_c0]", *FORMATS[row].selectors}
-    code = re.sub(r"\b(?!and\b|or\b|not\b)(\w+)", r"match('\1')", expression)
-    return bool(eval(code, {"match": lambda word: any(word in name.lower() for name in names)}))
+def expressions() -> list[str]:
+    """What bash makes of the array script's ``parts``."""
+    lines = re.search(r"^parts=.*?(?=^part=)", SCRIPTS[0], re.DOTALL | re.MULTILINE)[0]
+    command = ["bash", "-euc", lines + "printf '%s\\n' \"${parts[@]}\""]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
-def test_the_parts_together_are_all_formats_each_once():
-    parts = re.findall(r'"([^"]+)"', re.search(r"parts=\((.*)\)", SCRIPTS[0])[1])
-    first, last = map(int, re.search(r"--array=(\d+)-(\d+)", SCRIPTS[1]).groups())
-    assert last - first + 1 == len(parts)
-    chosen = [row for part in parts for row in FORMATS if selects(part, row)]
-    assert sorted(chosen) == sorted(FORMATS)  # each once
+def selects(part: Expression, case: Case) -> bool:
+    """What ``-k`` does: a word is true where it is part of the test's name, of a parent's or of an extra keyword."""
+    names = {"benches", f"test_{case.kind}.py", f"test_{case.name}", *selectors(case)}
+    return part.evaluate(lambda word: any(word.lower() in name.lower() for name in names))
+
+
+def test_the_parts_together_are_all_cases_each_once_and_a_format_in_one():
+    parts = [Expression.compile(text) for text in expressions()]
+    for script in SCRIPTS[:2]:
+        first, last = map(int, re.search(r"--array=(\d+)-(\d+)", script).groups())
+        assert range(first, last + 1) == range(len(parts))
+    of_a_new_library = replace(FORMATS["bf16-torch"], name="a16w4_torchao_g64", backend="new")
+    for row in [*FORMATS.values(), of_a_new_library]:
+        cases = [case for kind in KINDS for case in enumerate_cases(kind, "full", 8_000_000_000, [row])]
+        chosen = {number for number, part in enumerate(parts) for case in cases if selects(part, case)}
+        assert len(chosen) == 1, row.id
+        assert all(any(selects(part, case) for part in parts) for case in cases), row.id
+    assert chosen == {len(parts) - 1}
 
 
 def test_lowbits_options_exist():
