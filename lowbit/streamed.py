@@ -32,7 +32,7 @@ class _Inner:
         self.norm = norm
         self._states: Iterator[tuple[Tensor, Tensor]] = zip(windows, hidden, strict=True)
 
-    def __call__(self, input_ids: Tensor, use_cache: bool = False) -> Any:
+    def __call__(self, input_ids: Tensor, use_cache: bool = False, past_key_values: None = None) -> Any:
         ids, hidden = next(self._states, (None, None))
         if ids is None or hidden is None or not torch.equal(ids, input_ids[0].to(ids.device)):
             raise LowbitError("a streamed model was computed for other windows: score the same text, once, in order")
