@@ -135,7 +135,7 @@ def test_actions_are_pinned_by_commit_and_may_only_read(path):
     found = uses(workflow)
     assert found
     for action in found:
-        assert re.fullmatch(r"actions/[a-z-]+@[0-9a-f]{40}", action), action
+        assert re.fullmatch(r"actions/[a-z-]+(/[a-z-]+)?@[0-9a-f]{40}", action), action
     for job in workflow["jobs"].values():
         assert job["timeout-minutes"] > 0
 
