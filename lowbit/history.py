@@ -1,18 +1,20 @@
 """History: the kept runs of a device, oldest first, as nights; what trend and report draw their series from.
 
 A folder of kept runs is ``.lowbit/runs`` or any other (``--history DIR``): run folders, ``run.json`` documents under
-any name, merged ones, and CI artefacts that hold them, however deep. Nothing is ever written here.
+any name, merged ones, and CI artefacts that hold them, however deep. Or a single such file. Nothing is written there
+but ``digest``'s hidden files.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from lowbit import merge
+from lowbit import digest, merge
 from lowbit.errors import LowbitError
 from lowbit.runs import Run
 
@@ -69,23 +71,31 @@ class Histories:
     unreadable: list[str] = field(default_factory=list)
 
 
+class Told(NamedTuple):
+    """What the history takes of a kept run: whose night it is, and the night."""
+
+    device: str
+    device_name: str
+    model: str
+    load_format: str
+    night: Night
+
+
 def read(root: Path, *, device: str | None = None, model: str | None = None) -> Histories:
     """All kept runs under ``root``, of ``device`` (slug) and ``model`` alone where given.
 
-    A run that can't be read costs itself and is named in ``unreadable``. Raises LowbitError when ``root`` is no folder
+    A run that can't be read costs itself and is named in ``unreadable``. Raises LowbitError when ``root`` is not there
     or holds no run that was asked for, with what it does hold.
     """
-    if not root.is_dir():
+    if not root.exists():
         raise LowbitError(f"{root}: no such folder of kept runs; give one with --history, or keep runs: pytest benches")
     kept, unreadable = [], []
-    for path in merge.find(root):
+    for path in merge.candidates(root):
         try:
-            for run in merge.read(path):
-                _time(run.header.started)
-                kept.append(run)
+            kept += _read(path)
         except LowbitError as error:
             unreadable.append(str(error))
-    histories = group(kept)
+    histories = _group(kept)
     chosen = [h for h in histories if device in (None, h.device) and model in (None, h.model)]
     if not chosen:
         have = ", ".join(f"{h.model} ({h.load_format}) on {h.device}" for h in histories) or "no readable run"
@@ -96,14 +106,51 @@ def read(root: Path, *, device: str | None = None, model: str | None = None) -> 
 
 def group(kept: Iterable[Run]) -> list[History]:
     """Runs → one History per device, model and load format, the one with most nights first. Copies count once."""
+    return _group([_tell(run) for run in kept])
+
+
+def _read(path: Path) -> list[Told]:
+    """From the digest, if there is one; else from the file itself. [] for one that holds no run."""
+    known = digest.load(path)
+    if known is not None:
+        try:
+            return [_from_row(path, row) for row in known]
+        except (TypeError, ValueError):  # of another shape than its layout says: the run itself is read
+            known = None
+    if not merge.may_hold_runs(path):
+        return []
+    stamp = digest.stamp(path)  # before it is read: what is appended meanwhile makes another one
+    told = [_tell(run) for run in merge.read(path)]
+    digest.save(path, stamp, [_row(one) for one in told])
+    return told
+
+
+def _row(told: Told) -> list[Any]:
+    """A row of a digest."""
+    night = {f.name: getattr(told.night, f.name) for f in fields(Night) if f.name != "path"}
+    return [told.device, told.device_name, told.model, told.load_format, night]
+
+
+def _from_row(path: Path, row: list[Any]) -> Told:
+    device, device_name, model, load_format, night = row
+    return Told(device, device_name, model, load_format, Night(path=path.parent, **night))
+
+
+def _tell(run: Run) -> Told:
+    """Raises LowbitError for a run whose start is no time."""
+    header = run.header
+    _time(header.started)
+    night = Night(header.started, run.path, header.environment, header.commit, _metrics(run))
+    return Told(header.device, header.device_name, header.model, header.load_format, night)
+
+
+def _group(kept: Iterable[Told]) -> list[History]:
     histories: dict[tuple[str, str, str], History] = {}
-    for run in sorted(kept, key=lambda run: _time(run.header.started)):
-        header = run.header
-        if BLOCKING in header.environment:  # no timing of such a run is the card's own
+    for device, device_name, model, load_format, night in sorted(kept, key=lambda told: _time(told.night.started)):
+        if BLOCKING in night.environment:  # no timing of such a run is the card's own
             continue
-        key = (header.device, header.model, header.load_format)
-        history = histories.setdefault(key, History(header.device, header.device_name, header.model, key[2]))
-        night = Night(header.started, run.path, header.environment, header.commit, _metrics(run))
+        key = (device, model, load_format)
+        history = histories.setdefault(key, History(device, device_name, model, load_format))
         copies = (other for other in reversed(history.nights) if other.started == night.started)
         if night.metrics and not any(other.metrics == night.metrics for other in copies):
             history.nights.append(night)

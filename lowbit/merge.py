@@ -32,22 +32,27 @@ class Merged:
 
 def find(root: Path) -> Iterator[Path]:
     """What ``read`` takes under ``root``, itself included: journals, and documents without a journal beside them."""
+    return (path for path in candidates(root) if path == root or may_hold_runs(path))
+
+
+def candidates(root: Path) -> Iterator[Path]:
+    """What ``find`` looks into."""
     if root.is_file():
         yield root
         return
     journals = sorted(root.rglob(JOURNAL))
     yield from journals
     beside = {path.with_name(DOCUMENT) for path in journals}
-    for path in sorted(root.rglob("*.json")):
-        if path not in beside and _may_hold_runs(path):
-            yield path
+    yield from (path for path in sorted(root.rglob("*.json")) if path not in beside)
 
 
-def _may_hold_runs(path: Path) -> bool:
-    """False for JSON of another kind: baselines, pytest-benchmark's own files, anything else. Broken JSON may."""
+def may_hold_runs(path: Path) -> bool:
+    """False for JSON of another kind: baselines, pytest-benchmark's own files. What can't be read may."""
+    if path.suffix == ".jsonl":
+        return True
     try:
         data = json.loads(path.read_bytes())
-    except ValueError:
+    except (OSError, ValueError):
         return True
     part = data.get("lowbit") if isinstance(data, dict) else None
     return isinstance(part, dict) and part.get("kind") in (RUN, MERGE)

@@ -28,13 +28,16 @@ def add_parsers(commands: Any) -> None:
 
 def _add_trend(commands: Any) -> None:
     parser = commands.add_parser("trend", help="what changed over the nights, since when, and what else did that night")
-    parser.add_argument("--history", type=Path, default=KEPT_RUNS, metavar="DIR", help=f"kept runs ({KEPT_RUNS})")
+    parser.add_argument(
+        "--history", type=Path, default=KEPT_RUNS, metavar="DIR", help=f"kept runs, or a merged file ({KEPT_RUNS})"
+    )
     parser.add_argument("--device", metavar="SLUG", help="of this device alone, as in benches/baselines/<device>")
     parser.add_argument("--model", metavar="NAME", help="of this model alone, as the run's first line names it")
     parser.add_argument(
         "--nights", type=_positive, default=trend.NIGHTS, metavar="N", help=f"the last N runs ({trend.NIGHTS})"
     )
     parser.add_argument("--last", type=_positive, metavar="N", help="only what changed in the last N of them")
+    parser.add_argument("--all", action="store_true", help="every case, however many moved alike in one night")
     parser.add_argument("--json", action="store_true", help="one object per device and model")
     parser.add_argument("--fail-on-change", action="store_true", help="exit code 1 when something listed got worse")
     parser.set_defaults(run=show_trends)
@@ -61,7 +64,7 @@ def show_trends(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps([_to_dict(found, listed) for found, listed in results], indent=1))
     else:
-        print("\n\n".join(_to_text(found, listed) for found, listed in results))
+        print("\n\n".join(_to_text(found, listed, options.all) for found, listed in results))
     worse = any(one.worse is not False for _, listed in results for one in listed)
     return CHANGED if options.fail_on_change and worse else OK
 
@@ -95,8 +98,8 @@ def _look(found: History, nights: int, last: int | None) -> tuple[History, list[
     return recent, [one for one in trend.find_trends(recent) if one.change.index >= first]
 
 
-def _to_text(found: History, listed: list[Trend]) -> str:
-    text = trends(found, listed, color=sys.stdout.isatty())
+def _to_text(found: History, listed: list[Trend], everything: bool) -> str:
+    text = trends(found, listed, everything=everything, color=sys.stdout.isatty())
     if len(found.nights) < MIN_NIGHTS:
         text += f" can be told from {len(found.nights)} nights; from {MIN_NIGHTS} on it can"
     return text

@@ -20,7 +20,7 @@ from lowbit.history import History, Night
 from lowbit.metrics import Metric
 
 WATCHED = ("decode_tok_s", "vram_peak_mib", "ppl", "kld", "compile_s")
-"""The metrics with a trend; ``ppl`` and ``kld`` under every protocol that a history has."""
+"""The metrics with a trend, the weightier first; ``ppl`` and ``kld`` under every protocol that a history has."""
 
 SHARE_OF_LIMIT = 0.25
 """What is worth a name, as a share of the gate's floor: a drift has to be seen before it adds up to a regression."""
@@ -71,7 +71,7 @@ class Trend:
 
 
 def find_trends(history: History) -> list[Trend]:
-    """Every named change of the watched metrics, the newest night first, within it the worse and the larger first."""
+    """Every named change of the watched metrics: the newest night first, in it the worse, the weightier, the larger."""
     found = []
     for case, name, metric in watched(history):
         values = history.series(case, name)
@@ -84,9 +84,10 @@ def find_trends(history: History) -> list[Trend]:
     return sorted(found, key=_order)
 
 
-def _order(trend: Trend) -> tuple[int, bool, float]:
-    relative = trend.change.size_relative
-    return -trend.change.index, not trend.worse, -abs(relative if relative is not None else math.inf)
+def _order(trend: Trend) -> tuple[int, bool, int, float]:
+    metric, relative = metrics.find(trend.metric), trend.change.size_relative
+    place = WATCHED.index(metric.name) if metric else len(WATCHED)
+    return -trend.change.index, not trend.worse, place, -abs(relative if relative is not None else math.inf)
 
 
 def watched(history: History) -> Iterator[tuple[str, str, Metric]]:

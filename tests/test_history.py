@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 
 import pytest
 
-from lowbit import history, runs
+from lowbit import digest, history, merge, runs
 from lowbit.errors import LowbitError
 from lowbit.record import Record
 
@@ -113,3 +114,79 @@ def test_a_folder_without_a_run_says_so(tmp_path):
         history.read(tmp_path / "nowhere")
     with pytest.raises(LowbitError, match="expected any kept run, got no readable run"):
         history.read(tmp_path)
+
+
+def test_a_single_file_is_a_history(keep, tmp_path):
+    folder = keep(1, 101.0)
+    (found,) = history.read(folder / "run.json").found
+    assert found.series(CASE, "decode_tok_s") == [101.0]
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The files that are read in full from now on."""
+    seen = []
+    original = merge.read
+    monkeypatch.setattr(merge, "read", lambda path: seen.append(path) or original(path))
+    return seen
+
+
+def test_a_night_is_read_in_full_once(keep, tmp_path, reads):
+    journals = [keep(day, 100.0 + day) / "journal.jsonl" for day in (1, 2)]
+    root = tmp_path / "runs"
+    shutil.copytree(keep(3, 90.0, model="llama-3.2-1b"), tmp_path / "one")
+    (tmp_path / "one" / "journal.jsonl").unlink()
+    shutil.move(tmp_path / "one" / "run.json", root / "document.json")
+    first = history.read(root)
+    assert {*journals, root / "document.json"} < set(reads)
+    reads.clear()
+    assert history.read(root) == first
+    assert reads == []
+    keep(4, 104.0)
+    (found,) = history.read(root, model="llama-3.1-8b").found
+    assert found.series(CASE, "decode_tok_s") == [101.0, 102.0, 104.0]
+    assert len(reads) == 1
+
+
+def test_a_run_that_went_on_is_read_anew(keep, tmp_path, reads):
+    journal = keep(1, 101.0) / "journal.jsonl"
+    history.read(tmp_path / "runs")
+    reads.clear()
+    header, case, end = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(header + case + end + case.replace(b"101.0", b"99.0"))
+    assert history.read(tmp_path / "runs").found[0].series(CASE, "decode_tok_s") == [99.0]
+    assert reads == [journal]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"stamp": [1, 2, 3], "rows": []}', None])
+def test_a_digest_that_does_not_fit_is_passed_over(keep, tmp_path, reads, content):
+    journal = keep(1, 101.0) / "journal.jsonl"
+    history.read(tmp_path / "runs")
+    if content is None:
+        digest.save(journal, digest.stamp(journal), [["nvidia-h200", {"nights": 3}]])
+    else:
+        digest.path_of(journal).write_bytes(content)
+    reads.clear()
+    assert history.read(tmp_path / "runs").found[0].series(CASE, "decode_tok_s") == [101.0]
+    assert reads == [journal]
+
+
+def test_a_folder_that_cannot_be_written_is_read_all_the_same(keep, tmp_path, monkeypatch):
+    keep(1, 101.0)
+
+    def refuse(*arguments):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr("pathlib.Path.replace", refuse)
+    assert history.read(tmp_path / "runs").found[0].series(CASE, "decode_tok_s") == [101.0]
+    assert list(tmp_path.rglob("*.digest*")) == []
+
+
+def test_a_broken_run_has_no_digest(keep, tmp_path):
+    journal = keep(1, 101.0) / "journal.jsonl"
+    journal.write_bytes(b"{broken\n" + journal.read_bytes())
+    for _ in range(2):
+        with pytest.raises(LowbitError, match="line 1 is broken"):
+            history.read(tmp_path / "runs")
+    assert not digest.path_of(journal).exists()

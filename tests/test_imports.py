@@ -15,7 +15,18 @@ ROOT = Path(lowbit.__file__).parent
 
 STAGES = (
     {"errors"},
-    {"formats", "workloads", "quiet", "documents", "gpu_libraries", "dummy", "hostmemory", "presets", "spent"},
+    {
+        "formats",
+        "workloads",
+        "quiet",
+        "documents",
+        "digest",
+        "gpu_libraries",
+        "dummy",
+        "hostmemory",
+        "presets",
+        "spent",
+    },
     {"record", "metrics"},
     {"cases"},
     {"roofline", "spread"},

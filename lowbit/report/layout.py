@@ -12,6 +12,7 @@ SHORT = (("max-autotune-no-cudagraphs", "max-auto-no-cg"), ("max-autotune", "max
 """What is shortened in names, in this order, while a table is wider than WIDTH."""
 
 COLORS = {"REGRESSED": 31, "MISSING": 31, "LOST": 31, "failed": 31, "void": 33, "new": 33, "skipped": 33, "faster": 32}
+COLORS |= {"worse": 31, "better": 32}
 BOLD = 1
 
 

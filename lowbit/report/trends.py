@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from lowbit import metrics
 from lowbit.history import History
 from lowbit.regression import short_name
 from lowbit.report.layout import NONE, WIDTH, Heading, divergence, lay_out, number
@@ -21,60 +23,122 @@ HEADINGS = (
     Heading("", right=False),
 )
 
+CASE_WIDTH = 52
+"""A longer name stands in a line of its own, so that the columns keep within WIDTH."""
 
-def trends(history: History, found: Sequence[Trend], *, newest: int | None = None, color: bool = False) -> str:
-    """The whole text for one device, model and load format; ``newest``: how many changes at most."""
+ALIKE = 4
+"""Cases listed of those whose same metric moved the same way on the same night; the others are counted."""
+
+
+def trends(history: History, found: Sequence[Trend], *, everything: bool = False, color: bool = False) -> str:
+    """The whole text for one device, model and load format; ``everything``: each change, however many are alike."""
     nights = history.nights
-    span = f"{len(nights)} nights, {nights[0].date} to {nights[-1].date}"
+    span = f"{_count(len(nights), 'night')}, {nights[0].date} to {nights[-1].date}"
     title = f"{history.model} ({history.load_format}) on {history.device}: {span}"
     if not found:
         return f"{title}: no change"
-    shown = list(found)[:newest]
-    rows = [_row(trend) for trend in shown]
-    table = lay_out(HEADINGS, rows, color=color)
-    head, body = table[: -len(rows)], table[-len(rows) :]
+    shown, alike = (list(found), {}) if everything else _shorten(found)
+    names = _metric_names(found)
+    table = lay_out(HEADINGS, [_row(trend, names) for trend in shown], color=color)
+    head, body = table[: -len(shown)], table[-len(shown) :]
     worse = sum(trend.worse is True for trend in found)
-    lines = [f"{title}: {len(found)} changes, {worse} for the worse", "", *head]
-    night = None
-    for trend, line in zip(shown, body, strict=True):
-        if (trend.first.started, trend.environment) != night:
-            night = (trend.first.started, trend.environment)
-            lines += [
-                "",
-                *_item(f"since {trend.first.date}: {', '.join(trend.environment) or 'environment unchanged'}"),
-            ]
-        lines.append(line)
-        for other, changes in trend.nearby:
-            lines += _item(f"  or since {other.date}: {', '.join(changes)}")
-    if len(shown) < len(found):
-        lines += ["", f"{len(found) - len(shown)} older changes not shown"]
+    lines = [*_item(f"{title}: {_count(len(found), 'change')}, {worse} worse"), "", *head]
+    rows = zip(shown, body, strict=True)
+    for (_, environment), group in itertools.groupby(rows, key=lambda row: _night(row[0])):
+        several = list(group)
+        date, what = several[0][0].first.date, ", ".join(environment) or "environment unchanged"
+        lines += ["", *_item(f"since {date}: {what}")]
+        for trend, line in several:
+            name = short_name(trend.case)
+            lines += [name, line] if len(name) > CASE_WIDTH else [line]
+            lines += [found for note in _notes(history, trend) for found in _item(f"    {note}")]
+            if hidden := alike.get(id(trend)):
+                lines += _item(f"    and {names[trend.metric]} of {_count(len(hidden), 'more case')}: {_range(hidden)}")
     return "\n".join(lines)
 
 
-def _row(trend: Trend) -> list[str]:
+def _night(trend: Trend) -> tuple[str, tuple[str, ...]]:
+    return trend.first.started, tuple(trend.environment)
+
+
+def _shorten(found: Iterable[Trend]) -> tuple[list[Trend], dict[int, list[Trend]]]:
+    """The first ``ALIKE`` of the changes of one metric, one way, on one night; by the last one's id, the others."""
+    groups: dict[tuple[object, ...], list[Trend]] = {}
+    for trend in found:
+        groups.setdefault((_night(trend), trend.metric, trend.worse, trend.change.size > 0), []).append(trend)
+    shown: list[Trend] = []
+    alike: dict[int, list[Trend]] = {}
+    for several in groups.values():
+        first = several if len(several) == ALIKE + 1 else several[:ALIKE]
+        shown += first
+        alike[id(first[-1])] = several[len(first) :]
+    return shown, alike
+
+
+def _metric_names(found: Iterable[Trend]) -> dict[str, str]:
+    """``ppl_embedded_512`` → ``ppl`` where there is one protocol alone."""
+    stored = dict.fromkeys(trend.metric for trend in found)
+    plain = {name: metric.name if (metric := metrics.find(name)) else name for name in stored}
+    return {name: short if list(plain.values()).count(short) == 1 else name for name, short in plain.items()}
+
+
+def _row(trend: Trend, names: dict[str, str]) -> list[str]:
     change, relative = trend.change, trend.change.size_relative
     show = divergence if trend.metric.startswith("kld") else number
     if trend.metric.startswith("ppl"):
         show = lambda value: NONE if value is None else f"{value:.4g}"  # noqa: E731
-    if change.kind == "drift" and change.before:
-        note = f"drift, {100 * change.slope / abs(change.before):+.2f} % a night"
-    else:
-        note = "step" if change.kind == "step" else "drift"
+    name = short_name(trend.case)
     return [
-        short_name(trend.case),
-        trend.metric,
+        name if len(name) <= CASE_WIDTH else "",
+        names[trend.metric],
         show(change.before),
         show(change.after),
         NONE if relative is None else f"{100 * relative:+.1f}",
         certainty(change.p),
-        f"{note}, worse" if trend.worse else f"{note}, better" if trend.worse is False else note,
+        "" if trend.worse is None else "worse" if trend.worse else "better",
     ]
 
 
+def _notes(history: History, trend: Trend) -> list[str]:
+    """What is not to be seen from the row: that it is a drift, that it is over, and where else it may have begun."""
+    change, nights = trend.change, history.nights
+    notes = []
+    if change.kind == "drift":
+        rate = f"{100 * change.slope / abs(change.before):+.2f} %" if change.before else f"{change.slope:+.3g}"
+        notes.append(f"a drift: {rate} a night")
+    if change.end < len(nights):
+        notes.append(f"for {_count(change.end - change.index, 'night')}, until {nights[change.end].date}")
+    if change.earliest < change.latest:
+        notes.append(f"may have begun from {nights[change.earliest].date} to {nights[change.latest].date}")
+    since = [f"or since {other.date}: {', '.join(changes)}" for other, changes in trend.nearby]
+    return [*(["; ".join(notes)] if notes else []), *since]
+
+
 def certainty(p: float) -> str:
-    """The confidence in percent, never rounded up to 100: 99.910, 99.998, > 99.999."""
-    return "> 99.999" if p < 1e-5 else f"{math.floor(1e5 * (1 - p)) / 1e3:.3f}"
+    """The confidence in percent, never rounded up to 100: 99.910, 99.998, >99.999."""
+    return ">99.999" if p < 1e-5 else f"{math.floor(1e5 * (1 - p)) / 1e3:.3f}"
+
+
+def _range(several: Iterable[Trend]) -> str:
+    """``+47.9 to +50.3 %``: of what is not listed."""
+    sizes = sorted(100 * size for trend in several if (size := trend.change.size_relative) is not None)
+    if not sizes:
+        return "from 0"
+    low, high = f"{sizes[0]:+.1f}", f"{sizes[-1]:+.1f}"
+    return f"{low} %" if low == high else f"{low} to {high} %"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _item(text: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+    indent = "    " if text.startswith(" ") else ""
+    return textwrap.wrap(
+        text.strip(),
+        WIDTH,
+        initial_indent=indent,
+        subsequent_indent=f"{indent}    ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
