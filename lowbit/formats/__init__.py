@@ -8,12 +8,24 @@ are rows made of these rows.
 from __future__ import annotations
 
 from lowbit.errors import LowbitError, unknown
-from lowbit.formats import bitsandbytes, gemlite, hqq, kv, native, recipes, reference, tables, torch, torchao
+from lowbit.formats import (
+    bitsandbytes,
+    calibrated,
+    gemlite,
+    hqq,
+    kv,
+    native,
+    recipes,
+    reference,
+    tables,
+    torch,
+    torchao,
+)
 from lowbit.formats.row import LINEARS, Format, Suite, Unmet, UnmetKind
 
 __all__ = ["FORMATS", "LINEARS", "Format", "Suite", "Unmet", "UnmetKind", "find", "register"]
 
-LIBRARIES = (torch, torchao, gemlite, bitsandbytes, hqq, native, reference, tables, kv)
+LIBRARIES = (torch, torchao, gemlite, bitsandbytes, hqq, native, calibrated, reference, tables, kv)
 """In the order in which their rows run and are listed."""
 
 FORMATS: dict[str, Format] = {row.id: row for library in LIBRARIES for row in library.ROWS}
