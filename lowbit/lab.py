@@ -309,7 +309,7 @@ class Lab:
         record.info["coverage"] = made.coverage.to_dict()
         self.progress(f"{case.name}: evaluating")
         with self.spent.on("quality"):
-            batch = 8 if self.device.kind == "cuda" else 1
+            batch = 16 if self.device.kind == "cuda" else 1
             outcome = harness.run(made.model, self.host.tokenizer, case.task, self.tasks, batch=batch)
         record.info["eval"] = outcome.info
         return Measurement(

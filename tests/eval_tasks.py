@@ -3,36 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
-CHOICE = """
-task: story_end
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {folder}/story_end.jsonl
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{context}}}}"
-doc_to_target: "{{{{label}}}}"
-doc_to_choice: "choices"
-metric_list:
-  - metric: acc
-  - metric: acc_norm
-metadata:
-  version: 1.5
-"""
+PAGE = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text()
+CHOICE = re.search(r"```yaml\n(.*?)```", PAGE, re.DOTALL)[1]
+"""What the page shows is what runs."""
 
 ROLLING = """
 task: story_all
 dataset_path: json
 dataset_kwargs:
   data_files:
-    test: {folder}/story_all.jsonl
+    test: /data/story_all.jsonl
 test_split: test
 output_type: loglikelihood_rolling
 doc_to_text: ""
-doc_to_target: "{{{{page}}}}"
+doc_to_target: "{{page}}"
 metric_list:
   - metric: word_perplexity
   - metric: byte_perplexity
@@ -58,6 +45,6 @@ def write(folder: Path, pages: tuple[str, ...]) -> Path:
         ("story_end", CHOICE, QUESTIONS),
         ("story_all", ROLLING, [{"page": page} for page in pages]),
     ):
-        (folder / f"{name}.yaml").write_text(text.format(folder=folder))
+        (folder / f"{name}.yaml").write_text(text.replace("/data/", f"{folder}/"))
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder

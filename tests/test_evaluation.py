@@ -88,14 +88,18 @@ def compared(monkeypatch):
 
 @needs_harness
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("positions", [4096, 24])
+@pytest.mark.parametrize(("positions", "batch"), [(4096, 1), (24, 4)])
 @pytest.mark.parametrize(("task", "requests"), [("story_end", 14), ("story_all", 3)])
 def test_the_own_loop_agrees_with_the_harness(
-    offline, tasks, host, model, compared, monkeypatch, task, requests, positions
+    offline, tasks, host, model, compared, monkeypatch, task, requests, positions, batch
 ):
-    """With few positions a page is scored in several windows, the last of which sees more text."""
+    """With few positions a page is scored in several windows, the last of which sees more text; never in a batch."""
     monkeypatch.setattr(model.config, "max_position_embeddings", positions)
-    outcome = harness.run(model, host.tokenizer, task, tasks)
+    widths = set()
+    counter = model.model.embed_tokens.register_forward_pre_hook(lambda _, ids: widths.add(len(ids[0])))
+    outcome = harness.run(model, host.tokenizer, task, tasks, batch=batch)
+    counter.remove()
+    assert max(widths) == (batch if task == "story_end" else 1)
     assert len(compared) == requests
     assert [ours for _, ours in compared] == pytest.approx([theirs for theirs, _ in compared], abs=1e-4, rel=0)
     assert outcome.info["own_loop_difference"] <= 1e-4

@@ -34,7 +34,7 @@ class Outcome:
 
 
 def run(model: Any, tokenizer: Any, task: str, tasks: Tasks, *, batch: int = 1) -> Outcome:
-    """Run one task on ``model``, a LlamaForCausalLM of any format, ``batch`` sequences at a time.
+    """Run one task on ``model``, a LlamaForCausalLM of any format: ``batch`` answers at a time, long texts one by one.
 
     Raises LowbitError without the harness, without a tokenizer, for an unknown task, for one whose data can't be had,
     and for one with none of the metrics that lowbit stores.
@@ -72,9 +72,23 @@ def run(model: Any, tokenizer: Any, task: str, tasks: Tasks, *, batch: int = 1) 
 
 
 def _wrap(wrapper: Any, model: Any, tokenizer: Any, batch: int) -> Any:
+    class OneTextAtATime(wrapper):  # type: ignore[misc]
+        """A window is as long as the model's positions, 131,072 of Llama-3.1: a batch of them would not fit a card."""
+
+        batch_size_per_gpu: int
+
+        def loglikelihood_rolling(self, *arguments: Any, **settings: Any) -> Any:
+            former, self.batch_size_per_gpu = self.batch_size_per_gpu, 1
+            try:
+                return super().loglikelihood_rolling(*arguments, **settings)
+            finally:
+                self.batch_size_per_gpu = former
+
     vars(model)["tie_weights"] = lambda *_, **__: None  # a quantized head would be replaced by the embedding
     try:
-        return wrapper(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch)
+        return OneTextAtATime(
+            pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch, softmax_dtype="float32"
+        )
     finally:
         del vars(model)["tie_weights"]
 
