@@ -28,11 +28,14 @@ def finish(found: Sequence[Target], walk: Walk, layer: nn.Module, fmt: Format) -
     chosen = {id(target.linear) for target in found}
     base = make(replace(fmt, scheme=fmt.options["stored_as"]), found[0].linear)
     inputs = _inputs(found, walk, layer)
-    api.quantize_(layer, awq.AWQConfig(base, step="prepare"), filter_fn=lambda module, _: id(module) in chosen)
-    for target, seen in zip(found, inputs, strict=True):
-        getattr(target.parent, target.name)(torch.cat(seen))
-    observed = {id(getattr(target.parent, target.name)) for target in found}
-    api.quantize_(layer, awq.AWQConfig(base, step="convert"), filter_fn=lambda module, _: id(module) in observed)
+    weight = found[0].linear.weight
+    # Each linear that torchao makes draws weights of its own first.
+    with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
+        api.quantize_(layer, awq.AWQConfig(base, step="prepare"), filter_fn=lambda module, _: id(module) in chosen)
+        for target, seen in zip(found, inputs, strict=True):
+            getattr(target.parent, target.name)(torch.cat(seen))
+        observed = {id(getattr(target.parent, target.name)) for target in found}
+        api.quantize_(layer, awq.AWQConfig(base, step="convert"), filter_fn=lambda module, _: id(module) in observed)
     return [getattr(target.parent, target.name) for target in found]
 
 
