@@ -64,6 +64,7 @@ class Plan:
     cases: int | None = None
     seed: int = 0
     noise: float = 0.004
+    fresh: int = 5
     step: int = 33
     slower: dict[str, float] = field(default_factory=lambda: {"a16w4_g128-torchao-reduce-overhead-b1_c0": 0.88})
     faster: dict[str, float] = field(default_factory=lambda: {"a8w8_fp8-torchao-reduce-overhead-p512": 0.90})
@@ -203,7 +204,7 @@ def build(folder: Path, plan: Plan) -> tuple[Path, Path, Path]:
 
 
 def _build(folder: Path, plan: Plan) -> tuple[Path, Path, Path]:
-    fresh = [keep(folder / "fresh", replace(plan, seed=1 + turn, step=10**6), 0) for turn in range(5)]
+    fresh = [keep(folder / "fresh", replace(plan, seed=1 + turn, step=10**6), 0) for turn in range(plan.fresh)]
     made = baselines.build([runs.read(path) for path in fresh])
     accepted = baselines.save(made, folder / "baselines")
     baseline = baselines.load(accepted)
@@ -229,7 +230,7 @@ def _drawn(last: Run, plan: Plan, night: int, rng: random.Random) -> Night:
 
 def large(folder: Path, cases: int, nights: int) -> Content:
     """A last night of many cases beside its baseline, with a history made in memory: no run is written for a night."""
-    plan = Plan(nights=1, step=nights - 6, cases=cases, slower={"a16w4_g128": 0.9}, skipped="\0", error=EVIL)
+    plan = Plan(nights=1, fresh=2, step=nights - 6, cases=cases, slower={"a16w4_g128": 0.9}, skipped="\0", error=EVIL)
     accepted, root, _ = build(folder, replace(plan, step=10**6))
     shutil.rmtree(root)
     baseline = baselines.load(accepted)

@@ -76,7 +76,8 @@ def test_plain_text_stays_plain(words: str, shown: str) -> None:
 
 
 def test_500_cases_that_all_regress_are_one_screen_and_the_rest_is_counted(tmp_path: Path) -> None:
-    plan = report_runs.Plan(nights=1, step=0, cases=500, slower={"-b": 0.5, "-p": 0.5}, faster={}, skipped="\0")
+    slower = {"-b": 0.5, "-p": 0.5}
+    plan = report_runs.Plan(nights=1, fresh=2, step=0, cases=500, slower=slower, faster={}, skipped="\0")
     accepted, _, last = report_runs.build(tmp_path, plan)
     told = markdown.summary(content.of_run(runs.read(last), baselines.load(accepted)))
     assert len(told.splitlines()) <= 40

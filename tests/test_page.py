@@ -194,16 +194,6 @@ def test_numbers_that_json_has_not_are_null() -> None:
     assert data._clean({"a": [math.nan, math.inf, 1.5], "b": Path("x")}) == {"a": [None, None, 1.5], "b": "x"}
 
 
-def test_500_cases_of_200_nights_stay_below_three_megabytes(tmp_path: Path) -> None:
-    told = report_runs.large(tmp_path, cases=500, nights=200)
-    text = page.render(told)
-    assert len(text.encode()) < page.LIMIT_BYTES
-    past = json.loads(between(text, '<script type="application/json" id="data">', "</script>"))["history"]
-    assert len(past["nights"]) == 200
-    assert past["dropped"] == 0
-    assert sum(map(len, past["series"].values())) > 1500
-
-
 def test_more_history_than_fits_loses_its_oldest_nights_and_says_so(
     told: Content, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,6 +202,53 @@ def test_more_history_than_fits_loses_its_oldest_nights_and_says_so(
     assert 2 <= len(past["nights"]) < 14
     assert len(past["nights"]) + past["dropped"] == 14
     assert past["nights"][-1] == "2026-10-25T02:17"
+
+
+# -- colours -----------------------------------------------------------------------------------------------------------
+
+TEXT_ON = {
+    "text": ("bg", "panel", "stripe", "bad-bg", "good-bg", "warn-bg"),
+    "muted": ("bg", "panel", "stripe", "bad-bg", "good-bg", "warn-bg"),
+    "accent": ("bg", "panel", "stripe"),
+    "bad": ("panel", "bad-bg"),
+    "good": ("panel", "good-bg"),
+    "warn": ("panel", "warn-bg"),
+}
+
+
+def luminance(color: str) -> float:
+    """Relative luminance of #rgb or #rrggbb (WCAG 2.2, its definition)."""
+    digits = color.lstrip("#")
+    digits = "".join(2 * digit for digit in digits) if len(digits) == 3 else digits
+    parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(one: str, other: str) -> float:
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_contrast_is_as_it_is_defined() -> None:
+    assert contrast("#000", "#ffffff") == pytest.approx(21)
+    assert contrast("#777777", "#fff") == pytest.approx(4.48, abs=0.01)
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_text_and_plots_stand_out_in_light_and_dark(scheme: int) -> None:
+    """4.5 to 1 for text, 3 to 1 for what is drawn: WCAG 2.2, 1.4.3 and 1.4.11."""
+    folder = VENDOR.parent
+    roots = re.findall(r":root\{([^}]*)\}", (folder / "style.css").read_text())
+    colors = dict(re.findall(r"--([\w-]+):(#[0-9a-f]+)", roots[scheme]))
+    for name, backgrounds in TEXT_ON.items():
+        for background in backgrounds:
+            assert contrast(colors[name], colors[background]) >= 4.5, (name, background)
+    libraries = re.findall(r'\["(#\w{6})", "(#\w{6})", "\w+"\]', (folder / "js" / "charts.js").read_text())
+    assert len(libraries) >= 11
+    drawn = [pair[scheme] for pair in libraries] + [colors[name] for name in ("reading", "cache", "rest")]
+    for color in drawn:
+        assert contrast(color, colors["panel"]) >= 3, color
 
 
 # -- the vendored library ----------------------------------------------------------------------------------------------
