@@ -203,3 +203,13 @@ def test_an_installed_wheel_holds_the_embedded_model():
     for name in ("config.json", "model.safetensors", "tokenizer.json", "heldout.txt"):
         assert f"lowbit/embedded/{name}" in files
     assert "lowbit/py.typed" in files
+
+
+def test_an_installed_wheel_holds_the_report_page():
+    files = {str(path) for path in metadata.distribution("lowbit").files or ()}
+    if not any(path.startswith("lowbit/") for path in files):
+        pytest.skip("an editable install lists no files of the package; tox installs the wheel")
+    folder = ROOT / "lowbit" / "report" / "page"
+    assets = [path for path in folder.rglob("*") if path.suffix in (".js", ".css", ".html", ".txt")]
+    assert len(assets) >= 10
+    assert {str(path.relative_to(ROOT)) for path in assets} <= files

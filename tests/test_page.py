@@ -303,6 +303,21 @@ def test_a_baseline_alone_is_shown_as_it_is(folder: Path, tmp_path: Path) -> Non
     assert not found["history"]["nights"]
 
 
+COMMITTED = sorted((Path(__file__).parents[1] / "benches" / "baselines").rglob("*.json"))
+
+
+def test_every_committed_baseline_makes_an_example_report(tmp_path: Path) -> None:
+    for path in COMMITTED:
+        assert report(path, "-o", tmp_path / "example.html", "--history", tmp_path / "none") == 0
+        text = (tmp_path / "example.html").read_text()
+        assert len(text.encode()) < page.LIMIT_BYTES
+        found = json.loads(between(text, '<script type="application/json" id="data">', "</script>"))
+        assert baselines.load(path).rows.keys() <= set(found["cases"]["id"])
+        assert found["ceilings"]["read_gb_s"] > 0
+        assert any(found["values"]["mbu"])
+        assert '<dl class="tiles">' in text
+
+
 def test_of_several_runs_the_newest_is_shown_and_the_others_are_its_past(folder: Path, tmp_path: Path) -> None:
     paths = runs.list_runs(folder / "runs")[:3]
     assert (

@@ -44,4 +44,7 @@ def test_they_are_there_within_three_seconds_and_sort_and_filter_at_once(file: P
                 found.page.wait_for_function("!document.querySelector('#count').textContent.startsWith('500')")
                 assert all("b1_c2048" in case for case in found.cases())
                 assert found.messages == []
+        print(
+            f"{file.stat().st_size / 1e6:.2f} MB, drawn after {', '.join(map(str, took))} ms"
+        )  # for docs/report.md: -s
         assert min(took) <= LIMIT_MS, took

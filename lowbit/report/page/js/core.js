@@ -57,6 +57,11 @@ function stored(family, i) {
   return Object.keys(values).find((name) => (name === family || name.startsWith(`${family}_`)) && valueOf(name, i) !== null);
 }
 
+/** What lm-evaluation-harness says of this case: the first score that has a better and a worse. */
+function evaluated(i) {
+  return Object.keys(values).find((name) => name.startsWith("eval_") && valueOf(name, i) !== null && data.metrics[name][1] !== "neither");
+}
+
 /** A gated verdict of the data as an object. */
 function verdict(row) {
   const [metric, status, limit, inUnits, spread, beyond, runs, reason, since, now] = row;
@@ -71,7 +76,7 @@ const headlines = Array.from({ length: COUNT }, (_, i) => {
     const found = judged.find((one) => one.status === status);
     if (found) return found;
   }
-  const name = HEADLINES.map((family) => stored(family, i)).find(Boolean);
+  const name = HEADLINES.map((family) => stored(family, i)).find(Boolean) || evaluated(i);
   if (!name) return null;
   return judged.find((one) => one.metric === name) || { metric: name, status: "", limit: null, spread: null, runs: 0, beyond: 0, since: [], now: null };
 });
