@@ -9,10 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lowbit import documents, history, merge, trend
+from lowbit import bisection, documents, history, merge, metrics, trend
 from lowbit.changepoint import MIN_NIGHTS
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, unknown
 from lowbit.history import History
+from lowbit.report.suspects import suspects
 from lowbit.report.trends import trends
 from lowbit.trend import Trend
 
@@ -24,6 +25,7 @@ def add_parsers(commands: Any) -> None:
     """The sub-commands of this module. ``commands`` is what ``ArgumentParser.add_subparsers`` gave."""
     _add_trend(commands)
     _add_merge(commands)
+    _add_bisect(commands)
 
 
 def _add_trend(commands: Any) -> None:
@@ -48,6 +50,18 @@ def _add_merge(commands: Any) -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="kept runs, or folders that hold some")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="ALL.json", help="pytest-benchmark's JSON")
     parser.set_defaults(run=merge_runs)
+
+
+def _add_bisect(commands: Any) -> None:
+    parser = commands.add_parser("bisect", help="what changed between two environments, and which package to try first")
+    what = "a kept run, a baseline, or the pins of one (`pip freeze`, constraints)"
+    parser.add_argument("old", type=Path, metavar="OLD", help=f"the environment that was good: {what}")
+    parser.add_argument("new", type=Path, metavar="NEW", help="the one that is worse")
+    parser.add_argument(
+        "--case", action="append", default=[], metavar="TEXT", help="what is worse: part of a case's name (repeatable)"
+    )
+    parser.add_argument("--metric", default="", metavar="NAME", help="what it is worse by, e.g. decode_tok_s")
+    parser.set_defaults(run=bisect_environments)
 
 
 def _positive(text: str) -> int:
@@ -81,6 +95,15 @@ def merge_runs(options: argparse.Namespace) -> int:
     for conflict in merged.conflicts:
         print(f"conflict: {conflict}")
     return CHANGED if merged.conflicts else OK
+
+
+def bisect_environments(options: argparse.Namespace) -> int:
+    old, new = bisection.read(options.old), bisection.read(options.new)
+    if options.metric and metrics.find(options.metric) is None:
+        raise unknown("metric", options.metric, metrics.METRICS)
+    moved = bisection.find_moved(old, new, options.case, options.metric)
+    print(suspects(old, new, moved, bisection.find_suspects(old, new, moved)))
+    return OK
 
 
 def _found(path: Path) -> list[Path]:

@@ -72,17 +72,7 @@ class Content:
     @property
     def arguments(self) -> list[str]:
         """The options of ``pytest benches`` that measure this run's model again."""
-        header = self.header
-        words = ["--model", shlex.quote(header.model)]
-        words += ["--load-format", "dummy"] if header.load_format == "dummy" else []
-        words += ["--suite", header.suite] if header.suite != "quick" else []
-        argv = list(header.argv)
-        for here, word in enumerate(argv):
-            if word == "--text" and here + 1 < len(argv):
-                words += ["--text", shlex.quote(argv[here + 1])]
-            elif word.startswith("--text="):
-                words.append(shlex.quote(word))
-        return words
+        return arguments_of(self.header)
 
     @cached_property
     def _spreads(self) -> Spreads:
@@ -206,3 +196,17 @@ def format_of(case: str) -> str | None:
 def name(case: str) -> str:
     """As messages word it: ``decode[a16w4_g128-torchao-eager-b1_c0]``."""
     return regression.short_name(case)
+
+
+def arguments_of(header: Header) -> list[str]:
+    """The options of ``pytest benches`` that measure this run's model again."""
+    words = ["--model", shlex.quote(header.model)]
+    words += ["--load-format", "dummy"] if header.load_format == "dummy" else []
+    words += ["--suite", header.suite] if header.suite != "quick" else []
+    argv = list(header.argv)
+    for here, word in enumerate(argv):
+        if word == "--text" and here + 1 < len(argv):
+            words += ["--text", shlex.quote(argv[here + 1])]
+        elif word.startswith("--text="):
+            words.append(shlex.quote(word))
+    return words
