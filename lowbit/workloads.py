@@ -38,6 +38,7 @@ class Workload:
 
 
 QUICK = ("quick", "nightly", "full")
+FULL = ("full",)
 
 WORKLOADS: tuple[Workload, ...] = (
     Workload("p512", "prefill", 1, 512, 0, "full", QUICK),
@@ -45,6 +46,9 @@ WORKLOADS: tuple[Workload, ...] = (
     Workload("b1_c0", "decode", 1, 5, 128, "full", QUICK),
     Workload("b1_c2048", "decode", 1, 2048, 128, "full"),
     Workload("b8_c0", "decode", 8, 5, 128, "full"),
+    Workload("b1_c128", "decode", 1, 128, 128, "full", FULL),
+    Workload("b1_c128_n512", "decode", 1, 128, 512, "full", FULL),
+    Workload("b1_c8192", "decode", 1, 8192, 128, "full", FULL),
     Workload("p128", "prefill", 1, 128, 0, "small", QUICK),
     Workload("p384", "prefill", 1, 384, 0, "small"),
     Workload("b1_c0", "decode", 1, 5, 32, "small", QUICK),

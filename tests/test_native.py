@@ -15,6 +15,7 @@ from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS, LINEARS
 from lowbit.kernels import WEIGHT_FORMATS, dispatch, modules, weights
 from lowbit.kernels.modules import NativeEmbedding, NativeLinear
+from lowbit.kernels.stream_modules import StreamLinear
 
 ROWS = [row for row in FORMATS.values() if row.backend == "lowbit"]
 INT4 = FORMATS["a16w4_g128-lowbit"]
@@ -204,3 +205,18 @@ def test_what_runs_where(fmt):
         assert "down_proj of shape [248, 764] has K=764, which 8 does not divide" in str(odd)
     else:
         assert odd is None
+
+
+@pytest.mark.parametrize("name", ["a16w4_g128-lowbit", "a16w8-lowbit", "a16w158-lowbit"])
+def test_linears_in_one_stream_are_counted_each_with_its_own_rows(monkeypatch, name):
+    row = FORMATS[name]
+    plain = quantized(row, torch.float16)
+    monkeypatch.setattr(native, "streams", lambda device: True)
+    streamed = quantized(row, torch.float16)
+    assert isinstance(streamed.model.layers[0].mlp.up_proj, StreamLinear)
+    want, got = coverage.inspect(plain, row), coverage.inspect(streamed, row)
+    assert got.linears == want.linears == 15
+    # row scales are kept in fp32 beside a stream
+    assert got.bits_per_weight == pytest.approx(want.bits_per_weight, rel=0.02)
+    assert got.weight_bytes == pytest.approx(want.weight_bytes, rel=0.02)
+    assert "NVRTC unpack" in got.kernels

@@ -19,6 +19,7 @@ from lowbit.errors import LowbitError
 from lowbit.formats import Format
 from lowbit.formats.row import TABLES as TABLE_NAMES
 from lowbit.kernels.modules import NativeEmbedding, PackedModule
+from lowbit.kernels.stream_modules import StreamLinear
 
 
 class CoverageError(LowbitError):
@@ -227,9 +228,14 @@ def _kernels(row: Format) -> Callable[[nn.Module, torch.dtype], str] | None:
 def _measure(modules: list[nn.Module]) -> tuple[int, float]:
     """Bytes of the linears' weights, and bits per weight; a table that two of them share counts once in both."""
     tensors = {id(module): list(tensors_of(module)) for module in modules}
-    weights = {frozenset(map(id, tensors[id(module)])): _weights(module) for module in modules}
+    weights = {_identity(module, tensors[id(module)]): _weights(module) for module in modules}
     total = storage_bytes(tensor for module in modules for tensor in tensors[id(module)])
     return total, 8 * total / sum(weights.values())
+
+
+def _identity(module: nn.Module, tensors: list[Tensor]) -> object:
+    # linears that share a stream own different rows of it; others that share their tensors are one table
+    return id(module) if isinstance(module, StreamLinear) else frozenset(map(id, tensors))
 
 
 def _padding(modules: list[nn.Module], fmt: Format) -> float:

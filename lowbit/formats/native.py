@@ -10,13 +10,12 @@ from lowbit.formats.row import FP16_FIRST, LINEARS, Format, Suite, row
 def _native(name: str, scheme: str, bits: float, *keywords: str, group: int | None = None, **fields: Any) -> Format:
     suite: Suite = fields.pop("suite", "nightly")
     targets = (*LINEARS, "lm_head")
-    words = (*keywords, "native")
     return row(
         name,
         "lowbit",
         scheme,
         (16, bits),
-        *words,
+        *keywords,
         group_size=group,
         targets=targets,
         suite=suite,

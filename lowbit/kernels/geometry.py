@@ -20,8 +20,6 @@ RING_BYTES = 220 * 1024
 MAX_RING = 48
 MAX_SPLITS = 16
 ATTENTION_THREADS = 256
-ATTENTION_BYTES = 4 * 64 * ATTENTION_THREADS
-"""Keys and values on their way: 4 passes of 64 bytes per thread."""
 
 
 @dataclass(frozen=True)

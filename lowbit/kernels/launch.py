@@ -44,13 +44,8 @@ class Module:
                 self._driver.cuModuleGetFunction(self._module, self._names[kernel].encode()), f"finding {kernel}"
             )
             attribute = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            if kernel.startswith(("product_kernel", "attention_kernel")):
-                _checked(
-                    self._driver.cuFuncSetAttribute(
-                        found, attribute, MAX_SHARED_BYTES if kernel.startswith("product") else 128 * 1024
-                    ),
-                    f"preparing {kernel}",
-                )
+            if kernel.startswith("product_kernel"):
+                _checked(self._driver.cuFuncSetAttribute(found, attribute, MAX_SHARED_BYTES), f"preparing {kernel}")
             self._functions[kernel] = found
         return self._functions[kernel]
 

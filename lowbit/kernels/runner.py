@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lowbit.errors import LowbitError
 from lowbit.kernels import nvrtc
-from lowbit.kernels.geometry import ATTENTION_BYTES, ATTENTION_THREADS, BLOCKS, MAX_SPLITS, Geometry
+from lowbit.kernels.geometry import ATTENTION_THREADS, BLOCKS, MAX_SPLITS, Geometry
 from lowbit.kernels.launch import Module
 from lowbit.kernels.stream import TILE, Stream
 from lowbit.kernels.stream_modules import StreamLinear, StreamPart
@@ -250,9 +250,7 @@ class NativeStep:
             out=self.attended,
             length=self.length,
         )
-        return _Launch(
-            "attention_kernel", (self.shape.kv_heads, self.splits), ATTENTION_THREADS, argument, ATTENTION_BYTES
-        )
+        return _Launch("attention_kernel", (self.shape.kv_heads, self.splits), ATTENTION_THREADS, argument)
 
     def launch(self) -> None:
         """The step's kernels, one by one, on the current stream."""
