@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lowbit import backends, calibration, compilers, measure, metrics, models, quantized, roofline, texts
+from lowbit.auto.selection import Chooser
 from lowbit.card import CardState, disturbed
 from lowbit.cases import Case
 from lowbit.ceilings import Ceilings, measure_ceilings
@@ -40,7 +41,8 @@ class Lab:
 
     ``source`` is the text that quality is scored on. With dummy weights, quality is the embedded model's under the
     same format on the same device: the dummy model's own would be a number about noise. ``own_pids`` are processes of
-    this run besides this one, its ancestors and its descendants: they never disturb a measurement.
+    this run besides this one, its ancestors and its descendants: they never disturb a measurement. ``auto.ask`` is to
+    be set where an ``auto`` row may be searched for.
     """
 
     device: Device
@@ -58,6 +60,7 @@ class Lab:
         self._current: Quantized | None = None
         self._ceilings: Ceilings | None = None
         self._begun = False
+        self.auto = Chooser(self)
         self.nvml: Nvml | None = None
         self.nvml_unavailable = ""
         try:
@@ -126,7 +129,10 @@ class Lab:
             self.nvml.close()
 
     def unmet(self, case: Case) -> Unmet | None:
-        """Why this case can't run here, or None. Needs no weights."""
+        """Why this case can't run here, or None. Needs no weights, but for an ``auto`` row's search."""
+        if (missing := self.auto.unmet(case)) is not None:
+            return missing
+        case = self.auto.stands_for(case)
         config = self.host_config
         reason = backends.unmet(case.format, self.device, config)
         if reason is None and case.mode is not None:
@@ -152,10 +158,13 @@ class Lab:
         """The model in this format on the device: the one at hand, or a fresh one from the untouched master."""
         if self._current is not None and self._current.format.id == fmt.id:
             return self._current
-        host = self.host
-        self._import_library(fmt)
-        self._current = self._make(host, fmt)
+        self._current = self.make(self.host, fmt)
         return self._current
+
+    def make(self, host: models.HostModel, fmt: Format) -> Quantized:
+        """This model in this format, the one at hand freed before; the Lab does not keep it."""
+        self._import_library(fmt)
+        return self._make(host, fmt)
 
     def _import_library(self, fmt: Format) -> None:
         with self.spent.on("imports"):
@@ -187,6 +196,8 @@ class Lab:
         started = time.perf_counter()
         self._begin()
         record = case.record(nodeid, self.choice.name, self.choice.load_format)
+        self.auto.note(case, record)
+        case = self.auto.stands_for(case)
         before = CardState.read(self.nvml, self.own_pids())
         kinds = {"quality": self._measure_quality, "eval": self._measure_evaluation}
         take = kinds.get(case.kind, self._measure_speed)
@@ -272,7 +283,10 @@ class Lab:
             if skips is not None:
                 record.info["cudagraph_skips"] = skips
             if skips:
-                record.info["notes"] = [f"{case.name}: Inductor gave up its CUDA graphs, {skips} times"]
+                record.info["notes"] = [
+                    *record.info.get("notes", ()),
+                    f"{case.name}: Inductor gave up its CUDA graphs, {skips} times",
+                ]
         self.vram.release()
         m.vram_end_mib = self.vram.process_mib()
         if case.kind == "decode":
@@ -295,8 +309,7 @@ class Lab:
         if own:
             made = self.acquire(case.format)
         else:
-            self._import_library(case.format)
-            made = self._make(host, case.format)
+            made = self.make(host, case.format)
             record.unavailable |= {"ppl": "dummy weights: quality is not applicable"}
         with self.spent.on("quality"):
             return self._scorer.measure(made, host, case, record, rounds, own=own)

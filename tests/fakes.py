@@ -73,6 +73,7 @@ class FakeLab:
     ):
         self.device, self.choice, self.source, self.progress = device, choice, source, progress
         self.spent = Spent()
+        self.auto = SimpleNamespace()
         self.faulted = False
 
     def unmet(self, case):

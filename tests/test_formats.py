@@ -62,6 +62,7 @@ def test_there_is_one_baseline():
     assert [row.id for row in ROWS if not row.quantized] == [
         *("bf16-torch", "fp16-torch", "bf16-lowbit"),
         *("bf16_kv_int8-torch", "bf16_kv_fp8-torch", "bf16_kv_int4-torch", "bf16_attn_fp8-torch"),
+        "auto-recipe",
     ]
 
 

@@ -14,7 +14,7 @@ import lowbit
 ROOT = Path(lowbit.__file__).parent
 
 STAGES = (
-    {"errors"},
+    {"errors", "faults"},
     {
         "formats",
         "workloads",
@@ -45,6 +45,7 @@ STAGES = (
     {"texts", "streamed", "quantized", "kernel_times"},
     {"profiling", "evaluation"},
     {"timing", "scoring", "calibration", "products"},
+    {"auto"},
     {"lab"},
     {"runs"},
     {"baselines"},

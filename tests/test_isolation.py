@@ -65,7 +65,9 @@ def logits(host, fmt):
 
 def test_two_random_orders_give_the_same_logits_and_leave_master_and_process_as_they_were(host):
     rows = [
-        row for row in FORMATS.values() if COMPILES not in row.name and backends.unmet(row, CPU, host.config) is None
+        row
+        for row in FORMATS.values()
+        if COMPILES not in row.name and row.scheme != "auto" and backends.unmet(row, CPU, host.config) is None
     ]
     assert len(rows) > 40
     for row in rows:

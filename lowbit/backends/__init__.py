@@ -43,6 +43,7 @@ from torch import nn
 
 from lowbit.errors import LowbitError, unknown
 from lowbit.formats import FORMATS, LINEARS, Format, Unmet
+from lowbit.formats.auto import SCHEME as AUTO
 from lowbit.formats.recipes import assignment, matrices
 from lowbit.formats.row import TABLE_PATHS, TABLES
 from lowbit.quiet import quiet_import
@@ -213,8 +214,8 @@ def _stored_bits(fmt: Format) -> float:
 
 def _too_large(fmt: Format, device: Device, config: Any) -> Unmet | None:
     needed = estimate_mib(fmt, config)
-    if device.total_mib is None or needed <= device.total_mib:
-        return None
+    if device.total_mib is None or needed <= device.total_mib or fmt.scheme == AUTO:
+        return None  # what auto takes is known once it was searched for
     return Unmet("memory", f"weights take about {needed:,.0f} MiB, {device.name} has {device.total_mib:,.0f} MiB")
 
 

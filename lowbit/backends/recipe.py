@@ -12,6 +12,7 @@ from torch import nn
 from lowbit import backends
 from lowbit.errors import LowbitError
 from lowbit.formats import Format, Unmet, find
+from lowbit.formats.auto import SCHEME as AUTO
 from lowbit.formats.recipes import assignment, part_of
 
 if TYPE_CHECKING:
@@ -24,7 +25,9 @@ MARK = "lowbit_part"
 
 
 def requirement(fmt: Format, device: Device, config: Any) -> Unmet | None:
-    """The first part's reason why it can't run on its own modules, with its format's id in front."""
+    """The first part's reason why it can't run on its own modules, with its format's id in front; none for ``auto``."""
+    if fmt.scheme == AUTO:
+        return None
     named: dict[str, dict[str, None]] = {}
     for _, name, part in assignment(fmt, config.num_hidden_layers):
         named.setdefault(part, {})[name] = None
@@ -40,8 +43,11 @@ def requirement(fmt: Format, device: Device, config: Any) -> Unmet | None:
 def quantize(module: nn.Module, fmt: Format, dtype: torch.dtype) -> None:
     """Every decoder layer inside ``module``, or embedding and head as its own children, each part by its backend.
 
-    A layer says itself which one it is (transformers' ``self_attn.layer_idx`` and config).
+    A layer says itself which one it is (transformers' ``self_attn.layer_idx`` and config). Raises LowbitError for an
+    ``auto`` row, which names no formats before it was searched for.
     """
+    if fmt.scheme == AUTO:
+        raise LowbitError(f"{fmt.id} stands for what a search finds: take its recipe file, or Lab.auto.selection()")
     layers = [layer for layer in module.modules() if hasattr(layer, "self_attn") and hasattr(layer, "mlp")]
     for layer in layers:
         attention: Any = layer.self_attn

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from lowbit.errors import LowbitError, unknown
 from lowbit.formats import (
+    auto,
     bitsandbytes,
     calibrated,
     gemlite,
@@ -30,6 +31,7 @@ LIBRARIES = (torch, torchao, gemlite, bitsandbytes, hqq, native, calibrated, ref
 
 FORMATS: dict[str, Format] = {row.id: row for library in LIBRARIES for row in library.ROWS}
 FORMATS.update({row.id: row for row in recipes.rows(FORMATS)})
+FORMATS.update({row.id: row for row in auto.ROWS})
 
 
 def find(format_id: str) -> Format:

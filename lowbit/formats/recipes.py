@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ class Recipe(NamedTuple):
     suite: str = "full"
     note: str = ""
     kv: str = ""
+    dtype: str = ""
 
 
 RECIPES: tuple[Recipe, ...] = (
@@ -114,20 +116,26 @@ def make(recipe: Recipe, known: Mapping[str, Format]) -> Format:
             raise LowbitError(
                 f"recipe {recipe.name}: {pattern} names {part}, a format of the KV cache; say it as its kv"
             )
-        if known[part].parts or known[part].calibration_windows:
-            what = "a recipe itself; name its formats" if known[part].parts else "which is calibrated on a whole model"
+        nested = known[part].backend == "recipe"
+        if nested or known[part].calibration_windows:
+            what = "a recipe itself; name its formats" if nested else "which is calibrated on a whole model"
             raise LowbitError(f"recipe {recipe.name}: {pattern} names {part}, {what}")
         _check_reach(recipe.name, pattern, known[part])
     members = [known[part] for part in dict.fromkeys(recipe.parts.values())]
     lowest = min(members, key=lambda member: member.weight_bits)
     first = members[0]
-    dtypes = tuple(name for name in first.dtypes if all(name in member.dtypes for member in members))
+    dtypes = tuple(
+        name for name in first.dtypes if all(name in member.dtypes for member in members) and recipe.dtype in ("", name)
+    )
     devices = tuple(name for name in first.devices if all(name in member.devices for member in members))
     modes = [set(member.modes) for member in members if member.modes]
     shared = tuple(sorted(set.intersection(*modes))) if modes else ()
     if not dtypes or not devices or (modes and not shared):
         told = "; ".join(f"{m.id}: {', '.join((*m.dtypes, *m.devices, *m.modes))}" for m in members)
-        raise LowbitError(f"recipe {recipe.name}: its formats share no base dtype, device or compile mode ({told})")
+        asked = f" within its dtype {recipe.dtype}" if recipe.dtype else ""
+        raise LowbitError(
+            f"recipe {recipe.name}: its formats share no base dtype, device or compile mode{asked} ({told})"
+        )
     return Format(
         recipe.name,
         "recipe",
@@ -229,8 +237,9 @@ def assignment(fmt: Format, layers: int) -> Iterator[tuple[str, str, str]]:
 
 
 def read(path: Path, known: Mapping[str, Format]) -> Format:
-    """The recipe in a JSON file: ``{"name": "mine", "parts": {"lm_head": "a16w8-torchao", …}}``, ``kv`` and ``note`` if
-    it has them; it runs in any suite.
+    """The recipe in a JSON file: ``{"name": "mine", "parts": {"lm_head": "a16w8-torchao", …}}``, ``kv``, ``dtype`` (the
+    base dtype: bf16 or fp16) and ``note`` if it has them; it runs in any suite. With ``"format": id`` in place of
+    ``parts`` it is that row under its own name: what a search (lowbit/auto) found can be one format as it is.
 
     Raises LowbitError for a file that can't be read or says something else, and what ``make`` raises.
     """
@@ -242,7 +251,13 @@ def read(path: Path, known: Mapping[str, Format]) -> Format:
     name, parts = (document.get("name"), document.get("parts")) if isinstance(document, dict) else (None, None)
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w.]*", name):
         raise LowbitError(f"recipe {path}: {expected}, the name of letters, digits, _ and ., got name {name!r}")
+    if single := document.get("format"):
+        if parts is not None:
+            raise LowbitError(f"recipe {path}: it has format and parts; expected one of them")
+        if single not in known:
+            raise LowbitError(f"recipe {path}: {unknown('format', str(single), known)}")
+        return replace(known[single], name=name, suite="quick")
     if not isinstance(parts, dict) or not all(isinstance(part, str) for part in parts.values()):
         raise LowbitError(f"recipe {path}: {expected}, got parts {parts!r}")
-    note = str(document.get("note", ""))
-    return make(Recipe(name, parts, suite="quick", note=note, kv=str(document.get("kv", ""))), known)
+    note, kv, dtype = (str(document.get(word, "")) for word in ("note", "kv", "dtype"))
+    return make(Recipe(name, parts, suite="quick", note=note, kv=kv, dtype=dtype), known)

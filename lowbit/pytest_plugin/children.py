@@ -48,7 +48,10 @@ DROPPED_VARIABLES = (
 )
 
 # What decides which cases there are and what they measure. The rest selects, reports or judges: the parent's.
-MEASURING = ("model", "load_format", "suite", "text", "recipe", "lowbit_device", "eval", "eval_tasks", "eval_limit")
+MEASURING = (
+    *("model", "load_format", "suite", "text", "recipe", "max_kld", "auto_seconds", "lowbit_device"),
+    *("eval", "eval_tasks", "eval_limit"),
+)
 SELECTING = {"keyword": "-k", "markexpr": "-m"}
 SELECTING_LISTS = {"deselect": "--deselect", "ignore": "--ignore", "ignore_glob": "--ignore-glob"}
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lowbit.auto.ask import DEFAULT_SECONDS, Ask
 from lowbit.cases import SUITE_MODES
 from lowbit.errors import LowbitError
 from lowbit.evaluation import Tasks
@@ -87,9 +88,15 @@ def add_options(parser: pytest.Parser) -> None:
     group.addoption(
         "--max-kld",
         type=float,
-        default=DEFAULT_MAX_KLD,
         metavar="NAT",
-        help=f"the recommendation's limit on mean KL divergence (default {DEFAULT_MAX_KLD})",
+        help=f"the recommendation's and auto's limit on mean KL divergence (default {DEFAULT_MAX_KLD})",
+    )
+    group.addoption(
+        "--auto-seconds",
+        type=float,
+        metavar="S",
+        help=f"about how long the search of auto-recipe may take (default {DEFAULT_SECONDS:g}); its choice is "
+        "kept in .lowbit/auto as a file for --recipe",
     )
     group.addoption(
         "--max-vram", type=float, metavar="MIB", help="the recommendation's limit on VRAM in MiB (default: the card)"
@@ -153,6 +160,7 @@ class Settings:
     profile: Path | None
     tasks: Tasks | None
     runs_dir: Path
+    auto: Ask
 
     @classmethod
     def from_config(cls, config: pytest.Config) -> Settings:
@@ -169,6 +177,10 @@ class Settings:
                 register(recipes.read(option.recipe, FORMATS))
             except LowbitError as error:
                 raise pytest.UsageError(f"--recipe: {error}") from error
+        max_kld = DEFAULT_MAX_KLD if option.max_kld is None else option.max_kld
+        seconds = DEFAULT_SECONDS if option.auto_seconds is None else option.auto_seconds
+        if seconds <= 0:
+            raise pytest.UsageError(f"--auto-seconds: expected more than 0, got {seconds:g}")
         compare = getattr(option, "benchmark_compare", None)
         if compare and option.update_baselines:
             raise pytest.UsageError("--benchmark-compare judges a run, --update-baselines accepts it: give one of them")
@@ -188,7 +200,7 @@ class Settings:
             compare_if_baseline=option.compare_if_baseline and not option.update_baselines and not option.profile,
             isolate=option.isolate,
             resume=option.resume,
-            max_kld=option.max_kld,
+            max_kld=max_kld,
             max_vram=option.max_vram,
             report=option.report,
             history=option.history,
@@ -198,6 +210,7 @@ class Settings:
             profile=profile_folder(config),
             tasks=evaluation.read_options(config),
             runs_dir=config.rootpath / ".lowbit" / "runs",
+            auto=Ask(max_kld, seconds, config.rootpath / ".lowbit" / "auto"),
         )
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from lowbit import models, runs, texts
 from lowbit.baselines import Baseline
 from lowbit.cases import KINDS, Case, enumerate_cases
 from lowbit.device import Device, detect, environment, launch_blocking, source_commit
 from lowbit.errors import LowbitError
+from lowbit.faults import is_device_fault, is_out_of_memory
 from lowbit.lab import Lab
 from lowbit.profiling import Profiler
 from lowbit.pytest_plugin import children, evaluation, gate
@@ -73,6 +73,7 @@ class BenchSession:
             profiler=profiler,
             tasks=settings.tasks,
         )
+        self.lab.auto.ask = settings.auto
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -111,6 +112,9 @@ class BenchSession:
         if self.config.option.recipe is not None:
             words.append(f"--recipe {shlex.quote(str(self.config.option.recipe))}")
         words += evaluation.arguments(settings.tasks)
+        for name in ("max_kld", "auto_seconds"):  # what auto finds depends on them
+            if (given := getattr(self.config.option, name)) is not None:
+                words.append(f"--{name.replace('_', '-')} {given:g}")
         if settings.device_index:
             words.append(f"--lowbit-device {settings.device_index}")
         return words
@@ -232,12 +236,12 @@ class BenchSession:
             self._present(item, benchmark, entry.record, _nested(entry.stats))
             return entry.record
         # After a CUDA fault not even the card's free memory can be asked for here: the fresh process decides.
-        unmet = self.lab.unmet(case) if self.poisoned is None else None
-        if unmet is not None:
-            record = self._blank(case, item.nodeid)
-            record.outcome, record.unmet = "skipped", unmet
-            return record
         try:
+            unmet = self.lab.unmet(case) if self.poisoned is None else None
+            if unmet is not None:
+                record = self._blank(case, item.nodeid)
+                record.outcome, record.unmet = "skipped", unmet
+                return record
             if self.poisoned is not None or self.settings.isolate:
                 return self._measure_elsewhere(item, benchmark)
             record = self.lab.measure(case, item.nodeid, benchmark.pedantic)
@@ -297,20 +301,6 @@ class BenchSession:
             if not is_device_fault(late):
                 raise
             self.poisoned = str(late)
-
-
-def is_device_fault(error: BaseException) -> bool:
-    """True for an error after which nothing works in this process: a CUDA fault, not an out-of-memory."""
-    text = str(error)
-    return not is_out_of_memory(error) and any(
-        word in text for word in ("CUDA error", "cudaError", "CUDA driver error", "Triton Error [CUDA]")
-    )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """True where the device's or the host's memory did not do; torch has no class of its own for the host's."""
-    texts = ("DefaultCPUAllocator: can't allocate", "CUDA error: out of memory", "Triton Error [CUDA]: out of memory")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in texts)
 
 
 def _nested(columns: dict[str, Any] | None) -> dict[str, Any] | None:

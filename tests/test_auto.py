@@ -1,0 +1,501 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import tiny_llama
+import torch
+from test_lab import CPU, SHAPE, WORDS, make_lab, take
+from tiny import CPU as FAKE_CPU
+from tiny import config, model
+
+from lowbit import backends, quantized, texts
+from lowbit.auto import bench as bench_module
+from lowbit.auto import chain as products
+from lowbit.auto import selection
+from lowbit.auto.ask import Ask
+from lowbit.auto.bench import LabBench
+from lowbit.auto.plan import Option, fastest, front, step_back
+from lowbit.auto.search import Search, describe
+from lowbit.cases import Case
+from lowbit.errors import LowbitError
+from lowbit.formats import FORMATS, LINEARS, recipes
+from lowbit.formats import auto as rows
+from lowbit.workloads import Workload
+
+AUTO = FORMATS["auto-recipe"]
+PLAIN, INT8, INT4, NF4 = "bf16-torch", "a16w8-torchao", "a16w4_g128-torchao", "a16w4_nf4_dq-bitsandbytes"
+NATIVE = "a16w4_g128-lowbit"
+
+
+# -- the row and its groups --------------------------------------------------------------------------------------------
+
+
+def test_auto_is_a_row_of_the_full_suite():
+    assert (AUTO.suite, AUTO.scheme, AUTO.backend) == ("full", "auto", "recipe")
+    assert {"auto", "search", "recipe"} <= AUTO.selectors
+    assert list(FORMATS)[-1] == AUTO.id  # the last to run: it takes the longest
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 32])
+def test_the_groups_are_every_linear_once(layers):
+    total = {name: 0 for name in (*LINEARS, "lm_head")}
+    for group in rows.groups(layers):
+        for name, count in rows.counts(group, layers).items():
+            total[name] += count
+    assert total == {**dict.fromkeys(LINEARS, layers), "lm_head": 1}
+
+
+def test_a_model_of_two_layers_has_ends_and_a_head():
+    assert rows.groups(2) == ["ends", "head"]
+    assert rows.groups(3) == list(rows.GROUPS)
+
+
+@pytest.mark.parametrize("layers", [2, 5])
+@pytest.mark.parametrize("group", list(rows.GROUPS))
+def test_a_mix_gives_a_group_its_format_and_leaves_the_others(group, layers):
+    fmt = rows.mix("a_mix", {group: INT8}, "bf16", FORMATS)
+    given = [name for _, name, part in recipes.assignment(fmt, layers) if part == INT8]
+    wanted = [name for name, count in rows.counts(group, layers).items() for _ in range(count)]
+    assert sorted(given) == sorted(wanted)
+    assert fmt.dtypes == ("bf16",)
+
+
+def test_candidates_are_fast_paths_to_whole_layers_first_choices_first():
+    found = rows.candidates(FORMATS.values())
+    assert {INT8, INT4, NF4, NATIVE} <= {row.id for row in found}
+    assert all(row.fast and row.quantized and not (row.parts or row.kv or row.calibration_windows) for row in found)
+    assert AUTO not in found
+    assert [row.suite == "quick" for row in found] == sorted((row.suite == "quick" for row in found), reverse=True)
+
+
+def test_an_auto_row_is_no_format_before_it_was_searched_for():
+    with pytest.raises(LowbitError, match="auto-recipe stands for what a search finds: take its recipe file"):
+        backends.get("recipe").quantize(model(), AUTO, torch.bfloat16)
+    with pytest.raises(LowbitError, match="names auto-recipe, a recipe itself"):
+        recipes.make(recipes.Recipe("mine", {"lm_head": AUTO.id}), FORMATS)
+    assert backends.unmet(AUTO, FAKE_CPU, config()) is None
+
+
+# -- the knapsack ------------------------------------------------------------------------------------------------------
+
+OPTIONS = {
+    "q": [Option(PLAIN, 0.0, 8.0), Option(INT8, 0.01, 4.0), Option(INT4, 0.03, 2.0), Option(NF4, 0.05, 3.0)],
+    "down": [Option(PLAIN, 0.0, 16.0), Option(INT8, 0.02, 8.0), Option(INT4, 0.04, 5.0)],
+}
+
+
+def test_the_front_holds_every_combination_that_none_beats():
+    every = [
+        (a.kld + b.kld, a.seconds + b.seconds, {"q": a.format, "down": b.format})
+        for a in OPTIONS["q"]
+        for b in OPTIONS["down"]
+    ]
+    best = [
+        one
+        for one in every
+        if not any((o[0] <= one[0] and o[1] <= one[1]) and (o[0] < one[0] or o[1] < one[1]) for o in every)
+    ]
+    assert sorted(front(OPTIONS)) == sorted(best)
+
+
+@pytest.mark.parametrize(
+    ("limit", "formats", "seconds"),
+    [
+        (0.0, (PLAIN, PLAIN), 24.0),
+        (0.02, (PLAIN, INT8), 16.0),  # 8 s saved for 0.02, where q in int8 saves 4 for 0.01
+        (0.03, (INT8, INT8), 12.0),
+        (0.05, (INT8, INT4), 9.0),
+        (1.0, (INT4, INT4), 7.0),
+    ],
+)
+def test_the_fastest_plan_stays_within_the_limit(limit, formats, seconds):
+    found = fastest(front(OPTIONS), limit)
+    assert (tuple(found.formats.values()), found.seconds) == (formats, seconds)
+    assert found.kld <= limit + 1e-12
+
+
+def test_steps_back_end_at_the_plan_without_loss():
+    plans = front(OPTIONS)
+    tried, steps = fastest(plans, 1.0), []
+    while tried.kld:
+        tried = step_back(plans, tried, measured_kld=2 * tried.kld, max_kld=1.99 * tried.kld)
+        steps.append(tried.seconds)
+    assert steps == sorted(steps)
+    assert steps[-1] == 24.0
+    over = fastest(plans, 1.0)
+    assert step_back(plans, over, measured_kld=0.14, max_kld=0.05).kld <= over.kld * 0.05 / 0.14
+
+
+# -- the search, with made-up figures ----------------------------------------------------------------------------------
+
+
+class FakeBench:
+    """A device on which a format's bits tell its speed and loss; what differs is given. Five layers of one shape."""
+
+    layers, dtype = 5, "bf16"
+
+    def __init__(self, **fields):
+        self.now, self.asked = 0.0, []
+        self.loss = {8: 0.0001, 4: 0.02, 16: 0.0}
+        self.product = {PLAIN: 16.0, INT8: 9.0, INT4: 5.0, NF4: 7.0}
+        self.mix_step = self.mix_kld = None
+        self.steps, self.alone, self.costs = {}, (), 1.0
+        for name, value in fields.items():
+            setattr(self, name, value)
+
+    def spend(self, what, fmt):
+        self.asked.append((what, fmt.id))
+        self.now += self.costs
+
+    def clock(self):
+        return self.now
+
+    def mode(self, fmt):
+        return "native" if fmt.backend == "lowbit" else "reduce-overhead"
+
+    def mixes(self, fmt):
+        return fmt.id not in self.alone and fmt.backend != "lowbit"
+
+    def kld(self, fmt):
+        self.spend("kld", fmt)
+        if not fmt.parts:
+            return self.loss[fmt.weight_bits]
+        if fmt.name == "auto_mix" and self.mix_kld is not None:
+            return self.mix_kld(fmt)
+        matrices = list(recipes.assignment(fmt, self.layers))
+        return sum(self.loss[FORMATS[part].weight_bits] for _, _, part in matrices) / 36
+
+    def product_s(self, fmt):
+        self.spend("products", fmt)
+        return dict.fromkeys((*LINEARS, "lm_head"), self.product[fmt.id])
+
+    def step_s(self, fmt):
+        self.spend("step", fmt)
+        if fmt.parts:
+            return self.mix_step or 1.0
+        return self.steps.get(fmt.id, 2.0)
+
+
+def search(bench, names=(INT8, INT4, NF4), max_kld=0.05, seconds=1000.0):
+    told = []
+    known = [FORMATS[name] for name in names]
+    made = Search(bench, known, FORMATS, max_kld=max_kld, seconds=seconds, progress=told.append)
+    return made.run(), told
+
+
+def test_with_room_everything_gets_the_fastest_format():
+    found, told = search(FakeBench())
+    assert found.best.format.parts
+    assert set(dict(found.best.format.parts).values()) == {INT4}
+    assert found.best.foreseen_s == 36 * 5.0
+    assert found.best.kld == pytest.approx(0.02)
+    assert told[0] == f"auto: 1 of 3 candidates: {INT8}"
+    assert any(line.startswith("auto: KL of the mix, foreseen 0.02: ") for line in told)
+
+
+def test_a_tight_limit_is_kept_by_mixing():
+    found, _ = search(FakeBench(), max_kld=0.01)
+    parts = set(dict(found.best.format.parts).values())
+    assert parts == {INT4, INT8}
+    assert found.best.kld <= 0.01
+    assert 36 * 5.0 < found.best.foreseen_s < 36 * 9.0
+
+
+def test_nothing_within_the_limit_leaves_the_base_dtype():
+    found, _ = search(FakeBench(loss={8: 0.5, 4: 0.9, 16: 0.0}), max_kld=0.001)
+    assert found.best.format.id == PLAIN
+    assert found.best.kld == 0.0
+    assert found.left_out[INT8] == "KL 0.5, over the limit in every group of linears"
+
+
+def test_the_best_single_format_is_taken_where_it_beats_the_mix():
+    found, _ = search(FakeBench(mix_step=3.0, steps={INT4: 1.5, INT8: 9.0, NF4: 9.0}))
+    assert (found.best.format.id, found.best.step_s) == (INT4, 1.5)
+    assert found.best.step_s == min(one.step_s for one in found.finalists if one.step_s is not None)
+
+
+def test_a_format_that_runs_in_no_mix_is_measured_all_the_same():
+    found, _ = search(FakeBench(steps={NATIVE: 0.5}), names=(INT4, NATIVE))
+    assert (found.best.format.id, found.best.mode) == (NATIVE, "native")
+    assert found.best.foreseen_s is None
+
+
+def test_a_single_format_foreseen_to_be_slow_is_not_built():
+    bench = FakeBench()
+    found, _ = search(bench)
+    assert ("step", INT8) not in bench.asked
+    assert (
+        found.left_out[INT8] == "foreseen 1.84 × the fastest's products"
+    )  # its head stays plain: 35 × 9 + 16 over 180
+    assert ("step", INT4) in bench.asked
+
+
+def test_a_mix_that_loses_more_than_its_parts_steps_back():
+    tried = []
+
+    def worse(fmt):
+        every = [part for _, _, part in recipes.assignment(fmt, 5)]
+        tried.append(every.count(INT4))
+        return 0.002 * every.count(INT4) + 0.0001
+
+    found, _ = search(FakeBench(mix_kld=worse), max_kld=0.03)
+    assert tried == sorted(tried, reverse=True)
+    assert len(tried) > 1
+    mix = next(one for one in found.finalists if one.format.parts)
+    assert mix.kld <= 0.03
+
+
+def test_a_mix_that_never_fits_ends_the_steps():
+    found, _ = search(FakeBench(mix_kld=lambda fmt: 1.0), max_kld=0.05)
+    assert not any(one.format.parts for one in found.finalists)
+    assert found.best.format.id in (INT4, INT8, NF4)
+
+
+def test_what_loses_next_to_nothing_is_not_scored_group_by_group():
+    bench = FakeBench()
+    found, _ = search(bench, names=(INT8,))
+    probes = [name for what, name in bench.asked if what == "kld"]
+    assert probes == [INT8, "auto_mix-recipe"]
+    assert {option.kld for options in found.options.values() for option in options} == {0.0, 0.0001}
+
+
+def test_the_time_is_bounded_and_what_it_left_out_is_named():
+    bench = FakeBench(costs=10.0)
+    found, _ = search(bench, seconds=100.0)
+    assert found.left_out[NF4] == "no time: 50 s of screening were over"
+    assert found.best.step_s is not None
+    single = next(one for one in found.finalists if not one.format.parts and one.step_s is not None)
+    assert single.format.id == INT4  # mix and best single are measured, however late
+    assert found.took_s < 200
+
+
+def test_a_library_that_fails_costs_its_format_and_a_cuda_fault_the_search():
+    class Broken(FakeBench):
+        error = ValueError("no kernel for this\nand more")
+
+        def product_s(self, fmt):
+            if fmt.id == INT4:
+                raise self.error
+            return super().product_s(fmt)
+
+    found, _ = search(Broken())
+    assert found.left_out[INT4] == "ValueError: no kernel for this"
+    assert INT4 not in str([one.format.parts for one in found.finalists])
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        search(Broken(error=RuntimeError("CUDA error: an illegal memory access was encountered")))
+
+
+def test_formats_that_no_compile_takes_together_are_no_mix(monkeypatch):
+    flag = "coordinate_descent_tuning"
+    monkeypatch.setitem(FORMATS, INT4, replace(FORMATS[INT4], inductor={flag: False}))
+    bench = FakeBench(loss={8: 0.0001, 4: 0.04, 16: 0.0})
+    found, _ = search(bench, names=(INT8, INT4), max_kld=0.03)
+    assert "Inductor's coordinate_descent_tuning" in found.left_out["auto_mix-recipe"]
+    assert found.best.format.id == INT8
+
+
+def test_a_choice_reads_as_groups_by_format():
+    told = describe({"ends": PLAIN, "q": INT4, "kv": INT4})
+    assert told == f"ends {PLAIN}; q, kv {INT4}"
+
+
+# -- products ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "k", "copies"), [(4096, 4096, 8), (14336, 4096, 5), (1024, 4096, 8), (64, 64, 8)])
+def test_weights_come_from_memory_not_from_a_cache(n, k, copies):
+    assert products.copies_of(n, k, layers=32) == copies
+    assert products.copies_of(n, k, layers=4) == min(4, copies)
+
+
+@pytest.mark.parametrize("name", [PLAIN, INT8, NF4])
+def test_a_chain_is_linears_of_the_format_each_after_the_other(name):
+    fmt = FORMATS[name]
+    chain = products.make_chain(fmt, backends.Shape("up_proj", 256, 128), 3, torch.bfloat16, CPU)
+    assert len(chain) == 3
+    assert all(backends.get(fmt.backend).is_quantized(owner["up_proj"]) for owner in chain)
+    x = torch.ones(1, 1, 128, dtype=torch.bfloat16)
+    assert torch.equal(products.run_chain(chain, x), x)  # each adds nothing, but after the one before
+    chain[1]["up_proj"].forward = lambda x: x.new_full((1, 1, 256), torch.nan)
+    assert products.run_chain(chain, x).isnan().all()
+
+
+def test_products_have_the_seconds_of_their_shape(monkeypatch):
+    timed = []
+
+    def fake(fmt, shape, copies, dtype, mode, device):
+        timed.append((shape.name, copies, mode))
+        return float(shape.n)
+
+    monkeypatch.setattr(products, "_chain_s", fake)
+    found = products.product_s(FORMATS[INT4], "bf16", "eager", CPU, config(num_hidden_layers=3))
+    assert [name for name, _, _ in timed] == ["q_proj", "k_proj", "gate_proj", "down_proj", "lm_head"]
+    assert found == dict(
+        *[zip((*LINEARS, "lm_head"), (256.0, 64.0, 64.0, 256.0, 768.0, 768.0, 256.0, 512.0), strict=True)]
+    )
+    assert timed[-1] == ("lm_head", 1, "eager")
+
+
+# -- for real, on a CPU ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tiny_llama.save(tmp_path_factory.mktemp("model"), **SHAPE, num_hidden_layers=3)
+    return tiny_llama.add_tokenizer(made)
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "story.txt"
+    path.write_text(WORDS * 20)
+    return texts.Source("story", 32, path)
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """One candidate, eager, few rounds: seconds instead of minutes."""
+    monkeypatch.setattr(rows, "candidates", lambda known: [FORMATS[INT8]])
+    monkeypatch.setattr(bench_module, "MODES", ("eager",))
+    monkeypatch.setattr(bench_module, "MAX_ROUNDS", 1)
+    monkeypatch.setattr(products, "ROUND_S", 1e-4)
+
+
+def ask_for(tmp_path, **fields):
+    return Ask(**{"max_kld": 1.0, "seconds": 60.0, "folder": tmp_path / "auto"} | fields)
+
+
+def test_a_search_is_chosen_measured_recorded_and_replayed(folder, source, short, tmp_path, monkeypatch):
+    told = []
+    lab = make_lab(folder, source)
+    lab.progress = told.append
+    lab.auto.ask = ask_for(tmp_path)
+    case = Case("decode", AUTO, "eager", Workload("b1_c0", "decode", 1, 5, 6, "small"))
+    assert lab.unmet(case) is None
+    record = take(lab, case)
+    chosen = lab.auto.selection()
+    found = chosen.document["found"]
+
+    # chosen: within the limit, the fastest of what was measured, and the limit was that of the calibration text
+    assert 0 <= found["kld"] <= 1.0
+    measured = [one["step_ms"] for one in found["finalists"] if one["step_ms"] is not None]
+    assert found["step_ms"] == min(measured)
+    assert set(found["options_kld_ms"]) == set(rows.GROUPS)
+
+    # recorded under the row's own name, with the choice
+    assert (record.format, record.outcome) == (AUTO.id, "measured")
+    assert record.info["auto"]["what"] == found["what"]
+    assert chosen.sentence in record.info["notes"]
+    assert chosen.sentence in told
+    assert take(lab, Case("quality", AUTO)).info["auto"] == record.info["auto"]
+
+    # replayed: the file is a recipe of --recipe, and builds the same model
+    assert str(chosen.path) in chosen.sentence
+    again = recipes.read(chosen.path, FORMATS)
+    assert again.suite == "quick"
+    made = [quantized.build(lab.host, row, CPU).coverage for row in (again, chosen.format)]
+    assert made[0] == made[1]
+    lab.close()
+
+    # and kept: another session asks the same question, and gets the answer without a search
+    other = make_lab(folder, source)
+    other.auto.ask = ask_for(tmp_path)
+    monkeypatch.setattr(selection, "Search", None)
+    assert other.auto.selection().document == chosen.document
+    other.auto = selection.Chooser(other, ask_for(tmp_path, max_kld=0.01))
+    with pytest.raises(TypeError):
+        other.auto.selection()  # another limit is another question
+    other.close()
+
+
+def test_the_limit_is_measured_on_the_calibration_text(folder, source, short, monkeypatch):
+    seen = []
+    tokens = bench_module.calibration.tokens
+
+    def watched(host, source, windows):
+        found = tokens(host, source, windows)
+        seen.append(found)
+        return found
+
+    monkeypatch.setattr(bench_module.calibration, "tokens", watched)
+    lab = make_lab(folder, source)
+    bench = LabBench(lab)
+    first = bench.kld(FORMATS[NF4])
+    assert 0 < bench.kld(FORMATS[INT8]) < first
+    assert first == bench.kld(FORMATS[NF4])
+    assert bench.kld(FORMATS[PLAIN]) == 0
+    assert len(seen) == 1
+    scored = source.load(lab.host.tokenizer).windows()
+    assert not any(torch.equal(one, other) for one in seen[0] for other in scored)
+    bench.close()
+    lab.close()
+
+
+def test_a_bench_says_in_which_mode_a_format_decodes(folder, source):
+    lab = make_lab(folder, source)
+    bench = LabBench(lab)
+    assert bench.layers == 3
+    assert bench.dtype == "bf16"
+    assert bench.mode(FORMATS[NATIVE]) == "eager"  # its own kernels need a GPU
+    assert bench.mode(FORMATS[INT8]) == bench.mix_mode
+    assert bench.mixes(FORMATS[INT8])
+    assert bench.mixes(FORMATS["fp16-torch"]) is False  # another base dtype
+    with pytest.raises(LowbitError, match="capability: needs cuda, this is cpu"):
+        bench.mode(FORMATS["a16w8-gemlite"])
+    lab.close()
+
+
+def test_native_rows_decode_natively_where_that_runs(folder, source, monkeypatch):
+    lab = make_lab(folder, source)
+    monkeypatch.setattr(lab, "unmet", lambda case: None)
+    bench = LabBench(lab)
+    assert bench.mode(FORMATS[NATIVE]) == "native"
+    assert bench.mode(FORMATS[INT8]) == "reduce-overhead"
+    assert bench.mixes(FORMATS[NATIVE]) is False  # no compiled step holds it
+    lab.close()
+
+
+# -- where there is no choice ------------------------------------------------------------------------------------------
+
+
+def test_a_lab_that_was_asked_for_nothing_skips_auto(folder, source):
+    lab = make_lab(folder, source)
+    unmet = lab.unmet(Case("quality", AUTO))
+    assert str(unmet) == "capability: needs a search, for which this session has no limit"
+    with pytest.raises(LowbitError, match="none was asked for"):
+        lab.auto.selection()
+    lab.close()
+
+
+def test_a_mode_that_the_choice_does_not_have_is_skipped(folder, source, tmp_path, monkeypatch):
+    lab = make_lab(folder, source)
+    lab.auto.ask = ask_for(tmp_path)
+    chosen = selection.Selection(FORMATS[NATIVE], tmp_path / "x.json", {"found": {}})
+    monkeypatch.setattr(selection, "select", lambda lab, ask: chosen)
+    unmet = lab.unmet(Case("decode", AUTO, "regional", Workload("b1_c0", "decode", 1, 5, 6, "small")))
+    assert str(unmet) == f"capability: {NATIVE}, which auto chose here, is not measured under regional"
+    lab.close()
+
+
+def test_a_single_format_is_replayed_as_itself(tmp_path):
+    path = tmp_path / "auto_h200.json"
+    path.write_text(json.dumps({"name": "auto_h200", "format": NATIVE, "found": {}}))
+    fmt = recipes.read(path, FORMATS)
+    assert fmt.id == "auto_h200-lowbit"
+    assert replace(fmt, name="a16w4_g128", suite="quick") == replace(FORMATS[NATIVE], suite="quick")
+    path.write_text(json.dumps({"name": "auto_h200", "format": "a16w5-torchao"}))
+    with pytest.raises(LowbitError, match=r"auto_h200.json: unknown format 'a16w5-torchao'; known: "):
+        recipes.read(path, FORMATS)
+    path.write_text(json.dumps({"name": "auto_h200", "format": NATIVE, "parts": {}}))
+    with pytest.raises(LowbitError, match=r"it has format and parts; expected one of them"):
+        recipes.read(path, FORMATS)
+
+
+def test_a_broken_choice_is_an_error_that_says_what_to_do(tmp_path):
+    path = tmp_path / "auto.json"
+    path.write_text("{")
+    with pytest.raises(LowbitError, match=r"auto.json is no recipe of a search .* delete it to search again"):
+        selection._stored(path, {})
+    assert selection._stored(tmp_path / "none.json", {}) is None
