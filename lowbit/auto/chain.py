@@ -1,9 +1,10 @@
 """Seconds of one product of a decoded token, per linear, in one format: as it runs inside a compiled step.
 
 lowbit/products.py times a library's kernel by itself, in its own best way; a search asks what a product costs in the
-mode and base dtype that the mixed model will decode in. A real step reads every weight once, so a product's weights come from memory and not from a cache. That is copied here:
-several linears of one shape, with weights of their own, are multiplied one after the other, each waiting for the one
-before, compiled as one call under the mode that decodes. Weights are random: no kernel looks at them.
+mode and base dtype that the mixed model will decode in. A real step reads every weight once, so a product's weights
+come from memory and not from a cache. That is copied here: several linears of one shape, with weights of their own, are
+multiplied one after the other, each waiting for the one before, compiled as one call under the mode that decodes.
+Weights are random: no kernel looks at them.
 """
 
 from __future__ import annotations
