@@ -266,7 +266,7 @@ def test_measure_case_elsewhere_says_what_it_is_for(bench):
     (bench.root / "benches" / "test_other.py").write_text("def test_other(measure_case):\n    measure_case()\n")
     result = bench.run("-k", "test_other")
     result.assert_outcomes(failed=1, deselected=CASES)
-    assert "measure_case is for the functions test_quality, test_prefill, test_decode" in result.stdout.str()
+    assert "measure_case is for the functions test_quality, test_eval, test_prefill, test_decode" in result.stdout.str()
 
 
 @pytest.mark.parametrize("name", ["unmet", "release", "close", "measure"])
