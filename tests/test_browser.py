@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from browser import Opened
 
 from lowbit import baselines, runs
 from lowbit.report import content, page, since
+from lowbit.report.content import Content
+from lowbit.runs import Run
 
 PLAN = report_runs.Plan(nights=14, step=9, error=report_runs.EVIL)
 SLOW = "benches/test_decode.py::test_decode[a16w4_g128-torchao-reduce-overhead-b1_c0]"
@@ -41,10 +44,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     told = since.with_history(content.of_run(run, baselines.load(accepted)), history)
     (made / "report.html").write_text(page.render(told))
     (made / "baseline.html").write_text(page.render(content.of_baseline(baselines.load(accepted))))
+    (made / "real.html").write_text(page.render(with_perplexity(run, 6.2403)))
+    (made / "lost.html").write_text(page.render(with_perplexity(run, 6.2403, worst=5939.0)))
+    scores = [record for record in told.records if record.kind == "quality"]
+    (made / "quality.html").write_text(page.render(Content(told.header, scores)))
     for record, name in zip([record for record in told.records if record.kind == "decode"], EVIL_NAMES, strict=False):
         record.case, record.outcome, record.error = name, "failed", report_runs.EVIL
-    (made / "evil.html").write_text(page.render(content.Content(told.header, told.records)))
+    (made / "evil.html").write_text(page.render(Content(told.header, told.records)))
     return made
+
+
+def with_perplexity(run: Run, best: float, worst: float | None = None) -> Content:
+    """As of real weights: every format has a perplexity that goes with its KL; the last one's may be ``worst``."""
+    records = [replace(record, metrics=dict(record.metrics), load_format="auto") for record in run.records()]
+    scored = [record for record in records if record.kind == "quality" and record.outcome == "measured"]
+    for record in scored:
+        kld = next(value for name, value in record.metrics.items() if name.startswith("kld_"))
+        record.metrics["ppl_wikitext2_2048"] = best * (1 + kld)
+    if worst is not None:
+        scored[-1].metrics["ppl_wikitext2_2048"] = worst
+    return Content(replace(run.header, load_format="auto"), records)
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +215,27 @@ def test_a_baseline_is_a_report_too(chromium: Any, folder: Path) -> None:
         assert found.text("#verdict-words") == "Baseline: the figures that runs are judged by"
         assert "base → now" not in found.text("#table thead")
         assert found.page.locator("#plot-roofline svg path").count() > 10
+        assert found.messages == []
+
+
+@pytest.mark.parametrize(("name", "axis"), [("real", "perplexity"), ("lost", "perplexity (log)")])
+def test_perplexity_can_be_the_axis_and_has_its_digits(chromium: Any, folder: Path, name: str, axis: str) -> None:
+    with browsers.opened(chromium, folder / f"{name}.html") as found:
+        found.page.select_option("#pareto-quality", "ppl")
+        texts = found.page.locator("#plot-quality svg text").all_text_contents()
+        assert axis in texts
+        assert any(re.fullmatch(r"6\.2\d+", text) for text in texts) is (name == "real")
+        assert "6.2403" in found.text("#table")
+        assert "Decode speed against perplexity" in found.text("#pareto")
+        assert found.messages == []
+
+
+def test_without_a_decode_case_there_is_no_empty_plot(chromium: Any, folder: Path) -> None:
+    with browsers.opened(chromium, folder / "quality.html") as found:
+        assert not found.page.locator("#pareto").is_visible()
+        assert not found.page.locator("#roofline").is_visible()
+        assert "Pareto" not in found.text("nav")
+        assert found.page.locator("#table tbody tr").count() > 5
         assert found.messages == []
 
 

@@ -10,7 +10,7 @@ import pytest
 import report_runs
 from fakes import Bench
 
-from lowbit import baselines, runs
+from lowbit import baselines, regression, runs
 from lowbit.report import content, markdown
 from lowbit.report.content import Content
 
@@ -39,6 +39,27 @@ def test_a_regression_has_base_now_change_limit_spread_and_runs(judged: Content)
     (line,) = [line for line in markdown.summary(judged).splitlines() if SLOW in line and "decode_tok_s" in line]
     pattern = r"269\.\d → 23\d\.\d tok/s \| -1[12]\.\d % \| 2\.0 % \| 0\.\d\d % \| 3 of 3 \| – \|$"
     assert re.search(pattern, line), line
+
+
+def test_every_row_of_a_table_has_as_many_cells_as_its_heading(judged: Content) -> None:
+    lines = markdown.summary(judged).splitlines()
+    tables = [here for here, line in enumerate(lines) if line.startswith("| --- |")]
+    assert len(tables) == 2
+    for here in tables:
+        assert lines[here - 2] == ""  # GitHub takes a table for a paragraph without it
+        body = [line for line in lines[here:] if line.startswith("|")]
+        rows = [lines[here - 1], *body[: next((n for n, line in enumerate(lines[here:]) if not line), len(body))]]
+        assert len(rows) > 3
+        assert {line.count(" | ") for line in rows} == {rows[0].count(" | ")}
+
+
+def test_a_perplexity_has_digits_enough_to_see_a_tenth_of_a_percent() -> None:
+    verdict = regression.Verdict("ppl_wikitext2_2048", "regression", baseline=6.2403, now=6.2522, limit=0.00624)
+    assert markdown.figures(verdict, None)[0] == "6.2403 → 6.2522"
+
+
+def test_the_answer_reads_as_a_sentence(judged: Content) -> None:
+    assert "\n**Answer** (KL ≤ 0.05): " in markdown.summary(judged)
 
 
 def test_what_was_upgraded_the_answer_and_the_skips_are_there(judged: Content) -> None:

@@ -113,7 +113,7 @@ def _cells(content: Content, finding: Finding) -> list[str]:
 def figures(verdict: Verdict, spread: float | None) -> list[str]:
     """base → now, change, limit, spread and confirming runs, as text."""
     base, now, unit = verdict.baseline, verdict.now, verdict.unit
-    moved = f"{_amount(base)} → {_amount(now) if now is not None else 'missing'} {unit}".rstrip()
+    moved = f"{_amount(base, unit)} → {_amount(now, unit) if now is not None else 'missing'} {unit}".rstrip()
     change = verdict.change_relative
     limit = verdict.limit_relative if not verdict.in_units else None
     shown = f"{verdict.limit:.3g} {unit}".rstrip() if verdict.limit is not None else NONE
@@ -127,9 +127,12 @@ def figures(verdict: Verdict, spread: float | None) -> list[str]:
     ]
 
 
-def _amount(value: float | None) -> str:
+def _amount(value: float | None, unit: str) -> str:
+    """A perplexity, which has no unit, with four decimals: a tenth of a percent of it fails."""
     if value is None or value == 0:
         return NONE if value is None else "0"
+    if not unit and 1 <= abs(value) < 1000:
+        return f"{value:.4f}"
     return f"{value:.2e}" if abs(value) < 1e-3 else f"{value:.4f}" if abs(value) < 1 else thousands(value)
 
 
@@ -171,7 +174,8 @@ def _answer(content: Content) -> list[str]:
     )
     body, _, rest = told.partition("\n  reproduce: ")
     command = rest.splitlines()[0] if rest else ""
-    lines = [f"**Answer**{text(' '.join(body.split()).removeprefix('recommendation'))}"]
+    words = " ".join(body.split()).removeprefix("recommendation")
+    lines = [f"**Answer**{' ' if words.startswith(' ') else ''}{text(words)}"]
     return [*lines, f"Reproduce: {code(command)}"] if command else lines
 
 

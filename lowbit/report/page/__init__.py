@@ -20,7 +20,7 @@ from lowbit.report.page.data import to_json
 
 LIMIT_BYTES = 3_000_000
 
-SCRIPTS = ("core", "table", "charts", "history", "main")
+SCRIPTS = ("core", "table", "charts", "pareto", "roofline", "history", "main")
 """Of ``js/``, in the order in which they are joined to one script."""
 
 LIBRARY = "vendor/echarts.common.min.js"

@@ -47,6 +47,13 @@ function number(value) {
 }
 /** A number beside an axis: no zeros that say nothing. */
 const tick = (value) => number(value).replace(".0e", "e").replace(/(\.\d*?)0+$/, "$1").replace(/\.$/, "");
+/** A metric's value; a perplexity, which has no unit, with four decimals: a tenth of a percent of it fails. */
+function figure(value, unit) {
+  const size = Math.abs(value ?? 0);
+  return unit === "" && size >= 1 && size < 1000 ? value.toFixed(4) : number(value);
+}
+const amount = (value, unit) => `${figure(value, unit)} ${unit}`.trim();
+const moved = (before, after, unit) => `${figure(before, unit)} → ${amount(after, unit)}`;
 const arrows = (lines) => lines.join(", ").replaceAll(" -> ", " → ");
 const percent = (share, digits = 1) => (share === null ? "–" : `${share > 0 ? "+" : ""}${(100 * share).toFixed(digits)} %`);
 const share = (value) => (value === null ? "–" : `${(100 * value).toFixed(0)} %`);

@@ -58,11 +58,11 @@ function drawHistory() {
       formatter: (points) => {
         const night = points[0].dataIndex;
         const upgrades = upgradeAt.get(night);
-        return make("div", { className: "tip" }, make("b", null, `${past.nights[night].replace("T", " ")} UTC`), values[night] === null ? "not measured" : `${number(values[night])} ${unit}`, upgrades ? make("code", null, arrows(upgrades)) : null);
+        return make("div", { className: "tip" }, make("b", null, `${past.nights[night].replace("T", " ")} UTC`), values[night] === null ? "not measured" : amount(values[night], unit), upgrades ? make("code", null, arrows(upgrades)) : null);
       },
     }),
     xAxis: { ...axis("", { type: "category", axisLabel: { color: color("muted"), hideOverlap: true } }), data: past.nights.map((night) => night.slice(5, 10)), boundaryGap: false, splitLine: { show: false } },
-    yAxis: axis(unit, { type: "value", min: lowest, max: Math.max(...reach) + pad, nameLocation: "end", nameGap: 12, nameTextStyle: { color: color("muted"), align: "right" }, axisLabel: { color: color("muted"), showMinLabel: false, showMaxLabel: false, formatter: number } }),
+    yAxis: axis(unit, { type: "value", min: lowest, max: Math.max(...reach) + pad, nameLocation: "end", nameGap: 12, nameTextStyle: { color: color("muted"), align: "right" }, axisLabel: { color: color("muted"), showMinLabel: false, showMaxLabel: false, formatter: (value) => figure(value, unit) } }),
     series: [
       {
         type: "line", name: metric, data: values, symbol: "circle", symbolSize: values.length > 90 ? 3 : 5, connectNulls: false, lineStyle: { color: color("accent"), width: 1.3 }, itemStyle: { color: color("accent") },
@@ -78,7 +78,7 @@ function drawHistory() {
   if (past.upgrades.length) notes.push("triangles: nights with another environment");
   if (past.dropped) notes.push(`${past.dropped} older nights are left out`);
   byId("history-caption").textContent = `${notes.join(" · ")}.`;
-  byId("case-changes").replaceChildren(...found.map((one) => make("li", null, make("b", { className: toneOfChange(one) }, `${one.kind} of ${percent(relative(one))}`), ` since ${one.date} (${one.end - one.first} nights, sure to ${sure(one.p)}): ${number(one.before)} → ${number(one.after)} ${unit}`, one.upgrades.length ? `; that night: ${arrows(one.upgrades)}` : "; nothing was upgraded that night")));
+  byId("case-changes").replaceChildren(...found.map((one) => make("li", null, make("b", { className: toneOfChange(one) }, `${one.kind} of ${percent(relative(one))}`), ` since ${one.date} (${one.end - one.first} nights, sure to ${sure(one.p)}): ${moved(one.before, one.after, unit)}`, one.upgrades.length ? `; that night: ${arrows(one.upgrades)}` : "; nothing was upgraded that night")));
 }
 
 function drawCase(i) {
@@ -101,7 +101,8 @@ function drawFigures(i) {
   const body = names.map((name) => {
     const one = judged.get(name) || { metric: name, status: "ungated", limit: null, spread: null, runs: 0 };
     const before = baseOf(name, i);
-    const text = [number(before), `${number(one.now ?? valueOf(name, i))} ${unitOf(name)}`, null, limitText(one, before), spreadText(one, before), runsText(one)];
+    const unit = unitOf(name);
+    const text = [figure(before, unit), amount(one.now ?? valueOf(name, i), unit), null, limitText(one, before), spreadText(one, before), runsText(one)];
     const cells = text.map((value, at) => make("td", { className: "number" }, at === 2 ? make("span", { className: toneOf(one) }, percent(changeOf(name, i, one.now))) : value));
     return make("tr", null, make("td", { title: (data.metrics[name] || [])[2] || "" }, name), ...cells, make("td", null, one.status === "ungated" ? "not gated" : [one.status, one.reason].filter(Boolean).join(": ")));
   });
@@ -142,7 +143,7 @@ function changeRow(one) {
     byId("history-metric").value = one.metric;
     drawHistory();
   });
-  const cells = [button, one.metric, make("span", { className: toneOfChange(one) }, `${one.kind} ${percent(relative(one))}`), `${number(one.before)} → ${number(one.after)} ${unitOf(one.metric)}`, sure(one.p)];
+  const cells = [button, one.metric, make("span", { className: toneOfChange(one) }, `${one.kind} ${percent(relative(one))}`), moved(one.before, one.after, unitOf(one.metric)), sure(one.p)];
   return make("tr", null, ...cells.map((cell, at) => make("td", { className: at > 1 ? "number" : "" }, cell)));
 }
 

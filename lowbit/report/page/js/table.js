@@ -8,7 +8,7 @@ const COLUMNS = [
   plain("TTFT", "ms", "ttft_ms"),
   { id: "memory", title: MEMORY, unit: "MiB", key: (i) => cases.memory[i], text: (i) => number(cases.memory[i]) },
   { id: "kld", title: "KL", unit: data.embedded ? "embedded" : "nat", key: (i) => cases.kld[i], text: (i) => number(cases.kld[i]) },
-  { id: "ppl", title: "ppl", key: (i) => cases.ppl[i], text: (i) => number(cases.ppl[i]) },
+  { id: "ppl", title: "ppl", key: (i) => cases.ppl[i], text: (i) => figure(cases.ppl[i], "") },
   { id: "mbu", title: "MBU", key: (i) => valueOf("mbu", i), text: (i) => share(valueOf("mbu", i)) },
   plain("energy", "J/tok", "energy_j_per_tok"),
   plain("compile", "s", "compile_s"),
@@ -46,7 +46,8 @@ function movedCell(i) {
   if (!one) return ["–"];
   const now = one.now ?? valueOf(one.metric, i);
   const before = baseOf(one.metric, i);
-  const text = `${before === null ? "" : `${number(before)} → `}${number(now)} ${unitOf(one.metric)}`;
+  const unit = unitOf(one.metric);
+  const text = before === null ? amount(now, unit) : moved(before, now, unit);
   const since = one.since.length ? make("span", { className: "sub" }, `since ${one.since[0]}`) : null;
   return [text, make("span", { className: "sub" }, one.metric), since];
 }
@@ -160,6 +161,7 @@ function show() {
   byId("count").textContent = kept.length === COUNT ? `${COUNT} cases` : `${kept.length} of ${COUNT} cases`;
 }
 
+const FEW_FORMATS = 8; // more are folded
 function buildSkips() {
   const reasons = new Map();
   for (let i = 0; i < COUNT; i++) {
@@ -169,8 +171,10 @@ function buildSkips() {
   }
   if (!reasons.size) return;
   const items = [...reasons].sort((a, b) => b[1].length - a[1].length).map(([reason, found]) => {
-    const formats = [...new Set(found.map((i) => cases.format[i]))];
-    return make("li", null, make("b", null, `${found.length} × `), reason, make("span", { className: "sub" }, `: ${formats.join(", ")}`));
+    const formats = [...new Set(found.map((i) => cases.format[i] || shortName(cases.id[i])))];
+    const counted = [make("b", null, `${found.length} × `), reason];
+    if (formats.length <= FEW_FORMATS) return make("li", null, ...counted, make("span", { className: "sub" }, `: ${formats.join(", ")}`));
+    return make("li", null, make("details", null, make("summary", null, ...counted, `: ${formats.length} formats`), formats.join(", ")));
   });
   byId("skips").append(make("b", null, "Skipped, by reason"), make("ul", null, ...items));
 }
