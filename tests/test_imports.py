@@ -118,13 +118,16 @@ def test_only_the_plugin_imports_pytest():
     assert importers == {"pytest_plugin"}
 
 
-def test_pure_modules_bring_no_torch_in():
+def test_pure_modules_bring_no_torch_in_and_a_session_no_libraries():
     code = (
         "import importlib, sys\n"
         f"for name in {PURE!r}:\n"
         "    importlib.import_module('lowbit.' + name)\n"
         "    heavy = {'torch', 'transformers', 'pytest'} & set(sys.modules)\n"
         "    assert not heavy, f'lowbit.{name} imports {heavy}'\n"
+        "import lowbit.pytest_plugin.session\n"
+        "heavy = {'transformers', 'torchao', 'bitsandbytes'} & set(sys.modules)\n"
+        "assert not heavy, f'a session, before it has a model, imports {heavy}: 7 s in each worker and child'\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

@@ -34,6 +34,38 @@ def test_update_takes_kept_runs_and_measures_nothing_more(bench):
     assert json.loads(bench.baseline.read_text())["lowbit"]["runs"] == 1
 
 
+def test_a_controller_with_enough_kept_runs_measures_nothing_more(bench):
+    bench.run("-k", "test_quality")
+    kept = bench.runs()
+    result = bench.run("-n", "1", "--update-baselines", "--baseline-runs", "1", "-k", "test_quality", processes=True)
+    assert result.ret == 0
+    assert "lowbit: 2 cases, nothing to measure: 1 kept runs have them" in result.stdout.str()
+    assert f"baseline written: {bench.baseline}" in result.stdout.str()
+    assert bench.runs() == kept
+    assert len(bench.rows()) == 2
+
+
+def test_workers_are_gone_before_further_runs_are_measured(bench):
+    with (bench.root / "conftest.py").open("a") as conftest:
+        conftest.write(COUNT_PROCESSES)
+    result = bench.run("-n", "1", "--update-baselines", "--baseline-runs", "2", "-k", "test_quality", processes=True)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stdout.fnmatch_lines(["*1 worker(s), on the CPU*", "ERROR: others of this session: set()"])
+    assert len(bench.runs()) == 1
+
+
+COUNT_PROCESSES = """
+import os
+from lowbit.errors import LowbitError
+from lowbit.pytest_plugin import children, updating
+
+def count(bench, number):
+    raise LowbitError(f"others of this session: {children.own_pids() - {os.getpid()}}")
+
+updating._measure_once_more = count
+"""
+
+
 def test_update_measures_the_missing_runs_in_fresh_processes_and_says_little(bench):
     bench.run("-k", "test_decode")
     result = bench.run("--update-baselines", "--baseline-runs", "3", "-k", "test_decode", processes=True)

@@ -55,7 +55,7 @@ def pytest_addoption(parser, pluginmanager):
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
     workers = xdist.prepare(config)
-    workers.on_record, workers.on_collected = keep, lambda ids: keep_line({"collected": ids})
+    workers.on_record, workers.on_collected = keep, lambda ids: keep_line({"collected": ids}) is None
     if config.option.lowbit_child is not None:
         children.watch_parent()
 

@@ -19,8 +19,6 @@ from lowbit.errors import LowbitError
 from lowbit.kernels.runner import NativeStep
 from lowbit.quiet import quiet_import
 
-StaticCache: Any = quiet_import("transformers").StaticCache  # its import alone warns and prints
-
 Step = Callable[[Tensor, Tensor], Tensor]
 """(token [B, 1], position [1]) -> next token [B, 1]."""
 PrefillStep = Callable[[Tensor], Tensor]
@@ -52,7 +50,9 @@ def make_cache(model: Any, batch: int, length: int, dtype: torch.dtype | None = 
         )
     norm = model.model.norm.weight
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = StaticCache(config, max_cache_len=-(-length // CACHE_MULTIPLE) * CACHE_MULTIPLE)
+    cache = quiet_import("transformers").StaticCache(
+        config, max_cache_len=-(-length // CACHE_MULTIPLE) * CACHE_MULTIPLE
+    )
     if kv:
         kvcache.pack(cache, kv)
     cache.early_initialization(

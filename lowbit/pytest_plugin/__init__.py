@@ -150,10 +150,12 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
 def pytest_collection_finish(session: pytest.Session) -> None:
     bench = session.config.stash.get(SESSION, None)
     if bench is not None and not session.config.option.collectonly:
-        bench.selected = [item.nodeid for item in session.items if CASE in item.stash]
-        gone = [item.nodeid for item in session.items if isinstance(item, collection.VanishedCase)]
+        found = [item for item in session.items if CASE in item.stash or isinstance(item, collection.VanishedCase)]
+        bench.select([item.nodeid for item in found])
+        if updating.nothing_to_measure(bench):
+            return
         try:
-            bench.open_run([*bench.selected, *gone], measures=not updating.nothing_to_measure(bench))
+            bench.open_run()
         except LowbitError as error:
             raise pytest.UsageError(str(error)) from error
 

@@ -111,3 +111,11 @@ class ForeignBenchmark:
             else:
                 result["stats"] = columns
         return result
+
+
+def as_dict_of(columns: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A kept run's columns in the form of pytest-benchmark's ``as_dict``; the item that shows them names the rest."""
+    if columns is None:
+        return None
+    blank = dict.fromkeys(("fullname", "name", "group", "param", "params"))
+    return {**blank, "extra_info": {}, "options": {}, "stats": columns}

@@ -20,7 +20,7 @@ from lowbit.lab import Lab
 from lowbit.profiling import Profiler
 from lowbit.pytest_plugin import children, evaluation, gate
 from lowbit.pytest_plugin.collection import VANISHED
-from lowbit.pytest_plugin.foreign import ForeignBenchmark
+from lowbit.pytest_plugin.foreign import ForeignBenchmark, as_dict_of
 from lowbit.pytest_plugin.keys import CASE
 from lowbit.pytest_plugin.options import DEFAULT_BASELINE_RUNS, Settings
 from lowbit.record import Record
@@ -137,15 +137,17 @@ class BenchSession:
             commit=self.commit,
         )
 
-    def open_run(self, selected: list[str], *, measures: bool = True) -> None:
+    def select(self, nodeids: list[str]) -> None:
+        """What this run is about: the collected node ids, vanished cases among them."""
+        self.vanished = [nodeid.replace(VANISHED, "") for nodeid in nodeids if VANISHED in nodeid]
+        self.selected = [nodeid for nodeid in nodeids if VANISHED not in nodeid]
+
+    def open_run(self) -> None:
         """Start keeping this run, or take up the interrupted one on --resume. Raises LowbitError when that can't be.
 
-        ``selected`` are node ids, vanished cases among them. A child keeps nothing; a worker learns what --resume has,
-        its controller keeps.
+        A child keeps nothing; a worker learns what --resume has, its controller keeps.
         """
-        self.vanished = [nodeid.replace(VANISHED, "") for nodeid in selected if VANISHED in nodeid]
-        self.selected = [nodeid for nodeid in selected if VANISHED not in nodeid]
-        if self.settings.child is not None or self.settings.profile or not self.selected or not measures:
+        if self.settings.child is not None or self.settings.profile or not self.selected:
             return
         folder, header = self.settings.runs_dir, self.header()
         entries: Mapping[str, runs.Entry] = {}
@@ -233,7 +235,7 @@ class BenchSession:
         self.records.pop(item.nodeid, None)  # of an earlier attempt, where a plugin reruns failures
         entry = self.resumed.get(item.nodeid)
         if entry is not None:
-            self._present(item, benchmark, entry.record, _nested(entry.stats))
+            self._present(item, benchmark, entry.record, as_dict_of(entry.stats))
             return entry.record
         # After a CUDA fault not even the card's free memory can be asked for here: the fresh process decides.
         try:
@@ -301,11 +303,3 @@ class BenchSession:
             if not is_device_fault(late):
                 raise
             self.poisoned = str(late)
-
-
-def _nested(columns: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A kept run's columns in the form of pytest-benchmark's ``as_dict``; the item that shows them names the rest."""
-    if columns is None:
-        return None
-    blank = dict.fromkeys(("fullname", "name", "group", "param", "params"))
-    return {**blank, "extra_info": {}, "options": {}, "stats": columns}

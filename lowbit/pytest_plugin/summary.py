@@ -59,7 +59,7 @@ def header_lines(bench: BenchSession) -> list[str]:
 
 def expectation_lines(bench: BenchSession, nodeids: Sequence[str], *, workers: int | None = None) -> list[str]:
     """How many cases and minutes a run will be; with enough kept runs to accept, none."""
-    if workers is None and updating.nothing_to_measure(bench):
+    if updating.nothing_to_measure(bench):
         return [f"lowbit: {len(nodeids)} cases, nothing to measure: {bench.settings.baseline_runs} kept runs have them"]
     measured = runs.wall_seconds(bench.settings.runs_dir, bench.header())
     minutes = collection.expected_minutes(nodeids, measured, bench.device.kind) / (workers or 1)
@@ -68,13 +68,20 @@ def expectation_lines(bench: BenchSession, nodeids: Sequence[str], *, workers: i
     return [f"lowbit: {len(nodeids)} cases, about {minutes:.0f} min{processes} ({basis})"]
 
 
-def announce_workers_run(bench: BenchSession, nodeids: list[str]) -> None:
-    """In a controller, which collects nothing itself: begin the run with what its workers collected, say how much."""
-    bench.open_run(nodeids)
+def announce_workers_run(bench: BenchSession, nodeids: list[str]) -> bool:
+    """In a controller, which collects nothing itself: begin the run with what its workers collected, say how much.
+
+    False when there is nothing to measure.
+    """
+    bench.select(nodeids)
+    measures = not updating.nothing_to_measure(bench)
+    if measures:
+        bench.open_run()
     reporter: Any = bench.config.pluginmanager.get_plugin("terminalreporter")
     if reporter is not None:
         for line in expectation_lines(bench, bench.selected, workers=bench.config.option.numprocesses or 1):
             reporter.write_line(line)
+    return measures
 
 
 def write(reporter: Any, bench: BenchSession) -> None:

@@ -15,6 +15,7 @@ from lowbit import baselines, regression, runs
 from lowbit.errors import LowbitError
 from lowbit.pytest_plugin import children
 from lowbit.pytest_plugin.collection import belongs_to_no_suite
+from lowbit.pytest_plugin.xdist import Workers
 
 if TYPE_CHECKING:
     from lowbit.pytest_plugin.session import BenchSession
@@ -30,7 +31,7 @@ def usable_runs(bench: BenchSession) -> list[runs.Run]:
 
 def nothing_to_measure(bench: BenchSession) -> bool:
     """True when --update-baselines can take kept runs alone."""
-    # A worker must do what its controller hands out, and that one selects nothing before its workers have collected.
+    # A worker must do what its controller hands out.
     wanted = bench.settings.update_baselines and bool(bench.selected) and not bench.in_worker
     return wanted and len(usable_runs(bench)) >= bench.settings.baseline_runs
 
@@ -48,6 +49,8 @@ def update(bench: BenchSession, exitstatus: int) -> None:
             "then run it again"
         )
     wanted = bench.settings.baseline_runs
+    workers: Workers = bench.config.pluginmanager.get_plugin(Workers.NAME)
+    workers.end(bench.config)  # their GPUs are for the processes to come
     while len(usable := usable_runs(bench)) < wanted:
         with bench.lab.spent.on("measure"):
             _measure_once_more(bench, len(usable) + 1)

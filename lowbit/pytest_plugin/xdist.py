@@ -10,7 +10,7 @@ result travels to the controller, which alone writes the JSON, the table and the
     @pytest.hookimpl(tryfirst=True)
     def pytest_configure(config):
         workers = prepare(config)          # UsageError, exit 4, if -n can't be had; a worker gets its device here
-        workers.on_collected = open_run    # controller only: the node ids that all workers agree on
+        workers.on_collected = open_run    # controller only: the ids that all workers agree on; False: measure none
         workers.on_record = keep           # controller only: (Record, pytest-benchmark's stats or None), as they come
 
 A bench leaves its result in ``item.stash[RECORD]`` and ``item.stash[STATS]``. A ``LowbitError`` of a callback (a full
@@ -106,11 +106,12 @@ class Workers:
         """``requested``: whether this run's arguments ask for benches; ``tests/`` under xdist stay as they are."""
         self.requested = requested
         self.on_record: Callable[[Record, dict[str, Any] | None], None] | None = None
-        self.on_collected: Callable[[list[str]], None] | None = None
+        self.on_collected: Callable[[list[str]], bool] | None = None
         self.devices: list[str] = []
         self._free: list[str | None] = []
         self._taken: dict[str, str | None] = {}
         self._controls = self._works = self._collected = False
+        self._measures = True
 
     def prepare(self, config: pytest.Config) -> None:
         option = config.option
@@ -188,14 +189,21 @@ class Workers:
             return None
         from lowbit.pytest_plugin.scheduler import FormatScheduling
 
-        return FormatScheduling(config, log)
+        return FormatScheduling(config, log, lambda: self._measures)
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, ids: Sequence[str]) -> None:
         if self._controls and not self._collected and self.on_collected is not None:
             self._collected = True  # every worker collects the same, and each says so
             with _usage_errors():
-                self.on_collected(list(ids))
+                self._measures = self.on_collected(list(ids))
+
+    def end(self, config: pytest.Config) -> None:
+        """End the worker processes of a controller whose tests are done: xdist lets them wait until the session's end,
+        and each holds its CUDA context as long as it lives."""
+        session = config.pluginmanager.get_plugin("dsession")
+        if self._controls and session is not None and session.nodemanager is not None:
+            session.nodemanager.teardown_nodes()
 
     @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_runtest_makereport(
