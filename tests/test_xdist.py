@@ -223,7 +223,7 @@ def test_two_workers_measure_judge_and_merge(toy):
 
 
 def test_a_worker_that_dies_costs_one_test_and_its_device_is_used_again(toy):
-    toy.plan(**{"bf16-torch-eager": "die", "a16w8-torchao": "slow"})  # slow: work is left when the replacement comes
+    toy.plan(**{"bf16-torch-eager": "die", "a16w8-torchao": "linger"})
     result = toy.run("benches", "-n", "2", "--junitxml=junit.xml", "--benchmark-json=out.json")
     result.assert_outcomes(passed=CASES - 1, failed=1)
     result.stdout.fnmatch_lines(["*worker 'gw?' crashed while running*bf16-torch-eager*"])

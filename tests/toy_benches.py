@@ -1,6 +1,6 @@
 """A pytest project of toy benches that measure nothing, for the tests of workers and children: no model, no torch.
 
-``plan.json`` in its folder says how they behave: ``{"<part of a node id>": "fail" | "die" | "hang" | "slow" | "skip" |
+``plan.json`` in its folder says how they behave: ``{"<part of a node id>": "fail" | "die" | "hang" | "linger" | "skip" |
 "unmeasured"}``.
 What the controller is told goes to ``kept.jsonl``, a line a record.
 """
@@ -69,6 +69,10 @@ def keep_line(line):
         stream.write(json.dumps(line) + "\\n")
 
 
+def pytest_collection_finish(session):
+    (FOLDER / f"collected by {os.environ.get('PYTEST_XDIST_WORKER')}").touch()
+
+
 def pytest_sessionfinish(session):
     if session.config.option.lowbit_child is not None:
         children.write_result(session.config.option.lowbit_child, RECORDS, STATS)
@@ -92,7 +96,10 @@ def measure(request, benchmark):
         if act == "hang":
             (FOLDER / "hanging").write_text(str(os.getpid()))
             time.sleep(60)
-        if act == "slow":
+        if act == "linger":  # until a dead worker's replacement is there, and can be given work
+            deadline = time.monotonic() + 50
+            while not (FOLDER / "collected by gw2").exists() and time.monotonic() < deadline:
+                time.sleep(0.02)
             time.sleep(1)
         record = Record(
             case=item.nodeid, kind="decode", format=format, mode="eager", workload="b1_c0", model=config.option.model,

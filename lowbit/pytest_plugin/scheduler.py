@@ -31,7 +31,7 @@ def scope_of(nodeid: str, formats: Iterable[str] = FORMATS) -> str:
 class FormatScheduling(LoadScopeScheduling):  # type: ignore[misc]  # xdist is untyped to us
     """xdist's loadscope with the format as its scope, and with crashes that cost one test.
 
-    ``measures`` is asked once, when all workers have collected: False sends them home with nothing done.
+    ``measures`` is asked when all workers have collected: False sends them home with nothing done.
     """
 
     def __init__(self, config: Any, log: Any, measures: Callable[[], bool] = lambda: True) -> None:
@@ -39,8 +39,8 @@ class FormatScheduling(LoadScopeScheduling):  # type: ignore[misc]  # xdist is u
         self._measures = measures
 
     def schedule(self) -> None:
-        if self.collection is None and not self._measures():
-            self.collection = list(next(iter(self.registered_collections.values())))
+        if not self._measures():
+            self.collection: list[str] = next(iter(self.registered_collections.values()))
             for node in self.nodes:
                 node.shutdown()
             return

@@ -49,7 +49,7 @@ def update(bench: BenchSession, exitstatus: int) -> None:
             "then run it again"
         )
     wanted = bench.settings.baseline_runs
-    workers: Workers = bench.config.pluginmanager.get_plugin(Workers.NAME)
+    workers: Any = bench.config.pluginmanager.get_plugin(Workers.NAME)
     workers.end(bench.config)  # their GPUs are for the processes to come
     while len(usable := usable_runs(bench)) < wanted:
         with bench.lab.spent.on("measure"):
