@@ -1,7 +1,7 @@
 """A pytest project of toy benches that measure nothing, for the tests of workers and children: no model, no torch.
 
-``plan.json`` in its folder says how they behave: ``{"<part of a node id>": "fail" | "die" | "hang" | "linger" | "skip" |
-"unmeasured"}``.
+``plan.json`` in its folder says how they behave: ``{"<part of a node id>": ACT}``, an ACT being one of "fail", "die",
+"hang", "linger", "skip" and "unmeasured".
 What the controller is told goes to ``kept.jsonl``, a line a record.
 """
 
