@@ -14,7 +14,7 @@ from lowbit.report.content import Content
 
 
 def judged(folder: Path, slower: dict[str, float]) -> Content:
-    plan = report_runs.Plan(nights=1, step=0, slower=slower, faster={}, skipped="\0", failing="\0")
+    plan = report_runs.Plan(nights=1, fresh=2, step=0, slower=slower, faster={}, skipped="\0", failing="\0")
     accepted, _, last = report_runs.build(folder, plan)
     return content.of_run(runs.read(last), baselines.load(accepted))
 

@@ -4,7 +4,7 @@ const LIBRARY = {
   bitsandbytes: ["#0a8a63", "#43cc9f", "diamond"], hqq: ["#b3478f", "#ea86c8", "roundRect"], lowbit: ["#6a3fd1", "#a98bff", "pin"],
   reference: ["#8a6d00", "#dcb93a", "arrow"],
 };
-const OTHERS = [["#3f7f8c", "#7cc4d2", "circle"], ["#8c3f3f", "#e08f8f", "rect"], ["#4f6b12", "#a9c95a", "triangle"], ["#7a4a1e", "#d6a16c", "diamond"]];
+const OTHERS = [["#3f7f8c", "#7cc4d2", "circle"], ["#8c3f3f", "#e08f8f", "rect"], ["#4f6b12", "#a9c95a", "triangle"], ["#7a4a1e", "#d6a16c", "diamond"], ["#a3336b", "#f089b5", "roundRect"], ["#33508c", "#93abe6", "triangle"]];
 const libraries = [...new Set(cases.library)].filter(Boolean).sort();
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const hidden = new Set();
@@ -13,7 +13,8 @@ function color(name) {
   if (!palette.has(name)) palette.set(name, getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim());
   return palette.get(name);
 }
-const styleOf = (library) => LIBRARY[library] || OTHERS[libraries.indexOf(library) % OTHERS.length];
+const unnamed = libraries.filter((name) => !LIBRARY[name]);
+const styleOf = (library) => LIBRARY[library] || OTHERS[unnamed.indexOf(library) % OTHERS.length];
 const paintOf = (library) => styleOf(library)[dark.matches ? 1 : 0];
 
 const charts = new Map();

@@ -73,11 +73,11 @@ function drawTimes(points, ceiling) {
   const cached = shown.some((i) => cases.kv[i] > 0.005 * bytesPerStep(i)); // less can't be seen
   const label = narrow ? (name) => name.replace(" · ", "\n") : (name) => name;
   draw("plot-time", {
-    grid: { left: narrow ? 150 : 236, right: 44, top: narrow && cached ? 52 : 34, bottom: 24 },
+    grid: { left: narrow ? 150 : 268, right: 44, top: narrow && cached ? 52 : 34, bottom: 24 },
     legend: { top: 0, left: 0, itemWidth: 12, itemHeight: 10, textStyle: { color: color("muted") }, selectedMode: false },
     tooltip: tooltip({ trigger: "item", formatter: (point) => timeTip(point.data.case, ceiling) }),
     xAxis: axis("", { type: "value", min: 0 }),
-    yAxis: { type: "category", data: shown.map((i) => brief(titleOf(i))), axisTick: { show: false }, axisLine: { lineStyle: { color: color("line") } }, axisLabel: { color: color("text"), fontSize: narrow ? 10 : 11, lineHeight: 13, width: narrow ? 142 : 228, overflow: "truncate", interval: 0, formatter: label } },
+    yAxis: { type: "category", data: shown.map((i) => brief(titleOf(i))), axisTick: { show: false }, axisLine: { lineStyle: { color: color("line") } }, axisLabel: { color: color("text"), fontSize: narrow ? 10 : 11, lineHeight: 13, width: narrow ? 142 : 260, overflow: "truncate", interval: 0, formatter: label } },
     series: [
       bar("weights at the ceiling", color("reading"), (one) => one.weights),
       ...(cached ? [bar("KV cache at the ceiling", color("cache"), (one) => one.cache)] : []),
