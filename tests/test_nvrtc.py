@@ -25,7 +25,7 @@ CASES = [
     ("int8", LLAMA_3B),
     ("bf16", SMALL),
 ]
-SOURCE = nvrtc.read_sources("common", "product", "attention", "unpack")
+SOURCE = nvrtc.read_sources("ptx", "common", "product", "attention", "unpack")
 STRUCTURES = {
     "Product": runner._Product,
     "Embed": runner._Embed,

@@ -60,7 +60,7 @@ def _fill(kind: type[ctypes.Structure], **values: Tensor | int | None) -> ctypes
 def load(shape: Geometry, device: int, progress: Callable[[str], None] | None = None) -> Module:
     """The kernels for this shape, compiled or from the cache, on this device."""
     major, minor = torch.cuda.get_device_capability(device)
-    source = nvrtc.read_sources("common", "product", "attention")
+    source = nvrtc.read_sources("ptx", "common", "product", "attention")
     with torch.cuda.device(device):
         binary = nvrtc.compile_source(
             source, KERNELS, shape.macros(), f"sm_{major}{minor}a", folder=nvrtc.cache_folder(), progress=progress
@@ -75,7 +75,7 @@ _ANY_SHAPE = {"hidden": 1024, "inter": 1024, "heads": 8, "kv_heads": 8, "head_di
 @lru_cache(maxsize=32)
 def _unpacker(format: str, ku: int, device: int) -> Module:
     major, minor = torch.cuda.get_device_capability(device)
-    source = nvrtc.read_sources("common", "unpack")
+    source = nvrtc.read_sources("ptx", "common", "unpack")
     macros = Geometry(format, **_ANY_SHAPE).macros()  # type: ignore[arg-type]
     name, arch = f"unpack_kernel<{ku}>", f"sm_{major}{minor}a"
     with torch.cuda.device(device):

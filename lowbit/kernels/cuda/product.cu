@@ -300,12 +300,12 @@ template <int K, bool NORM, int EPILOGUE> __device__ __forceinline__ void consum
   }
 }
 template <int K, bool NORM, int EPILOGUE> __global__ void __launch_bounds__(THREADS, 1) product_kernel(const __grid_constant__ Product op) {
-  extern __shared__ __align__(128) uint8_t memory[];
+  SHARED_MEMORY(memory);
   const Shared s = carve<K>(memory, op.ring, op.batch);
   const int t0 = first_tile(op.tiles, blockIdx.x, gridDim.x), t1 = first_tile(op.tiles, blockIdx.x + 1, gridDim.x);
   if (threadIdx.x == 0) {
     for (int i = 0; i < op.ring; i++) barrier_init(s.full + i, 1), barrier_init(s.empty + i, 1);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    barriers_ready();
   }
   __syncthreads();
   if (threadIdx.x >= CONSUMERS) {

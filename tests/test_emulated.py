@@ -1,0 +1,89 @@
+"""The CUDA kernels' own source, run on the CPU: every format's decode step against the same weights in fp32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from emulated import EmulatedModule, unmet
+from tiny import model
+from torch import nn
+
+from lowbit import generate
+from lowbit.kernels import runner, stream_modules, weights
+from lowbit.kernels.geometry import Geometry
+from lowbit.kernels.quantizer import quantize
+from lowbit.kernels.stream import LAYOUTS
+
+pytestmark = pytest.mark.skipif(unmet() is not None, reason=str(unmet()))
+FORMATS = [name for name in LAYOUTS if name != "int4_sym_g128"]
+LENGTH = 96
+
+
+@pytest.fixture
+def emulate(monkeypatch, tmp_path):
+    """The runner's kernels, by the emulator."""
+    made = {}
+
+    def compiled(key, sources, kernels, macros):
+        if key not in made:
+            folder = tmp_path / str(len(made))
+            folder.mkdir()
+            made[key] = EmulatedModule(folder, sources, kernels, macros)
+        return made[key]
+
+    def load(shape, device, progress=None):
+        return compiled(shape, ("common", "product", "attention"), runner.KERNELS, shape.macros())
+
+    def unpacker(name, ku, device):
+        macros = Geometry(name, **runner._ANY_SHAPE).macros()
+        return compiled((name, ku), ("common", "unpack"), (f"unpack_kernel<{ku}>",), macros)
+
+    monkeypatch.setattr(runner, "load", load)
+    monkeypatch.setattr(runner, "_unpacker", unpacker)
+
+
+def build(name, **changes):
+    """A streamed model, and the same weights in fp32."""
+    dtype = torch.bfloat16 if name == "bf16" else torch.float16
+    streamed, exact = model(dtype, **changes), model(torch.float32, **changes)
+    for path, linear in list(streamed.named_modules()):
+        if isinstance(linear, nn.Linear):
+            exact.get_submodule(path).weight.data = weights.dequantize(quantize(linear.weight.detach(), name))
+    exact.model.embed_tokens.weight.data = streamed.model.embed_tokens.weight.detach().float()
+
+    def packed(linear):
+        return quantize(linear.weight.detach(), name) if isinstance(linear, nn.Linear) else None
+
+    stream_modules.attach(streamed, packed)
+    decoder = generate.Decoder(streamed, 1, LENGTH, dtype)
+    step = runner.NativeStep(streamed, decoder.cache, decoder.token, decoder.position)
+    return streamed, exact, decoder, step
+
+
+@torch.no_grad()
+def held_against(exact, decoder, step, count, bound):
+    tokens = torch.arange(count) * 31 % 512
+    want = exact(tokens.unsqueeze(0), use_cache=False).logits[0]
+    decoder.position.zero_()
+    for place in range(count):
+        decoder.token.fill_(int(tokens[place]))
+        step.launch()
+        error = float((step.logits - want[place]).norm() / want[place].norm())
+        assert error < bound, (place, error)
+        assert int(decoder.token) == int(step.logits.argmax()) == int(step.history[place + 1])
+        assert int(decoder.position) == place + 1
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_step_gives_the_logits_of_the_same_weights_at_every_position(emulate, name):
+    _, exact, decoder, step = build(name)
+    held_against(exact, decoder, step, 5, 2e-2 if name == "bf16" else 2e-3)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_streams_are_dequantized_exactly(emulate, name):
+    streamed, exact, _, _ = build(name)
+    for path in ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.up_proj", "model.layers.0.self_attn.o_proj"):
+        want = exact.get_submodule(path).weight
+        for dtype in (torch.float16, torch.bfloat16):
+            assert torch.equal(streamed.get_submodule(path).dequantize(dtype), want.to(dtype)), path
