@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,11 +15,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lowbit.errors import LowbitError
+from lowbit.formats import stored
 from lowbit.hostmemory import Bytes, Spec
 from lowbit.quiet import quiet_import
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 """The types of weights that can be quantized, by their safetensors names."""
+
+STORED_DTYPES = {"I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
+"""Further ones of checkpoints that are quantized already."""
 
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 INDEX = "model.safetensors.index.json"
@@ -48,7 +52,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> Any:
-    """The folder's LlamaConfig. Raises LowbitError for what isn't a plain, unquantized Llama."""
+    """The folder's LlamaConfig. Raises LowbitError for what isn't a Llama, plain or quantized in a way that is read."""
     if not folder.is_dir():
         raise LowbitError(
             f"--model {folder}: expected a folder with config.json and *.safetensors, got no folder there"
@@ -69,11 +73,7 @@ def make_config(values: Mapping[str, Any], where: str) -> Any:
         )
     if values.get("model_type") != "llama":
         raise LowbitError(f"{where}: expected model_type 'llama', got {values.get('model_type')!r}")
-    if "quantization_config" in values:
-        method = dict(values["quantization_config"] or {}).get("quant_method", "unknown")
-        raise LowbitError(
-            f"{where}: the checkpoint is already quantized ({method}); lowbit quantizes by itself. Give bf16 weights"
-        )
+    stored.read(values, where)
     try:
         config = quiet_import("transformers").LlamaConfig.from_dict(dict(values))
         # A wrong rope type or missing rope field shows only here.
@@ -129,7 +129,7 @@ def weight_files(folder: Path) -> list[Path]:
             raise LowbitError(f"{index} names files outside its folder: {', '.join(outside)}")
         if missing := [name for name in files if not (folder / name).exists()]:
             raise LowbitError(
-                f"{folder}: {len(missing)} of {len(files)} shards are missing: {_some(missing)}; fetch the folder again"
+                f"{folder}: {len(missing)} of {len(files)} shards are missing: {some(missing)}; fetch the folder again"
             )
         return [folder / name for name in files]
     single = folder / "model.safetensors"
@@ -143,17 +143,21 @@ def _no_weights(folder: Path) -> str:
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
         return (
-            f"{folder} has its weights as pickles only ({_some(pickles)}), which can run code when they are opened; "
+            f"{folder} has its weights as pickles only ({some(pickles)}), which can run code when they are opened; "
             "lowbit reads safetensors: convert them with transformers' save_pretrained, or take another checkpoint"
         )
     return f"{folder} has a config.json and no weights (*.safetensors); add them, or use --load-format dummy"
 
 
-def read_index(folder: Path) -> dict[str, Entry]:
-    """Every tensor of the folder, by its name in a LlamaForCausalLM. Reads headers only."""
+def read_index(folder: Path, *, quantized: bool = False) -> dict[str, Entry]:
+    """Every tensor of the folder, by its name in a LlamaForCausalLM. Reads headers only.
+
+    ``quantized``: integers too, as in a checkpoint that is quantized already.
+    """
+    dtypes = DTYPES | STORED_DTYPES if quantized else DTYPES
     entries: dict[str, Entry] = {}
     for path in weight_files(folder):
-        for name, entry in _read_header(path).items():
+        for name, entry in _read_header(path, dtypes).items():
             if name.endswith("rotary_emb.inv_freq"):  # saved by transformers before 4.31; made from the config since
                 continue
             # A bare LlamaModel saves without the prefix.
@@ -164,7 +168,7 @@ def read_index(folder: Path) -> dict[str, Entry]:
     return entries
 
 
-def _read_header(path: Path) -> dict[str, Entry]:
+def _read_header(path: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, Entry]:
     """The tensors of one file. ``safe_open`` checks the header against the file's length: a cut file stops here."""
     try:
         with safe_open(path, framework="pt"):
@@ -183,22 +187,25 @@ def _read_header(path: Path) -> dict[str, Entry]:
     header.pop("__metadata__", None)
     entries = {}
     for name, fields in header.items():
-        if fields["dtype"] not in DTYPES:
+        if fields["dtype"] not in dtypes:
             raise LowbitError(
-                f"{path}: {name} is stored as {fields['dtype']}, expected one of {', '.join(DTYPES)}; "
+                f"{path}: {name} is stored as {fields['dtype']}, expected one of {', '.join(dtypes)}; "
                 "lowbit quantizes unquantized weights"
             )
-        spec = Spec(tuple(fields["shape"]), DTYPES[fields["dtype"]])
+        spec = Spec(tuple(fields["shape"]), dtypes[fields["dtype"]])
         entries[name] = Entry(path, 8 + length + fields["data_offsets"][0], spec)
     return entries
 
 
-def match(entries: Mapping[str, Entry], config: Any, folder: Path) -> dict[str, Entry]:
-    """The entry of every parameter of the model. Raises one LowbitError with all that is missing, extra or mis-shaped.
+def match(entries: Mapping[str, Entry], config: Any, folder: Path, apart: Collection[str] = ()) -> dict[str, Entry]:
+    """The entry of every parameter of the model but those ``apart``, which are stored in another way.
+
+    Raises one LowbitError with all that is missing, extra or mis-shaped.
 
     A tied head may be stored under either of its two names, or under both (``same_bytes`` compares them).
     """
-    entries, shapes = dict(entries), parameter_shapes(config)
+    entries = dict(entries)
+    shapes = {name: shape for name, shape in parameter_shapes(config).items() if name not in apart}
     if config.tie_word_embeddings:
         head = entries.pop(HEAD, None)
         if head is not None:
@@ -212,7 +219,7 @@ def match(entries: Mapping[str, Entry], config: Any, folder: Path) -> dict[str, 
     ]
     problems = {"missing": missing, "unexpected": extra, "of another shape": wrong}
     if any(problems.values()):
-        texts = [f"{len(names)} {what}: {_some(names)}" for what, names in problems.items() if names]
+        texts = [f"{len(names)} {what}: {some(names)}" for what, names in problems.items() if names]
         raise LowbitError(f"the tensors in {folder} don't fit its config.json; {'; '.join(texts)}")
     return {name: entries[name] for name in shapes}
 
@@ -228,5 +235,6 @@ def read_bytes(entry: Entry, out: Bytes, start: int = 0) -> None:
             done += count
 
 
-def _some(names: list[str], limit: int = 4) -> str:
+def some(names: list[str], limit: int = 4) -> str:
+    """The first of the names, and how many more there are."""
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

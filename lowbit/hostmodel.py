@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.hostmemory import Arena, PinningFailed, worker_count
+from lowbit.kernels.modules import packed_modules, unpack_linears
 
 Progress = Callable[[str], None]
 
@@ -27,6 +28,7 @@ def silent(text: str) -> None:
 @dataclass(eq=False)
 class HostModel:
     """The master: weights in host memory, in the type of their file (bf16 for dummy weights), never written again.
+    The linears of a checkpoint that is quantized already are packed there (lowbit/prequantized.py).
 
     ``master`` is a LlamaForCausalLM over those bytes; call ``build`` or ``skeleton`` for one to work with.
     ``checkpoint_bytes`` is the size of its tensors as files hold them. ``tokenizer`` is None for dummy weights and for
@@ -46,7 +48,9 @@ class HostModel:
     @property
     def parameters(self) -> int:
         """How many; a tied head counts once."""
-        return sum(parameter.numel() for parameter in self.master.parameters())
+        packed: int = sum(module.n * module.k for module in packed_modules(self.master).values())
+        plain: int = sum(parameter.numel() for parameter in self.master.parameters())
+        return packed + plain
 
     @property
     def dtype(self) -> torch.dtype:
@@ -88,6 +92,7 @@ class HostModel:
         transform: Callable[[nn.Module], None] | None = None,
         *,
         tables: Collection[str] = (),
+        packed: bool = False,
         progress: Progress = silent,
     ) -> Any:
         """A fresh LlamaForCausalLM on ``device`` with weights in ``dtype``, in eval mode, without gradients.
@@ -96,7 +101,8 @@ class HostModel:
         is copied: the peak is what is quantized so far plus one layer. ``tables`` names those of
         lm_head and embed_tokens that it gets too, last and together, as the only children of a module. A tied head is
         tied on the device as well, until a transform replaces it. Buffers
-        (RoPE's inverse frequencies) keep fp32.
+        (RoPE's inverse frequencies) keep fp32. The linears of a checkpoint that is quantized already are dequantized
+        before ``transform`` sees them; ``packed`` leaves them as they are.
         """
         if device.type == "cuda":
             self.pin(device)
@@ -106,11 +112,15 @@ class HostModel:
         with torch.no_grad():
             for index, layer in enumerate(layers):
                 _move(layer.modules(), device, dtype)
+                if not packed:
+                    unpack_linears(layer, dtype)
                 if transform is not None:
                     transform(layer)
                 progress(f"{self.name}: {index + 1} of {len(layers)} layers on {device}")
             inside = {module for layer in layers for module in layer.modules()}
             _move((module for module in model.modules() if module not in inside), device, dtype)
+            if not packed:
+                unpack_linears(model, dtype)
             if transform is not None and tables:
                 owners = {"lm_head": model, "embed_tokens": model.model}
                 holder = nn.ModuleDict({name: getattr(owners[name], name) for name in tables})

@@ -5,19 +5,23 @@ from __future__ import annotations
 import copy
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lowbit import checkpoint, dummy
+from lowbit import checkpoint, dummy, formats, prequantized
 from lowbit.errors import LowbitError
 from lowbit.hostmemory import Arena, Bytes, Spec, available_bytes, worker_count
 from lowbit.hostmodel import HostModel, Progress
+from lowbit.kernels.modules import NativeLinear
+from lowbit.kernels.weights import Packed
+from lowbit.prequantized import Matrix
 from lowbit.quiet import quiet_import
 
 Fill = Callable[[str, Bytes, int], None]
@@ -31,20 +35,33 @@ def load_folder(name: str, folder: Path, progress: Progress, *, pin: bool) -> Ho
     """Read the safetensors of a Hugging Face folder. Raises LowbitError when they don't make a whole Llama."""
     started = time.perf_counter()
     config = checkpoint.read_config(folder)
-    stored = checkpoint.read_index(folder)
-    entries = checkpoint.match(stored, config, folder)
+    how = formats.stored.read(config, str(folder))
+    stored = checkpoint.read_index(folder, quantized=how is not None)
+    matrices: dict[str, Matrix] = {}
+    if how is not None:
+        matrices, stored = _find_matrices(stored, config, how, folder)
+    entries = checkpoint.match(stored, config, folder, [f"{path}.weight" for path in matrices])
 
     def fill(key: str, out: Bytes, start: int) -> None:
         checkpoint.read_bytes(entries[key], out, start)
 
     with ThreadPoolExecutor(worker_count()) as workers:
         specs = {name: entry.spec for name, entry in entries.items()}
-        host = _assemble(name, "auto", config, specs, fill, workers, progress, pin=pin)
+        host = _assemble(name, "auto", config, specs, fill, workers, progress, pin=pin, matrices=matrices)
     if config.tie_word_embeddings and checkpoint.HEAD in stored and checkpoint.EMBEDDING in stored:
         _check_tied(stored[checkpoint.HEAD], host, folder)
     host.tokenizer = _read_tokenizer(folder)
     host.load_s = time.perf_counter() - started
     return host
+
+
+def _find_matrices(
+    stored: dict[str, checkpoint.Entry], config: Any, how: formats.stored.Stored, folder: Path
+) -> tuple[dict[str, Matrix], dict[str, checkpoint.Entry]]:
+    try:
+        return prequantized.find_matrices(stored, checkpoint.parameter_shapes(config), how)
+    except LowbitError as error:
+        raise LowbitError(f"the tensors in {folder} don't fit its config.json: {error}") from error
 
 
 def load_dummy(name: str, config: Any, progress: Progress, *, pin: bool) -> HostModel:
@@ -72,8 +89,11 @@ def _assemble(
     progress: Progress,
     *,
     pin: bool,
+    matrices: Mapping[str, Matrix] = MappingProxyType({}),
 ) -> HostModel:
     """Fill one arena per decoder layer and one for the rest, all threads at work, and put a model over them."""
+    packed = {path: matrix.specs() for path, matrix in matrices.items()}
+    specs = specs | {key: spec for parts in packed.values() for key, spec in parts.items()}
     total = sum(spec.nbytes for spec in specs.values())
     _check_room(name, total)
     groups: dict[str, dict[str, Spec]] = {}
@@ -81,7 +101,11 @@ def _assemble(
         layer = re.match(r"model\.layers\.\d+\.", key)
         groups.setdefault(layer[0] if layer else "rest", {})[key] = spec
     arenas = [Arena(group) for group in groups.values()]
-    waiting = [[workers.submit(fill, *piece) for piece in _pieces(arena)] for arena in arenas]
+    apart = {key for parts in packed.values() for key in parts}
+    waiting = [[workers.submit(fill, *piece) for piece in _pieces(arena) if piece[0] not in apart] for arena in arenas]
+    for arena, futures in zip(arenas, waiting, strict=True):
+        here = [matrix for path, matrix in matrices.items() if f"{path}.codes" in arena.tensors]
+        futures += [workers.submit(_read_matrix, matrix, arena) for matrix in here]
     device = torch.device("cuda", torch.cuda.current_device()) if pin else None
     pinning: list[Future[None]] = []
     layers = config.num_hidden_layers
@@ -98,7 +122,7 @@ def _assemble(
         workers.shutdown(wait=False, cancel_futures=True)
         raise
     tensors = {key: tensor for arena in arenas for key, tensor in arena.tensors.items()}
-    host = HostModel(name, load_format, config, _model_over(config, tensors), arenas, total)
+    host = HostModel(name, load_format, config, _model_over(config, tensors, matrices), arenas, total)
     host.note_pinning(pinning)
     return host
 
@@ -109,12 +133,21 @@ def _pieces(arena: Arena) -> Iterator[tuple[str, Bytes, int]]:
             yield name, data[low : low + PIECE], low
 
 
-def _model_over(config: Any, tensors: dict[str, Tensor]) -> Any:
-    """A LlamaForCausalLM whose parameters are these tensors."""
+def _read_matrix(matrix: Matrix, arena: Arena) -> None:
+    for name, tensor in prequantized.read(matrix).tensors().items():
+        arena.tensors[f"{matrix.path}.{name}"].copy_(tensor)
+
+
+def _model_over(config: Any, tensors: dict[str, Tensor], matrices: Mapping[str, Matrix]) -> Any:
+    """A LlamaForCausalLM whose parameters are these tensors, with packed linears for ``matrices``."""
     llama = quiet_import("transformers.models.llama.modeling_llama")
     with torch.device("meta"):
         model = llama.LlamaForCausalLM(copy.deepcopy(config))
     model.model.rotary_emb = llama.LlamaRotaryEmbedding(model.config)  # its buffers are in no file
+    for path, matrix in matrices.items():
+        parts = {name.rpartition(".")[2]: tensors.pop(name) for name in matrix.specs()}
+        bias = tensors.pop(f"{path}.bias", None)
+        model.set_submodule(path, NativeLinear(Packed(matrix.format, matrix.n, matrix.k, **parts), bias))
     for name, tensor in tensors.items():
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))

@@ -11,8 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowbit import checkpoint, hub
+from lowbit import checkpoint, formats, hub
 from lowbit.errors import LowbitError, unknown
+from lowbit.formats import stored
 from lowbit.hostmodel import HostModel, Progress, silent
 from lowbit.loading import load_dummy, load_folder
 from lowbit.presets import EMBEDDED, LLAMA_8B_IDS, PRESETS, Preset
@@ -59,8 +60,22 @@ def choose(option: str, load_format: str, device: Device, env: Mapping[str, str]
     A preset's name, a folder (anything that exists, or starts like a path), a hub id (anything else with a slash), or
     ``auto``: LOWBIT_MODEL if set; on a GPU a Llama-3.1-8B of the local hub cache, else the largest Llama preset that
     fits the card, with dummy weights; without a GPU the embedded model. ``env`` defaults to the process's.
-    Raises LowbitError for anything else, listing what is known.
+    A checkpoint that is quantized already brings its own row into the table of formats. Raises LowbitError for
+    anything else, listing what is known.
     """
+    choice = _choose(option, load_format, device, env)
+    how = stored.read(choice.config, choice.name)
+    if how is not None and choice.load_format == "dummy":
+        raise LowbitError(
+            f"--load-format dummy makes unquantized weights, but {choice.name} is quantized already ({how}): leave "
+            "the option out, or name a preset"
+        )
+    if how is not None:
+        formats.register(stored.as_row(how))
+    return choice
+
+
+def _choose(option: str, load_format: str, device: Device, env: Mapping[str, str] | None) -> Choice:
     env = os.environ if env is None else env
     if load_format not in LOAD_FORMATS:
         raise unknown("load format", load_format, LOAD_FORMATS)

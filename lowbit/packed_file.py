@@ -40,7 +40,7 @@ def save(model: Any, path: Path) -> None:
         "weight_formats": " ".join(sorted({module.format for module in packed.values()})),
         "packed": json.dumps({name: _describe(module) for name, module in packed.items()}),
         "aliases": json.dumps(aliases),
-        "config": json.dumps(model.config.to_dict()),
+        "config": json.dumps(model.config.to_dict() | {"quantization_config": None}),  # the tensors are no longer those
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:

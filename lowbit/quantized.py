@@ -61,8 +61,8 @@ def build(host: HostModel, fmt: Format, device: Device, tokens: Tensor | None = 
         backend.calibrate(model, fmt, tokens)
         transform(model)
     else:
-        tables = [name for name in TABLES if name in fmt.targets]
-        model = host.build(device.torch, TORCH_DTYPES[dtype], transform, tables=tables)
+        tables, stored = [name for name in TABLES if name in fmt.targets], fmt.backend == "checkpoint"
+        model = host.build(device.torch, TORCH_DTYPES[dtype], transform, tables=tables, packed=stored)
     measure.synchronize(device)
     return Quantized(fmt, dtype, model, coverage.inspect(model, fmt))
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lowbit.errors import LowbitError
 from lowbit.hostmodel import HostModel, Progress, silent
+from lowbit.kernels.modules import unpack_linears
 
 
 class StreamedModel:
@@ -67,6 +68,7 @@ def stream(
         for index in range(count):
             layer, layers[index] = layers[index], None
             inner.layers = nn.ModuleList([layer.to(device).to(dtype)])
+            unpack_linears(inner.layers, dtype)
             for window, state in enumerate(hidden):
                 embeds = state[None].to(device)
                 hidden[window] = inner(inputs_embeds=embeds, use_cache=False).last_hidden_state[0].cpu()
@@ -74,5 +76,7 @@ def stream(
     finally:
         config.num_hidden_layers = count
     norm.to(device).to(dtype)
+    whole.lm_head.to(device).to(dtype)
+    unpack_linears(whole, dtype)
     hidden = [norm(state[None].to(device))[0].cpu() for state in hidden]
-    return StreamedModel(config, whole.lm_head.to(device).to(dtype), norm, windows, hidden)
+    return StreamedModel(config, whole.lm_head, norm, windows, hidden)

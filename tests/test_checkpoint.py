@@ -48,7 +48,7 @@ def test_a_missing_folder_or_config_is_named(tmp_path):
         ("{}", "expected model_type 'llama', got None"),
         ('{"model_type": "qwen3"}', "got 'qwen3'"),
         ('{"model_type": "llama", "auto_map": {}}', "never does"),
-        ('{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}', "already quantized (gptq)"),
+        ('{"model_type": "llama", "quantization_config": {"quant_method": "fp8"}}', "already quantized (fp8)"),
         ('{"model_type": "llama", "hidden_size": "wide"}', "hidden_size"),
         ('{"model_type": "llama", "hidden_size": 65, "num_attention_heads": 8}', "not a multiple"),
         ('{"model_type": "llama", "num_attention_heads": 0}', "ZeroDivisionError"),

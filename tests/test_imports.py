@@ -36,6 +36,7 @@ STAGES = (
     {"device", "nvml"},
     {"ceilings", "card", "kernels", "sampling"},
     {"embedded", "checkpoint", "presets", "hostmodel"},
+    {"prequantized"},
     {"hub", "loading"},
     {"models", "reference"},
     {"backends"},

@@ -42,7 +42,7 @@ import torch
 from torch import nn
 
 from lowbit.errors import LowbitError, unknown
-from lowbit.formats import FORMATS, LINEARS, Format, Unmet
+from lowbit.formats import FORMATS, LINEARS, Format, Unmet, stored
 from lowbit.formats.auto import SCHEME as AUTO
 from lowbit.formats.recipes import assignment, matrices
 from lowbit.formats.row import TABLE_PATHS, TABLES
@@ -219,8 +219,24 @@ def _too_large(fmt: Format, device: Device, config: Any) -> Unmet | None:
     return Unmet("memory", f"weights take about {needed:,.0f} MiB, {device.name} has {device.total_mib:,.0f} MiB")
 
 
+def _stored(fmt: Format, config: Any) -> Unmet | None:
+    """Unmet if a quantized checkpoint would be quantized again, or a row of one is asked of another model."""
+    how = stored.read(config, "the model's config")
+    if how is None and fmt.backend == "checkpoint":
+        return Unmet("capability", f"needs a checkpoint that is stored so ({fmt.name}), this one is not quantized")
+    if how is None or fmt.backend == "torch" or fmt == stored.as_row(how):
+        return None
+    return Unmet(
+        "capability",
+        f"this checkpoint is quantized already ({how}): {stored.as_row(how).id} runs it as it is, bf16-torch "
+        "dequantized; give the unquantized model for other formats",
+    )
+
+
 def unmet(fmt: Format, device: Device, config: Any) -> Unmet | None:
     """Why this format can't run on this device with a Llama of this config, or None. Imports no library."""
+    if reason := _stored(fmt, config):
+        return reason
     backend = get(fmt.backend)
     if device.kind not in fmt.devices:
         return Unmet("capability", f"needs {' or '.join(fmt.devices)}, this is {device.kind}")

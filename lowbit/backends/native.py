@@ -6,6 +6,7 @@ tells which one it is.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -47,7 +48,6 @@ def quantize(module: nn.Module, fmt: Format, dtype: torch.dtype, choose: Choose 
     get the row's scheme. Raises LowbitError on a shape that a format can't store.
     """
     names = {id(child): path for path, child in module.named_modules()}
-    device = next(module.parameters()).device
     for target in targets(module, fmt):
         path = names[id(target.linear)]
         name = choose(path) if choose else fmt.scheme
@@ -55,7 +55,14 @@ def quantize(module: nn.Module, fmt: Format, dtype: torch.dtype, choose: Choose 
             raise LowbitError(f"{fmt.id} expects {path} in {dtype}, got {target.linear.weight.dtype}")
         if name is not None:
             target.replace(NativeLinear.from_linear(target.linear, name))
-    if choose is None and streams(device):
+    if choose is None:
+        attach_streams(module)
+
+
+def attach_streams(module: nn.Module) -> None:
+    """Put the packed linears inside ``module`` into the order of the decode kernels, on a device that has those."""
+    held = next(itertools.chain(module.parameters(), module.buffers()), None)
+    if held is not None and streams(held.device):
         stream_modules.attach(module, _streamable)
 
 

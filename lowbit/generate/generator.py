@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lowbit import backends, device, formats, models, packed_file
 from lowbit.errors import LowbitError
-from lowbit.formats import FORMATS, Format
+from lowbit.formats import FORMATS, Format, stored
 from lowbit.formats.row import TABLES
 from lowbit.generate.detokenizer import Detokenizer
 from lowbit.generate.runner import Runner, make_runner
@@ -68,9 +68,9 @@ class Generator:
         ``device`` defaults to the model's, for a name to the first GPU or the CPU. A model that is given stays as it
         is; what is not quantized shares its memory. Raises LowbitError where the format can't run.
         """
-        fmt = None if format is None else _find(format)
         if isinstance(model, str | Path):
-            return cls._load(str(model), fmt, device, tokenizer, context, progress)
+            return cls._load(str(model), format, device, tokenizer, context, progress)
+        fmt = None if format is None else _find(format)
         target = torch.device(device) if device is not None else model.model.norm.weight.device
         if fmt is not None:
             _check(fmt, target, model.config)
@@ -90,10 +90,13 @@ class Generator:
 
     @classmethod
     def _load(
-        cls, name: str, fmt: Format | None, wanted: Any, tokenizer: Any, context: int | None, progress: Progress
+        cls, name: str, format: str | None, wanted: Any, tokenizer: Any, context: int | None, progress: Progress
     ) -> Generator:
         where = device.detect() if wanted is None else device.of(torch.device(wanted))
         choice = models.choose(name, "auto", where)
+        how = stored.read(choice.config, choice.name)
+        own = None if how is None else stored.as_row(how)  # a quantized checkpoint as it is
+        fmt = own if format is None else _find(format)
         if fmt is not None:
             _check(fmt, where.torch, choice.config)
         host = models.load(choice, progress, pin=where.kind == "cuda")
@@ -104,7 +107,8 @@ class Generator:
             if fmt is not None:
                 backends.get(fmt.backend).quantize(module, fmt, dtype)
 
-        made = host.build(where.torch, dtype, transform, tables=_tables(fmt), progress=progress)
+        packed = base.backend == "checkpoint"
+        made = host.build(where.torch, dtype, transform, tables=_tables(fmt), packed=packed, progress=progress)
         return cls(made, tokenizer or host.tokenizer, context=context)
 
     def save(self, path: str | Path) -> None:

@@ -100,6 +100,18 @@ class NativeEmbedding(PackedModule):
         return rows
 
 
+def unpack_linears(module: nn.Module, dtype: torch.dtype) -> None:
+    """Replace every packed linear inside ``module`` by a plain one in ``dtype``: the weights it stands for, rounded."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, NativeLinear):
+                plain = nn.Linear(child.in_features, child.out_features, child.bias is not None, device="meta")
+                plain.weight = nn.Parameter(child.dequantize(dtype), requires_grad=False)
+                if child.bias is not None:
+                    plain.bias = nn.Parameter(child.bias.detach().to(dtype), requires_grad=False)
+                setattr(parent, name, plain.train(child.training))
+
+
 def packed_modules(model: nn.Module) -> dict[str, Any]:
     """Every packed linear and embedding of a model, by its path; one that hangs in two places has both paths."""
     named = model.named_modules(remove_duplicate=False)

@@ -110,11 +110,27 @@ WEIGHT_FORMATS: dict[str, WeightFormat] = {
     )
 }
 
+STORED_FORMATS: dict[str, WeightFormat] = {
+    row.name: row
+    for bits in (2, 3, 4, 8)
+    for group in (32, 64, 128, None)
+    for row in (
+        WeightFormat(
+            f"int{bits}_zp_g{group}" if group else f"int{bits}_zp",
+            *(bits, "int", "range", group),
+            scale=torch.float32,
+            zero=torch.float32,
+        ),
+    )
+}
+"""What checkpoints that are quantized already are held in (lowbit/prequantized.py): their 16-bit scale times their
+integer zero point is exact in fp32 and not in fp16. Nothing quantizes into these."""
+
 
 def find(name: str) -> WeightFormat:
     """The row of this name. Raises LowbitError naming the known ones."""
     try:
-        return WEIGHT_FORMATS[name]
+        return WEIGHT_FORMATS.get(name) or STORED_FORMATS[name]
     except KeyError:
         raise unknown("weight format", name, WEIGHT_FORMATS) from None
 

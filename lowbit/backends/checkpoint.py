@@ -1,0 +1,50 @@
+"""Checkpoints that are quantized already: their linears, read into lowbit's own packed modules, run as they are.
+
+The row comes with the model (lowbit/formats/stored.py, registered by ``lowbit.models.choose``): ``HostModel.build``
+leaves the linears packed for it and dequantizes them for every other one.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.backends import native
+from lowbit.errors import LowbitError
+from lowbit.formats import Format, Unmet
+from lowbit.kernels.modules import PackedModule
+
+if TYPE_CHECKING:
+    from lowbit.device import Device
+
+PACKAGES: tuple[str, ...] = ("torch",)
+
+
+def requirement(fmt: Format, device: Device, config: Any) -> Unmet | None:
+    """None: what the row needs is the checkpoint, which ``backends.unmet`` asks for."""
+    return None
+
+
+def quantize(module: nn.Module, fmt: Format, dtype: torch.dtype) -> None:
+    """Put the packed linears into the decode kernels' order, where those read it. Raises LowbitError on a plain one."""
+    for path, child in module.named_modules():
+        if path.rpartition(".")[2] in fmt.targets and not isinstance(child, PackedModule):
+            raise LowbitError(f"{fmt.id} expects the checkpoint's own packed linears, but {path} is a plain one")
+    native.attach_streams(module)
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """True for a packed linear of lowbit's."""
+    return native.is_quantized(module)
+
+
+def dequantize(module: nn.Module) -> Tensor:
+    """[n, k] fp32: (code - zero point) · scale, exactly."""
+    return native.dequantize(module)
+
+
+def kernels(model: nn.Module, dtype: torch.dtype, rows: int = 1) -> str:
+    """Which kernels multiply ``rows`` vectors."""
+    return native.kernels(model, dtype, rows)
