@@ -207,6 +207,7 @@ def test_a_phone_shows_it_without_scrolling_sideways(chromium: Any, folder: Path
             box = found.page.locator(f"#{plot}").bounding_box()
             assert box["x"] >= 0
             assert box["x"] + box["width"] <= browsers.PHONE["width"]
+        assert found.style("#cases .scroll", "contentVisibility") == "visible"  # skipped only while the page loads
         assert found.messages == []
 
 
