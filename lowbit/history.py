@@ -133,7 +133,7 @@ def _row(told: Told) -> list[Any]:
 
 def _from_row(path: Path, row: list[Any]) -> Told:
     device, device_name, model, load_format, night = row
-    return Told(device, device_name, model, load_format, Night(path=path.parent, **night))
+    return Told(device, device_name, model, load_format, Night(path=merge.place(path), **night))
 
 
 def _tell(run: Run) -> Told:

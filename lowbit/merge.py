@@ -11,15 +11,17 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from lowbit import documents, runs
 from lowbit.baselines import differing
 from lowbit.errors import LowbitError
+from lowbit.formats import Suite
 from lowbit.record import Record
 from lowbit.runs import DOCUMENT, JOURNAL, Entry, Header, Run
 
 RUN, MERGE = "run", "merge"
+SUITES = get_args(Suite)
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,18 @@ def may_hold_runs(path: Path) -> bool:
     return isinstance(part, dict) and part.get("kind") in (RUN, MERGE)
 
 
+def place(path: Path) -> Path:
+    """By what a run is named: its own folder, or the document where it stands among others."""
+    return path.parent if path.name in (JOURNAL, DOCUMENT) else path
+
+
 def read(path: Path) -> list[Run]:
     """The runs of a kept run (folder, ``run.json``, journal) or of a merged file. Raises LowbitError for another."""
     if path.is_dir() or path.suffix == ".jsonl":
         return [runs.read(path)]
     data = documents.read(path, "lowbit run")
     if data["lowbit"].get("kind") != MERGE:
-        return [runs.read(path)]
+        return [replace(runs.read(path), path=place(path))]
     try:
         parts = data["lowbit"]["runs"]
         rows: list[list[dict[str, Any]]] = [[] for _ in parts]
@@ -72,14 +79,16 @@ def read(path: Path) -> list[Run]:
             rows[row["extra_info"]["lowbit"].pop("run")].append(row)
     except (KeyError, TypeError, IndexError) as error:
         raise LowbitError(f"{path}: expected a merge of lowbit runs, a part is missing ({error!r})") from error
-    return [
-        runs.from_document(path, {"benchmarks": found, "lowbit": part}) for found, part in zip(rows, parts, strict=True)
+    found = [
+        runs.from_document(path, {"benchmarks": row, "lowbit": part}) for row, part in zip(rows, parts, strict=True)
     ]
+    return [replace(run, path=place(path)) for run in found]
 
 
 def merge(parts: Sequence[Run]) -> Merged:
-    """One run of each sort, oldest first. A case that two runs of a sort have is kept once, and named unless both skip
-    it: a measurement before anything else, then the later one. Raises LowbitError for no runs at all."""
+    """One run of each sort, oldest first. A case that two runs of a sort have is kept once, and named unless both are
+    the same result or skip it alike: a measurement before anything else, then the later one. Raises LowbitError for
+    no runs at all."""
     if not parts:
         raise LowbitError("merge: expected at least one kept run, got none")
     groups: dict[tuple[Any, ...], list[Run]] = {}
@@ -101,7 +110,8 @@ def _join(group: Sequence[Run], conflicts: list[str]) -> Run:
             else:
                 run_path = run.path
             entries[case], origin[case] = entry, run_path
-    header = replace(group[0].header, selection=_selection(group), argv=[])
+    suite = max((run.header.suite for run in group), key=SUITES.index)
+    header = replace(group[0].header, suite=suite, selection=_selection(group), argv=[])
     return Run(
         group[0].path,
         header,
@@ -116,6 +126,8 @@ def _choose(
     case: str, old: Entry, old_path: Path, new: Entry, new_path: Path, conflicts: list[str]
 ) -> tuple[Entry, Path]:
     """Which of two results of one case stays; appends the conflict, if it is one."""
+    if old == new:  # a copy
+        return old, old_path
     kept = (old, old_path) if _rank(old.record) > _rank(new.record) else (new, new_path)
     if (old.record.outcome, new.record.outcome) != ("skipped", "skipped") or old.record.unmet != new.record.unmet:
         found = f"{_told(old.record)} in {old_path}, {_told(new.record)} in {new_path}"
@@ -160,7 +172,7 @@ def _environments(merged: Sequence[Run]) -> list[str]:
             both = len(run.entries.keys() & other.entries.keys())
             found.append(
                 f"{one.model} ({one.load_format}) on {one.device} was measured in two environments, {run.path} and "
-                f"{other.path}: {', '.join(lines)}; {both} cases in both"
+                f"{other.path}: {', '.join(lines)}; {both} {'case' if both == 1 else 'cases'} in both"
             )
     return found
 

@@ -13,8 +13,10 @@ from lowbit import bisection, documents, history, merge, metrics, trend
 from lowbit.changepoint import MIN_NIGHTS
 from lowbit.errors import LowbitError, unknown
 from lowbit.history import History
+from lowbit.report.layout import count
 from lowbit.report.suspects import suspects
 from lowbit.report.trends import trends
+from lowbit.runs import Run
 from lowbit.trend import Trend
 
 OK, CHANGED = 0, 1
@@ -49,6 +51,9 @@ def _add_merge(commands: Any) -> None:
     parser = commands.add_parser("merge", help="kept runs of many hosts as one JSON; exit code 1 when they conflict")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="kept runs, or folders that hold some")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="ALL.json", help="pytest-benchmark's JSON")
+    parser.add_argument(
+        "--device", metavar="SLUG", help="the runs of this device alone, e.g. to take them out of a merge"
+    )
     parser.set_defaults(run=merge_runs)
 
 
@@ -84,17 +89,34 @@ def show_trends(options: argparse.Namespace) -> int:
 
 
 def merge_runs(options: argparse.Namespace) -> int:
-    paths = [found for path in options.runs for found in _found(path)]
-    merged = merge.merge([run for path in dict.fromkeys(paths) for run in merge.read(path)])
+    paths = list(dict.fromkeys(found for path in options.runs for found in _found(path)))
+    named = set(options.runs)
+    kept: list[Run] = []
+    broken = 0
+    for path in paths:
+        try:
+            kept += merge.read(path)
+        except LowbitError as error:
+            if path in named:
+                raise
+            broken += 1  # one of a folder's: a task that was killed as it began costs itself
+            print(f"lowbit: left out: {error}", file=sys.stderr)
+    chosen = [run for run in kept if options.device in (None, run.header.device)]
+    if not chosen:
+        have = ", ".join(dict.fromkeys(run.header.device for run in kept)) or "no readable run"
+        raise LowbitError(f"merge: expected kept runs{f' on {options.device}' if options.device else ''}, got {have}")
+    merged = merge.merge(chosen)
     documents.write(options.output, merge.to_document(merged), "nothing was merged")
     for run in merged.runs:
         header = run.header
         unfinished = "" if run.complete else ", not all of them finished"
-        print(f"{header.model} ({header.load_format}) on {header.device}: {len(run.entries)} cases{unfinished}")
-    print(f"{len(paths)} runs merged into {options.output}")
+        print(
+            f"{header.model} ({header.load_format}) on {header.device}: {count(len(run.entries), 'case')}{unfinished}"
+        )
+    print(f"{count(len(chosen), 'run')} merged into {options.output}")
     for conflict in merged.conflicts:
         print(f"conflict: {conflict}")
-    return CHANGED if merged.conflicts else OK
+    return CHANGED if merged.conflicts or broken else OK
 
 
 def bisect_environments(options: argparse.Namespace) -> int:
@@ -124,7 +146,7 @@ def _look(found: History, nights: int, last: int | None) -> tuple[History, list[
 def _to_text(found: History, listed: list[Trend], everything: bool) -> str:
     text = trends(found, listed, everything=everything, color=sys.stdout.isatty())
     if len(found.nights) < MIN_NIGHTS:
-        text += f" can be told from {len(found.nights)} nights; from {MIN_NIGHTS} on it can"
+        text += f" can be told from {count(len(found.nights), 'night')}; from {MIN_NIGHTS} on it can"
     return text
 
 

@@ -159,12 +159,12 @@ def start(root: Path, header: Header) -> RunWriter:
 
 
 def resume(root: Path, header: Header) -> RunWriter:
-    """Take up the newest interrupted run of this subject, suite and environment. LowbitError if there is none."""
+    """Take up the newest interrupted run of this subject, suite, selection and environment; LowbitError without one."""
     run = latest_incomplete(root, header)
     if run is None:
         raise LowbitError(
-            f"--resume: no interrupted run of {header.model} ({header.load_format}), suite {header.suite}, in this "
-            f"environment on {header.device} under {root}; run without --resume"
+            f"--resume: no interrupted run of {header.model} ({header.load_format}), suite {header.suite}, "
+            f"{_words(header.selection)}in this environment on {header.device} under {root}; run without --resume"
         )
     journal = run.path / JOURNAL
     try:
@@ -188,12 +188,19 @@ def list_runs(root: Path) -> list[Path]:
 
 
 def latest_incomplete(root: Path, header: Header) -> Run | None:
-    """The newest run of this subject, suite and environment if it was interrupted; None otherwise."""
+    """The newest run of this subject, suite, ``-k``, ``-m`` and environment if it was interrupted; None otherwise.
+
+    Parts of one sweep share a folder of runs (docs/slurm.md): each is told by its selection.
+    """
     for path in _alike(root, header):
         run = read(path)
-        if run.header.suite == header.suite:
+        if run.header.suite == header.suite and dict(run.header.selection) == dict(header.selection):
             return None if run.complete else run
     return None
+
+
+def _words(selection: Mapping[str, str]) -> str:
+    return "".join(f"{flag} {expression!r}, " for flag, expression in selection.items())
 
 
 def matching(root: Path, header: Header, n: int | None = None) -> list[Run]:
@@ -301,6 +308,12 @@ def to_document(header: Header, entries: Mapping[str, Entry], end: Mapping[str, 
 def _from_document(path: Path) -> Run:
     data = documents.read(path, "lowbit run")
     kind = data["lowbit"].get("kind", "file of another kind")
+    if kind == "merge":
+        devices = dict.fromkeys(part["header"]["device"] for part in data["lowbit"]["runs"])
+        raise LowbitError(
+            f"{path}: expected one lowbit run, got a merge of {len(data['lowbit']['runs'])} (on {', '.join(devices)}); "
+            f"take a device's out: python -m lowbit merge {path} --device {next(iter(devices))} -o ONE.json"
+        )
     if kind != "run":
         raise LowbitError(f"{path}: expected a lowbit run, got a {kind}")
     return from_document(path, data)

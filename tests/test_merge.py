@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -110,7 +111,7 @@ def test_two_environments_of_one_device_are_a_conflict_and_stay_apart(tmp_path, 
     code, out, _ = run(capsys, tmp_path / "a", tmp_path / "b", "-o", tmp_path / "all.json")
     assert code == 1
     assert "on nvidia-h200 was measured in two environments" in out
-    assert "torch 2.11.0 -> 2.13.0; 1 cases in both" in out
+    assert "torch 2.11.0 -> 2.13.0; 1 case in both" in out
     document = json.loads((tmp_path / "all.json").read_text())
     assert document["machine_info"]["torch"] == "differs"
     assert document["machine_info"]["torchao"] == "0.18.0"
@@ -151,3 +152,57 @@ def test_what_is_no_run_is_one_line_and_exit_code_2(tmp_path, capsys):
     assert not (tmp_path / "all.json").exists()
     with pytest.raises(LowbitError, match="at least one kept run"):
         merge.merge([])
+
+
+def test_the_same_run_twice_is_no_conflict(tmp_path, capsys):
+    one = keep(tmp_path / "a", [decode(decode_tok_s=180.0), int4(outcome="failed")])
+    shutil.copytree(one, tmp_path / "copy")
+    shutil.copy(one / "run.json", tmp_path / "night.json")
+    code, out, _ = run(
+        capsys, one, one / "run.json", tmp_path / "copy", tmp_path / "night.json", "-o", tmp_path / "all.json"
+    )
+    assert (code, "conflict" in out) == (0, False)
+    again, _, _ = run(capsys, tmp_path / "all.json", one, "-o", tmp_path / "again.json")
+    assert again == 0
+    assert runs.read(tmp_path / "again.json").records() == runs.read(one).records()
+
+
+def test_a_conflict_names_the_files_that_it_is_between(tmp_path, capsys):
+    for night, value in enumerate((180.0, 179.0)):
+        folder = keep(tmp_path / "runs", [decode(decode_tok_s=value)], night=night)
+        shutil.copy(folder / "run.json", tmp_path / f"{night}.json")
+    code, out, _ = run(capsys, tmp_path / "0.json", tmp_path / "1.json", "-o", tmp_path / "all.json")
+    assert code == 1
+    assert f"180) in {tmp_path / '0.json'}, measured (decode_tok_s 179) in {tmp_path / '1.json'}; kept: that of " in out
+
+
+def test_a_device_is_taken_out_of_a_merge(tmp_path, capsys):
+    keep(tmp_path / "runs", [decode(decode_tok_s=180.0)])
+    keep(tmp_path / "runs", [decode(decode_tok_s=90.0)], device="nvidia-a100")
+    run(capsys, tmp_path / "runs", "-o", tmp_path / "all.json")
+    with pytest.raises(LowbitError, match=r"a merge of 2 .*python -m lowbit merge .* --device nvidia-h200"):
+        comparison.read(tmp_path / "all.json")
+    code, out, _ = run(capsys, tmp_path / "all.json", "--device", "nvidia-a100", "-o", tmp_path / "a100.json")
+    assert (code, out.splitlines()[0]) == (0, "llama-3.1-8b (dummy) on nvidia-a100: 1 case")
+    assert comparison.read(tmp_path / "a100.json").header.device == "nvidia-a100"
+    code, _, err = run(capsys, tmp_path / "all.json", "--device", "b200", "-o", tmp_path / "b200.json")
+    assert (code, "expected kept runs on b200, got nvidia-" in err) == (2, True)
+
+
+def test_a_broken_run_of_a_folder_is_left_out_and_one_that_was_named_is_refused(tmp_path, capsys):
+    keep(tmp_path / "runs", [decode(decode_tok_s=180.0)])
+    broken = tmp_path / "runs" / "broken" / "journal.jsonl"
+    broken.parent.mkdir()
+    broken.write_text("{\n")
+    code, out, err = run(capsys, tmp_path / "runs", "-o", tmp_path / "all.json")
+    assert (code, "1 run merged" in out, str(broken) in err) == (1, True, True)
+    assert run(capsys, tmp_path / "runs", broken, "-o", tmp_path / "all.json")[0] == 2
+    assert run(capsys, broken.parent, "-o", tmp_path / "all.json")[0] == 2
+
+
+def test_the_larger_suite_is_the_merges(tmp_path):
+    paths = [
+        keep(tmp_path, [int4(decode_tok_s=1.0)], suite="nightly"),
+        keep(tmp_path, [decode(decode_tok_s=1.0)], night=1),
+    ]
+    assert merge.merge([runs.read(path) for path in paths]).runs[0].header.suite == "nightly"

@@ -175,6 +175,17 @@ def test_resume_needs_the_same_subject_suite_and_environment(tmp_path: Path) -> 
         runs.resume(tmp_path, header(model="embedded"))
 
 
+def test_parts_of_a_sweep_in_one_folder_are_resumed_each_by_its_selection(tmp_path: Path) -> None:
+    first = keep(tmp_path, record("a"), selection={"-k": "int4"})
+    keep(tmp_path, record("b"), end={}, selection={"-k": "fp8"})
+    found = runs.latest_incomplete(tmp_path, header(selection={"-k": "int4"}))
+    assert found is not None
+    assert found.path == first
+    assert runs.latest_incomplete(tmp_path, header(selection={"-k": "fp8"})) is None
+    with pytest.raises(LowbitError, match="suite quick, -k 'nf4', in this environment"):
+        runs.resume(tmp_path, header(selection={"-k": "nf4"}))
+
+
 def test_a_finished_run_ends_what_can_be_resumed(tmp_path: Path) -> None:
     keep(tmp_path, record())
     keep(tmp_path, record(), end={})

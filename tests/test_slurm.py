@@ -54,6 +54,25 @@ def test_the_parts_together_are_all_cases_each_once_and_a_format_in_one():
     assert chosen == {len(parts) - 1}
 
 
+@pytest.mark.parametrize("number", [0, 2], ids=["array", "node"])
+def test_a_task_runs_pytest_on_all_its_cores_and_takes_resume(number, tmp_path):
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").touch()
+    srun = tmp_path / "srun"
+    srun.write_text("#!/bin/sh\necho cores=$SRUN_CPUS_PER_TASK\nprintf '%s\\n' \"$@\"\n")
+    srun.chmod(0o755)
+    (tmp_path / "lowbit.sbatch").write_text(SCRIPTS[number])
+    slurm = {"SUBMIT_DIR": tmp_path, "CPUS_PER_TASK": 8, "ARRAY_TASK_ID": 1, "ARRAY_JOB_ID": 77}
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", **{f"SLURM_{key}": str(v) for key, v in slurm.items()}}
+    command = ["bash", "lowbit.sbatch", "--resume"]
+    out = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert out[:3] == ["cores=8", "pytest", "benches"]
+    assert out[-1] == "--resume"
+    if number == 0:
+        assert out[out.index("-k") + 1] == expressions()[1]
+    assert "#SBATCH --signal=INT@" in SCRIPTS[number]  # B: would signal the shell alone, which waits for srun
+
+
 def test_lowbits_options_exist():
     used = {word for script in SCRIPTS for word in re.findall(r"pytest benches.*(?:\n +--.*)*", script)}
     words = {word for command in used for word in shlex.split(command.replace("\\\n", " ")) if word.startswith("--")}

@@ -65,6 +65,11 @@ def paint(text: str, code: int | None) -> str:
     return text if code is None else f"\x1b[{code}m{text}\x1b[0m"
 
 
+def count(number: int, noun: str) -> str:
+    """``1 case``, ``2 cases``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def number(value: float | None) -> str:
     """Four significant digits at most, thousands whole: 59.8, 268.7, 1204, 16131; a dash for None."""
     if value is None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from lowbit.bisection import BLOCKING, Environment, Moved, Suspect, half_way, is_of_torch
 from lowbit.pins import requirement
 from lowbit.report.content import arguments_of
-from lowbit.report.layout import WIDTH
+from lowbit.report.layout import WIDTH, count
 from lowbit.report.rows import selection
 
 LISTED = 12
@@ -44,12 +44,12 @@ def _told(environment: Environment) -> str:
 def _moved(moved: Moved) -> str:
     if not moved.cases:
         return "no case is known to be worse: kernel libraries first; --case and --metric say what is"
-    count = f"{len(moved.cases)} case" + ("s" if len(moved.cases) > 1 else "")
+    cases = count(len(moved.cases), "case")
     if not moved.metric:
-        return f"concerned: {count}" + (f"; {moved.worst}" if moved.worst else "")
+        return f"concerned: {cases}" + (f"; {moved.worst}" if moved.worst else "")
     others = ", ".join(f"{name} of {number}" for name, number in moved.others.items())
     return (
-        f"worse: {moved.metric} of {count}"
+        f"worse: {moved.metric} of {cases}"
         + (f", by {moved.worst} at most" if moved.worst else "")
         + (f"; also {others}" if others else "")
     )

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from lowbit import metrics
 from lowbit.history import History
 from lowbit.regression import short_name
-from lowbit.report.layout import NONE, WIDTH, Heading, divergence, lay_out, number
+from lowbit.report.layout import NONE, WIDTH, Heading, count, divergence, lay_out, number
 from lowbit.trend import Trend
 
 HEADINGS = (
@@ -33,7 +33,7 @@ ALIKE = 4
 def trends(history: History, found: Sequence[Trend], *, everything: bool = False, color: bool = False) -> str:
     """The whole text for one device, model and load format; ``everything``: each change, however many are alike."""
     nights = history.nights
-    span = f"{_count(len(nights), 'night')}, {nights[0].date} to {nights[-1].date}"
+    span = f"{count(len(nights), 'night')}, {nights[0].date} to {nights[-1].date}"
     title = f"{history.model} ({history.load_format}) on {history.device}: {span}"
     if not found:
         return f"{title}: no change"
@@ -42,7 +42,7 @@ def trends(history: History, found: Sequence[Trend], *, everything: bool = False
     table = lay_out(HEADINGS, [_row(trend, names) for trend in shown], color=color)
     head, body = table[: -len(shown)], table[-len(shown) :]
     worse = sum(trend.worse is True for trend in found)
-    lines = [*_item(f"{title}: {_count(len(found), 'change')}, {worse} worse"), "", *head]
+    lines = [*_item(f"{title}: {count(len(found), 'change')}, {worse} worse"), "", *head]
     rows = zip(shown, body, strict=True)
     for (_, environment), group in itertools.groupby(rows, key=lambda row: _night(row[0])):
         several = list(group)
@@ -53,7 +53,7 @@ def trends(history: History, found: Sequence[Trend], *, everything: bool = False
             lines += [name, line] if len(name) > CASE_WIDTH else [line]
             lines += [found for note in _notes(history, trend) for found in _item(f"    {note}")]
             if hidden := alike.get(id(trend)):
-                lines += _item(f"    and {names[trend.metric]} of {_count(len(hidden), 'more case')}: {_range(hidden)}")
+                lines += _item(f"    and {names[trend.metric]} of {count(len(hidden), 'more case')}: {_range(hidden)}")
     return "\n".join(lines)
 
 
@@ -107,7 +107,7 @@ def _notes(history: History, trend: Trend) -> list[str]:
         rate = f"{100 * change.slope / abs(change.before):+.2f} %" if change.before else f"{change.slope:+.3g}"
         notes.append(f"a drift: {rate} a night")
     if change.end < len(nights):
-        notes.append(f"for {_count(change.end - change.index, 'night')}, until {nights[change.end].date}")
+        notes.append(f"for {count(change.end - change.index, 'night')}, until {nights[change.end].date}")
     if change.earliest < change.latest:
         notes.append(f"may have begun from {nights[change.earliest].date} to {nights[change.latest].date}")
     since = [f"or since {other.date}: {', '.join(changes)}" for other, changes in trend.nearby]
@@ -126,10 +126,6 @@ def _range(several: Iterable[Trend]) -> str:
         return "from 0"
     low, high = f"{sizes[0]:+.1f}", f"{sizes[-1]:+.1f}"
     return f"{low} %" if low == high else f"{low} to {high} %"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _item(text: str) -> list[str]:
