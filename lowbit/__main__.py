@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowbit import __version__, nightly
+from lowbit import __version__, nightly, plan
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS, Format, Unmet
-from lowbit.report import command
+from lowbit.report import command, formats_page
 
 if TYPE_CHECKING:
     from lowbit.device import Device
@@ -37,6 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
     formats = commands.add_parser("formats", help="what runs here, what doesn't, and why")
     formats.add_argument("--model", default="auto", help="for this model's shapes, as in `pytest benches --model`")
     formats.add_argument("--json", action="store_true", help="one object per format")
+    formats_page.add_arguments(formats)
     formats.set_defaults(run=list_formats)
 
     models = commands.add_parser("models", help="the presets: shape, size, whether they fit this device, cached or not")
@@ -48,6 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     compare.add_argument("new", type=Path, metavar="NEW", help="a kept run or a baseline")
     compare.set_defaults(run=compare_files)
     nightly.add_parsers(commands)
+    plan.add_parser(commands)
     command.add_parser(commands)
     return parser
 
@@ -68,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def list_formats(options: argparse.Namespace) -> int:
+    if formats_page.is_asked_for(options):
+        return formats_page.write(options)
     from lowbit import backends, device, models
     from lowbit.report.layout import Heading, lay_out
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from lowbit import formats
 from lowbit.backends import BACKENDS
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS, Unmet
+from lowbit.report import format_table, formats_page
 
 ROWS = list(FORMATS.values())
 
@@ -85,3 +88,18 @@ def test_unmet_reads_as_kind_and_reason():
 def test_formats_need_no_torch():
     code = "import sys, lowbit.formats; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_docs_formats_is_what_the_command_writes(monkeypatch):
+    """All of it where the runs that it is made of are stored here, else that it has exactly these rows."""
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "docs" / "formats.md").read_text()
+    anew = f"write it anew, after a rebase too: {format_table.COMMAND}"
+    assert set(re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)) == set(FORMATS), anew
+    sources = [Path(found) for found in re.findall(r"^- `([^`]+\.json)`: ", page, re.MULTILINE)]
+    assert sources
+    if all(path.exists() for path in sources):
+        assert formats_page.render().splitlines() == page.splitlines(), anew

@@ -308,7 +308,7 @@ def test_capability_names_what_is_needed_and_what_is_there(triton_is, name, devi
 def test_nvfp4_below_blackwell_needs_a_triton_that_emulates_it(triton_is, name):
     row = FORMATS[f"{name}-gemlite"]
     triton_is("3.7.0")
-    reason = "capability: needs SM100 or Triton 3.8 (NVFP4), this is SM90 with Triton 3.7"
+    reason = "package: needs SM100 or Triton 3.8 (NVFP4), this is SM90 with Triton 3.7"
     assert str(backends.unmet(row, gpu(9, 0), config())) == reason
     assert backends.unmet(row, gpu(10, 0), config()) is None
     triton_is("3.10.1")

@@ -55,7 +55,7 @@ STAGES = (
     {"comparison", "trend", "baseline_patch"},
     {"bisection"},
     {"report"},
-    {"nightly"},
+    {"nightly", "plan"},
     {"pytest_plugin", "__main__"},
 )
 """Each stage may import those before it. A package counts as one module."""

@@ -403,3 +403,8 @@ def test_a_recipe_that_is_none_is_wrong_usage(tmp_path):
     assert found.returncode == 4
     assert "--recipe: recipe" in found.stderr
     assert "got name None" in found.stderr
+
+
+def test_a_recipe_needs_what_its_formats_need():
+    assert backends.needs(FORMATS["a16w4_g128_gemlite_head8-recipe"]) == "SM75; gemlite, triton, hqq"
+    assert backends.needs(FORMATS["a16w4_g128_head8-recipe"]) == "CPU or SM80"

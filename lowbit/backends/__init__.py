@@ -25,6 +25,10 @@ Where the library chooses by device:
 
 - ``kernels(model, dtype) -> str``: which kernels decode this model here.
 
+Where a row needs more than devices and packages by name:
+
+- ``also_needs(fmt) -> str``: that in words, "" for the others.
+
 A backend is a file or a package of this folder; files whose name begins with an underscore help them.
 """
 
@@ -264,8 +268,11 @@ def needs(fmt: Format) -> str:
     oldest = next((capability for capability in LADDER if _capable(fmt, capability)), None)
     cuda = "no GPU known" if oldest is None else f"SM{oldest[0]}{oldest[1]}"
     hardware = " or ".join({"cpu": "CPU", "cuda": cuda}[kind] for kind in fmt.devices)
-    packages = [name for name in (*get(fmt.backend).PACKAGES, *fmt.packages) if name not in BROUGHT_ALONG]
-    return "; ".join(filter(None, (hardware, ", ".join(dict.fromkeys(packages)))))
+    members = [FORMATS[part] for part in fmt.parts.values()] or [fmt]
+    packages = [name for each in members for name in (*get(each.backend).PACKAGES, *each.packages)]
+    packages = [name for name in packages if name not in BROUGHT_ALONG]
+    also = getattr(get(fmt.backend), "also_needs", lambda fmt: "")(fmt)
+    return "; ".join(filter(None, (hardware, ", ".join(dict.fromkeys(packages)), also)))
 
 
 def _capable(fmt: Format, capability: tuple[int, int]) -> bool:
@@ -274,5 +281,7 @@ def _capable(fmt: Format, capability: tuple[int, int]) -> bool:
 
     device = Device("cuda", 0, "any", "any", capability, None, 1, driver=None, cuda=None)
     config = SimpleNamespace(**(PRESETS["llama-3.1-8b"].values or {}))
+    if not all(_capable(FORMATS[part], capability) for part in fmt.parts.values()):
+        return False
     reason = get(fmt.backend).requirement(fmt, device, config)
     return device.dtype_for(fmt) is not None and (reason is None or reason.kind != "capability")

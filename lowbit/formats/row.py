@@ -49,7 +49,8 @@ class Format:
     suite that measures the row: the formats of a first choice are in ``quick``, further group sizes and variants in
     ``nightly``, reference rows in ``full``. ``modes`` are the compile modes that it is measured under; empty: every one
     of the suite. ``parts`` make the row a recipe (lowbit/formats/recipes.py): module path pattern -> id of the format
-    that what it names gets. ``kv`` is what the KV cache holds, one of KV_FORMATS; empty: the base dtype.
+    that what it names gets. ``kv`` is what the KV cache holds, one of KV_FORMATS; empty: the base dtype. ``slow`` says
+    why its decode is slower than bf16's, where a profile or the library's source shows it (docs/findings.md).
     """
 
     name: str
@@ -73,6 +74,7 @@ class Format:
     calibration_windows: int = 0
     parts: Mapping[str, str] = field(default_factory=dict)
     kv: str = ""
+    slow: str = ""
 
     @property
     def id(self) -> str:

@@ -37,7 +37,17 @@ def ao(name: str, scheme: str, bits: tuple[int, int], *keywords: str, **fields: 
 
 FIRST: tuple[Format, ...] = (
     ao("a16w8", "int8_weight_only", (16, 8), "int8", "int8wo", **INT8_WEIGHTS),
-    ao("a8w8", "int8_dynamic", (8, 8), "int8", "dynamic", options=INT_MM, **INT8_PRODUCTS),
+    ao(
+        "a8w8",
+        "int8_dynamic",
+        (8, 8),
+        "int8",
+        "dynamic",
+        options=INT_MM,
+        slow="compiled, its int8 product asks for 17 tokens; in eager mode safe_int_mm copies the whole weight and, "
+        "at 16 tokens or fewer, multiplies in fp32 (docs/findings.md)",
+        **INT8_PRODUCTS,
+    ),
     ao(
         "a16w4_g128",
         "int4_weight_only",

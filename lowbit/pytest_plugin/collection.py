@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from lowbit import baselines, cases
+from lowbit import baselines, cases, plan
 from lowbit.cases import KINDS, Case
 from lowbit.pytest_plugin.keys import CASE
 
@@ -100,27 +100,12 @@ def sort_items(items: list[pytest.Item]) -> None:
 
 def expected_minutes(nodeids: Iterable[str], measured_s: Mapping[str, float], device_kind: str) -> float:
     """Minutes that the cases will take: their last kept wall time on this device, else a typical one of their kind."""
-    return sum(measured_s.get(nodeid, TYPICAL_S[device_kind, _weight(nodeid)]) for nodeid in nodeids) / 60
+    return sum(measured_s.get(nodeid, _typical_s(nodeid, device_kind)) for nodeid in nodeids) / 60
 
 
-TYPICAL_S = {
-    ("cpu", "quality"): 5.0,
-    ("cpu", "eval"): 300.0,
-    ("cpu", "eager"): 3.0,
-    ("cpu", "compiled"): 20.0,
-    ("cuda", "quality"): 3.0,
-    ("cuda", "eval"): 120.0,
-    ("cuda", "eager"): 10.0,
-    ("cuda", "compiled"): 35.0,
-}
-"""Seconds per case before this device has a kept run: a first guess, replaced by the measured ones."""
-
-
-def _weight(nodeid: str) -> str:
+def _typical_s(nodeid: str, device_kind: str) -> float:
     function, _, parameters = nodeid.rpartition("::")[2].partition("[")
-    if kind_of(function) in ("quality", "eval"):
-        return str(kind_of(function))
-    return "eager" if "-eager-" in parameters else "compiled"
+    return plan.typical_s(device_kind, kind_of(function) or "", "eager" if "-eager-" in parameters else "compiled")
 
 
 VANISHED = "vanished:"

@@ -57,7 +57,12 @@ def _emulated_nvfp4(device: Device) -> Unmet | None:
     if version is None or version >= NVFP4_TRITON:
         return None
     needed, found = (".".join(map(str, numbers)) for numbers in (NVFP4_TRITON, version))
-    return Unmet("capability", f"needs SM100 or Triton {needed} (NVFP4), this is {device.sm} with Triton {found}")
+    return Unmet("package", f"needs SM100 or Triton {needed} (NVFP4), this is {device.sm} with Triton {found}")
+
+
+def also_needs(fmt: Format) -> str:
+    """For ``backends.needs``: beside the packages."""
+    return f"Triton {'.'.join(map(str, NVFP4_TRITON))} below SM100" if "NVFP" in fmt.scheme else ""
 
 
 def triton_version() -> tuple[int, ...] | None:

@@ -7,7 +7,7 @@ from torch import nn
 
 from lowbit.backends import targets
 from lowbit.backends.torchao.configs import make
-from lowbit.backends.torchao.needs import requirement
+from lowbit.backends.torchao.needs import also_needs, requirement
 from lowbit.backends.torchao.static import AMAX, calibrate
 from lowbit.backends.torchao.unpacking import dequantize, quantize_activations
 from lowbit.formats import Format
@@ -15,6 +15,7 @@ from lowbit.quiet import quiet_import
 
 __all__ = [
     "PACKAGES",
+    "also_needs",
     "calibrate",
     "dequantize",
     "is_quantized",

@@ -41,7 +41,16 @@ def _int4(fmt: Format, device: Device, config: Any) -> Unmet | None:
     return minimum_sm(device, (8, 0), "tinygemm int4")
 
 
+def also_needs(fmt: Format) -> str:
+    """What the wheels of lowbit's extras don't bring, for ``backends.needs``."""
+    if fmt.scheme in ("int4_mslk", "fp8_int4_mslk"):
+        return "mslk >= 1.0"
+    return "torchao built with its CPU kernels" if fmt.scheme == "int8_dynamic_int4" else ""
+
+
 def _mslk(fmt: Format, device: Device, config: Any) -> Unmet | None:
+    if reason := minimum_sm(device, (9, 0), "mslk's int4"):
+        return reason
     try:
         found = version("mslk") if find_spec("mslk") else ""
     except PackageNotFoundError:
@@ -49,7 +58,7 @@ def _mslk(fmt: Format, device: Device, config: Any) -> Unmet | None:
     if not found or int(found.split(".")[0]) < 1:
         got = f"this is {found}" if found else "it is not installed"
         return Unmet("package", f"needs mslk >= 1.0.0, {got}; PyPI has only the placeholder 0.0.0")
-    return minimum_sm(device, (9, 0), "mslk's int4")
+    return None
 
 
 def _da8w4(fmt: Format, device: Device, config: Any) -> Unmet | None:

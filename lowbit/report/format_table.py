@@ -1,0 +1,227 @@
+"""docs/formats.md: every format as a row, with what stored runs measured of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+from lowbit.formats.row import LINEARS, TABLES, Format
+from lowbit.report.figures import CPU, H200, Place, Source, places
+from lowbit.report.layout import NONE, divergence, number
+from lowbit.report.markdown import code, text
+from lowbit.report.rows import HEADLINE, Row
+
+COMMAND = "python -m lowbit formats --markdown -o docs/formats.md"
+BF16 = "bf16-torch"
+VOWELS = "AEFHILMNORSX8"  # of names that are spelled out: an H200, an A100, an L40; a B200, a T4
+
+TITLES = {
+    "torch": "PyTorch, and the KV cache",
+    "calibrated": "Calibrated: GPTQ and AWQ",
+    "lowbit": "lowbit's own kernels",
+    "reference": "lowbit's references",
+    "tables": "Embedding and head",
+    "recipe": "Recipes",
+}
+"""Headings of the libraries whose name is none."""
+
+OPTIONS = {"double_quant": "double quantization", "hqq": "zeros and scales searched by HQQ", "emulated": "emulated"}
+"""What these of a row's options mean."""
+
+
+class Column(NamedTuple):
+    """``cell`` gives a format's text; a column that ``always`` stands there does so without a single figure."""
+
+    title: str
+    cell: Callable[[Format], str]
+    always: bool = True
+    right: bool = True
+
+
+def page(formats: Sequence[Format], sources: Sequence[Source], needs: Mapping[str, str]) -> str:
+    """The whole page. ``needs`` maps a format's id to what it asks for, in words (``backends.needs``)."""
+    found = places(sources, [fmt.id for fmt in formats])
+    columns = _columns(found, needs)
+    shown = [column for column in columns if column.always or any(column.cell(fmt) != NONE for fmt in formats)]
+    lines = ["# Formats", "", *_origin(sources), "", *_legend(formats, found)]
+    by_library = sorted(formats, key=lambda fmt: [each.backend for each in formats].index(fmt.backend))
+    for library, members in groupby(by_library, key=lambda fmt: fmt.backend):
+        lines += ["", f"## {TITLES.get(library, library)}", *table(shown, list(members))]
+    return "\n".join(lines) + "\n"
+
+
+def table(columns: Sequence[Column], formats: Iterable[Format]) -> list[str]:
+    lines = [[column.title for column in columns], ["---:" if column.right else "---" for column in columns]]
+    lines += [[column.cell(fmt) for column in columns] for fmt in formats]
+    return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+def _origin(sources: Sequence[Source]) -> list[str]:
+    lines = [f"Written by `{COMMAND}`; what is changed by hand is lost. Made of", ""]
+    taken: dict[str, int] = {}
+    for source in sources:
+        header = source.header
+        dummy = ", dummy weights" if header.load_format == "dummy" else ""
+        versions = ", ".join(
+            f"{name} {header.environment[name]}"
+            for name in ("torch", "triton", "torchao", "gemlite", "bitsandbytes", "hqq", "driver")
+            if header.environment.get(name, "none")[0].isdigit()  # else "not installed", "none"
+        )
+        told = (
+            f"- `{source.path.as_posix()}`: {text(header.model)}{dummy} on {text(header.device_name)}, "
+            f"{header.started[:10]}, suite {header.suite}; {text(versions)}"
+        )
+        taken[told] = taken.get(told, 0) + source.runs
+    lines += [f"{told}; {count} {'run' if count == 1 else 'runs'}" for told, count in taken.items()]
+    return [*lines, *([] if sources else ["- no stored run at all"])]
+
+
+def _legend(formats: Sequence[Format], found: Sequence[Place]) -> list[str]:
+    references = sum(not fmt.fast for fmt in formats)
+    lines = [
+        f"{len(formats)} rows, {len(formats) - references} of them fast paths, {references} references: right, but not "
+        "what anybody would serve.",
+        "",
+        "- **bits**: stored per weight of the quantized matrices, scales and zeros included, counted from the tensors; "
+        "of Llama-3.1-8B where it was measured, else of the embedded model, whose small matrices make what is stored "
+        "once per matrix or row weigh more.",
+        "- **KL**: mean divergence from bf16 in nats, **ppl**: perplexity, both of the embedded model on its own text, "
+        "on the machine that the heading names.",
+        "- **decode**: tokens per second at batch 1 and context ~0 of the fastest mode measured, Llama-3.1-8B's shape "
+        "on a GPU, the embedded model on a CPU; **×bf16**: over bf16's fastest. **VRAM**: this process's peak by "
+        "NVML. **MBU**: bytes read per second over the card's *measured* read bandwidth. **quantize**: from the master "
+        "in host memory to the quantized model on the card.",
+    ]
+    cpu = next(place for place in found if place.slug == CPU)
+    if not any(cpu.fastest(fmt.id) for fmt in formats):
+        lines.append("- Decode on a CPU is in no stored run: nothing was measured on an idle machine.")
+    return lines
+
+
+def _columns(found: Sequence[Place], needs: Mapping[str, str]) -> list[Column]:
+    gpus = [place for place in found if place.slug != CPU]
+    cpu = next(place for place in found if place.slug == CPU)
+    columns = [
+        Column("format", lambda fmt: code(fmt.id), right=False),
+        Column("what it is", what, right=False),
+        Column("bits", lambda fmt: _bits(fmt, [*gpus, cpu])),
+        Column("path", lambda fmt: "fast" if fmt.fast else "reference", right=False),
+        Column("needs", lambda fmt: text(needs[fmt.id]), right=False),
+        Column("KL, CPU", lambda fmt: _kl(fmt, cpu)),
+        Column("ppl, CPU", lambda fmt: _ppl(cpu.quality(fmt.id, "ppl")), always=False),
+        Column("decode, CPU", lambda fmt: _decode(fmt, cpu) if cpu.fastest(fmt.id) else NONE, always=False),
+    ]
+    for gpu in gpus:
+        columns += _gpu_columns(gpu)
+    return [*columns, Column("remarks", lambda fmt: _remarks(fmt, found), right=False)]
+
+
+def _gpu_columns(gpu: Place) -> list[Column]:
+    name = _short(gpu)
+    return [
+        Column(f"KL, {name}", lambda fmt: _kl(fmt, gpu), always=False),
+        Column(f"decode, {name}", lambda fmt: _decode(fmt, gpu), always=gpu.slug == H200),
+        Column("×bf16", lambda fmt: _three(_ratio(fmt, gpu)), always=False),
+        Column("VRAM, MiB", lambda fmt: _of(gpu, fmt, "vram_peak_mib", number), always=False),
+        Column("MBU", lambda fmt: _of(gpu, fmt, "mbu", _percent), always=False),
+        Column("quantize, s", lambda fmt: _of(gpu, fmt, "quantize_s", number), always=False),
+    ]
+
+
+def what(fmt: Format) -> str:
+    """``A16W4 int4, groups of 128``; a recipe's parts; a cache's contents."""
+    words = [f"A{fmt.activation_bits:g}W{fmt.weight_bits:g}"]
+    if fmt.parts:
+        parts = [
+            f"{code(pattern)} {'in 16 bits' if part == BF16 else code(part)}" for pattern, part in fmt.parts.items()
+        ]
+        words.append(", ".join(parts))
+    elif fmt.quantized:
+        words[0] += f" {fmt.keywords[0]}" if fmt.keywords else ""
+        words += [f"groups of {fmt.group_size}"] if fmt.group_size else []
+        words += [code(fmt.scheme)]
+        words += [said for option, said in OPTIONS.items() if fmt.options.get(option)]
+    if fmt.targets == TABLES:
+        words.append("embedding and head alone")
+    elif not fmt.parts and set(fmt.targets) > set(LINEARS):
+        words.append(f"{' and '.join(code(name) for name in fmt.targets if name not in LINEARS)} too")
+    if fmt.kv:
+        words.append(f"KV cache in {fmt.kv}")
+    return ", ".join(words)
+
+
+def _short(place: Place) -> str:
+    return place.name.removeprefix("NVIDIA ")
+
+
+def _bits(fmt: Format, order: Sequence[Place]) -> str:
+    found = next((value for place in order if (value := place.value(fmt.id, "bits_per_weight")) is not None), None)
+    return NONE if found is None else f"{found:.3f}"
+
+
+def _kl(fmt: Format, place: Place) -> str:
+    if fmt.is_baseline and place.quality(fmt.id, "ppl") is not None:
+        return "0"
+    return divergence(place.quality(fmt.id, "kld"))
+
+
+def _three(value: float | None) -> str:
+    return NONE if value is None else f"{value:.3f}"
+
+
+def _ppl(value: float | None) -> str:
+    return number(value) if value is not None and value >= 100 else _three(value)
+
+
+def _percent(value: float | None) -> str:
+    return NONE if value is None else f"{100 * value:.0f} %"
+
+
+def _of(place: Place, fmt: Format, name: str, show: Callable[[float | None], str]) -> str:
+    row = place.fastest(fmt.id)
+    return show(row.value("decode", HEADLINE, name)) if row else NONE
+
+
+def _decode(fmt: Format, place: Place) -> str:
+    """``276.3 reduce-overhead``; else that there is no figure."""
+    row = place.fastest(fmt.id)
+    if row is not None:
+        return f"{number(row.decode_tok_s)} {row.mode}"
+    name = _short(place)
+    return f"not measured on {'an' if name[0] in VOWELS else 'a'} {name}"
+
+
+def _ratio(fmt: Format, place: Place) -> float | None:
+    mine, base = place.fastest(fmt.id), place.fastest(BF16)
+    return _speed(mine) / _speed(base) if mine and base else None
+
+
+def _speed(row: Row) -> float:
+    assert row.decode_tok_s is not None  # Place.fastest gives no row without
+    return row.decode_tok_s
+
+
+def _why_slow(fmt: Format) -> str:
+    waits = fmt.options.get("waits_for_host")
+    return fmt.slow or (f"no CUDA graph can hold {waits}, it waits for the host" if waits else "")
+
+
+def _remarks(fmt: Format, found: Sequence[Place]) -> str:
+    """Slower than bf16, and why; why there is no figure; the row's own note."""
+    told = []
+    for place in found:
+        ratio = _ratio(fmt, place)
+        if ratio is not None and ratio < 1:
+            why = f": {text(_why_slow(fmt))}" if _why_slow(fmt) else ""
+            told.append(f"**slower than bf16** on {'the' if place.slug == CPU else 'an'} {_short(place)}{why}")
+        reason = place.reason(fmt.id, "quality" if place.slug == CPU else "decode")
+        known = place.fastest(fmt.id) if place.slug != CPU else place.quality(fmt.id, "ppl")
+        can_be = ("cpu" if place.slug == CPU else "cuda") in fmt.devices  # else "needs" says it
+        if known is None and reason and can_be:
+            told.append(f"{_short(place)}: {reason}")
+    cache = next((value for place in found if (value := place.value(fmt.id, "kv_bytes_per_tok"))), None)
+    if fmt.kv and cache:
+        told.append(f"KV cache: {cache:,.0f} bytes per position")
+    told += [fmt.note] if fmt.note else []
+    return "; ".join(text(each) if not each.startswith("**") else each for each in told)

@@ -1,0 +1,63 @@
+"""``python -m lowbit formats --markdown``: docs/formats.md, made of the stored runs and baselines."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from lowbit.errors import LowbitError
+
+STORED = (Path("benches") / "baselines", Path("docs") / "runs")
+"""What the repository holds: accepted baselines, and runs that are figures of no baseline (quality on a CPU)."""
+
+OK = 0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The page's options, beside those of ``formats`` itself."""
+    parser.add_argument("--markdown", action="store_true", help="every row with its measured figures: docs/formats.md")
+    parser.add_argument(
+        "runs",
+        nargs="*",
+        type=Path,
+        metavar="RUN",
+        help="with --markdown: kept runs, baselines or folders of some, beside the "
+        f"stored ones ({' and '.join(map(str, STORED))}); the latest measurement of a case counts",
+    )
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="with --markdown: write it there")
+
+
+def is_asked_for(options: argparse.Namespace) -> bool:
+    """Raises LowbitError for the page's arguments without it."""
+    if not options.markdown and (options.runs or options.output):
+        raise LowbitError("formats: RUN and -o belong to the page: give --markdown too")
+    if options.markdown and options.json:
+        raise LowbitError("formats: --markdown is a page, --json a list: give one of them")
+    return bool(options.markdown)
+
+
+def write(options: argparse.Namespace) -> int:
+    from lowbit.report import files
+
+    page = render(options.runs)
+    if options.output is None:
+        sys.stdout.write(page)
+    else:
+        files.write_page(options.output, page)
+        print(f"written: {options.output}")
+    return OK
+
+
+def render(named: Iterable[Path] = ()) -> str:
+    """The page of what the repository stores, and of the ``named`` runs beside it. Raises LowbitError for no run."""
+    from lowbit import backends
+    from lowbit.formats import FORMATS
+    from lowbit.report import figures, format_table
+
+    stored = [path for path in STORED if path.exists()]
+    sources = figures.read(dict.fromkeys([*stored, *named]))
+    return format_table.page(
+        list(FORMATS.values()), sources, {name: backends.needs(row) for name, row in FORMATS.items()}
+    )

@@ -1,0 +1,202 @@
+"""``python -m lowbit formats --markdown``: what the page says of made-up runs. test_formats.py holds the real page."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from lowbit import baselines, runs
+from lowbit.__main__ import main
+from lowbit.cases import Case
+from lowbit.errors import LowbitError
+from lowbit.formats import FORMATS, Unmet
+from lowbit.report import figures, format_table
+from lowbit.runs import Header
+from lowbit.workloads import Workload
+
+B1 = Workload("b1_c0", "decode", 1, 5, 128, "full")
+H200 = Header("nvidia-h200", "NVIDIA H200", "llama-3.1-8b", "dummy", "embedded_512", "full", {"torch": "2.11.0"})
+CPU = Header("cpu-amd-epyc-2c", "AMD EPYC", "embedded", "auto", "embedded_512", "full", {"torch": "2.13.0"})
+
+
+def quality(name, kld, **metrics):
+    record = Case("quality", FORMATS[name]).record(f"benches/test_quality.py::test_quality[{name}]", "", "")
+    record.metrics = {"ppl_embedded_512": 2.15, "kld_embedded_512_8176tok": kld, "kld_embedded_2048_9tok": 9.0}
+    record.metrics |= metrics
+    return record
+
+
+def decode(name, mode, tok_s, **metrics):
+    case = Case("decode", FORMATS[name], mode, B1)
+    record = case.record(f"benches/test_decode.py::test_decode[{case.id}]", "", "")
+    record.metrics = {"decode_tok_s": tok_s, "vram_peak_mib": 9950.0, "mbu": 0.462} | metrics
+    return record
+
+
+def skipped(name, reason):
+    return replace(decode(name, "eager", 0), metrics={}, outcome="skipped", unmet=Unmet("capability", reason))
+
+
+def kept(root, header, records, started="2026-11-21T10:00:00+00:00"):
+    with runs.start(root, replace(header, started=started)) as writer:
+        for record in records:
+            writer.append(record, None)
+        return writer.close(0)
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    kept(
+        root,
+        H200,
+        [
+            decode("bf16-torch", "eager", 53.1),
+            decode("bf16-torch", "reduce-overhead", 180.0),
+            quality("bf16-torch", 0.0, bits_per_weight=16.0),
+            decode("a16w8-torchao", "eager", 36.5),
+            decode("a16w8-torchao", "reduce-overhead", 259.2, quantize_s=0.5),
+            quality("a16w8-torchao", 6.8e-5, bits_per_weight=8.0079),
+            decode("a8w8-torchao", "eager", 4.8),
+            decode("bf16_kv_int8-torch", "eager", 50.0, kv_bytes_per_tok=67584.0),
+            skipped("a8w8_mxfp8-torchao", "needs SM100 (MXFP8 tensor cores), this is SM90"),
+            replace(decode("a16w8-gemlite", "eager", 0), metrics={}, outcome="failed", error="no kernel\nTraceback"),
+        ],
+    )
+    kept(root, CPU, [quality("a16w8-torchao", 7.1e-5, bits_per_weight=8.13), quality("a16w4_g64-hqq", 0.00123)])
+    return root
+
+
+def rows(page):
+    """Each format's cells by the titles of its table."""
+    found = {}
+    for table in re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE):
+        titles, _, *lines = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()]
+        found |= {cells[0].strip(" `"): dict(zip(titles, cells, strict=True)) for cells in lines}
+    return found
+
+
+def make(*paths, formats=FORMATS):
+    chosen = list(formats.values())
+    return format_table.page(chosen, figures.read(paths), dict.fromkeys(FORMATS, "CPU"))
+
+
+@pytest.fixture(scope="module")
+def page(stored):
+    return make(stored)
+
+
+def test_every_row_is_there_once_under_its_library(page):
+    assert sorted(re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)) == sorted(FORMATS)
+    assert page.index("## torchao\n") < page.index("| `a16w8-torchao` |") < page.index("## gemlite\n")
+
+
+def test_a_measured_row_shows_its_fastest_mode_and_what_it_took(page):
+    row = rows(page)["a16w8-torchao"]
+    assert row["decode, H200"] == "259.2 reduce-overhead"
+    assert (row["×bf16"], row["VRAM, MiB"], row["MBU"], row["quantize, s"]) == ("1.440", "9950", "46 %", "0.50")
+    assert (row["bits"], row["KL, H200"], row["KL, CPU"]) == ("8.008", "6.8e-05", "7.1e-05")
+    assert row["what it is"] == "A16W8 int8, `int8_weight_only`"
+    assert "slower" not in row["remarks"]
+
+
+def test_a_row_without_a_stored_run_says_so(page):
+    row = rows(page)["a16w4_nf4-bitsandbytes"]
+    assert row["decode, H200"] == "not measured on an H200"
+    assert (row["bits"], row["KL, CPU"], row["MBU"]) == ("–", "–", "–")
+
+
+def test_what_only_a_cpu_measured_is_shown_beside_that(page):
+    row = rows(page)["a16w4_g64-hqq"]
+    assert (row["KL, CPU"], row["ppl, CPU"], row["decode, H200"]) == ("0.0012", "2.150", "not measured on an H200")
+    assert row["path"] == "reference"
+
+
+def test_slower_than_bf16_is_said_with_the_rows_own_reason(page):
+    row = rows(page)["a8w8-torchao"]
+    assert row["decode, H200"] == "4.80 eager"
+    assert row["remarks"].startswith("**slower than bf16** on an H200: compiled, its int8 product asks for 17 tokens")
+    assert row["×bf16"] == "0.027"
+
+
+def test_skips_and_failures_give_their_reasons(page):
+    found = rows(page)
+    assert found["a8w8_mxfp8-torchao"]["remarks"] == "H200: needs SM100 (MXFP8 tensor cores), this is SM90"
+    assert found["a16w8-gemlite"]["remarks"] == "H200: failed: no kernel"
+    assert found["a16w8-gemlite"]["decode, H200"] == "not measured on an H200"
+
+
+def test_a_cache_tells_its_bytes(page):
+    row = rows(page)["bf16_kv_int8-torch"]
+    assert row["what it is"] == "A16W16, KV cache in int8"
+    assert "KV cache: 67,584 bytes per position" in row["remarks"]
+
+
+def test_sources_are_named_with_device_date_and_versions(page, stored):
+    assert re.search(r"^- `\S+`: llama-3.1-8b, dummy weights on NVIDIA H200, 2026-11-21, .*; 1 run$", page, re.M)
+    assert re.search(r"^- `\S+`: embedded on AMD EPYC, 2026-11-21, ", page, re.M)
+    assert "Decode on a CPU is in no stored run" in page
+
+
+def test_the_later_measurement_counts_and_never_a_later_failure(tmp_path):
+    kept(tmp_path, H200, [decode("bf16-torch", "eager", 60.0)], "2026-11-22T00:00:00+00:00")
+    kept(tmp_path, H200, [decode("bf16-torch", "eager", 50.0)], "2026-11-20T00:00:00+00:00")
+    failed = replace(decode("bf16-torch", "eager", 0), metrics={}, outcome="failed", error="out of memory")
+    kept(tmp_path, H200, [failed], "2026-11-23T00:00:00+00:00")
+    assert rows(make(tmp_path))["bf16-torch"]["decode, H200"] == "60.0 eager"
+
+
+def test_a_baseline_is_a_source_with_its_medians_and_skips(tmp_path):
+    speeds = (250.0, 260.0, 270.0)
+    parts = [
+        runs.read(
+            kept(
+                tmp_path / "runs",
+                H200,
+                [decode("a16w8-torchao", "eager", speed), skipped("a4w4_mxfp4-torchao", "needs SM100")],
+            )
+        )
+        for speed in speeds
+    ]
+    baselines.save(baselines.build(parts), tmp_path / "baselines")
+    page = make(tmp_path / "baselines")
+    assert rows(page)["a16w8-torchao"]["decode, H200"] == "260.0 eager"
+    assert rows(page)["a4w4_mxfp4-torchao"]["remarks"] == "H200: needs SM100"
+    assert re.search(r"on NVIDIA H200, 2026-11-21, suite full; torch 2.11.0; 3 runs$", page, re.M)
+
+
+def test_another_gpu_has_columns_of_its_own_and_the_h200_stays(tmp_path):
+    other = replace(H200, device="nvidia-b200", device_name="NVIDIA B200")
+    kept(tmp_path, other, [decode("a16w8-torchao", "eager", 99.0)])
+    found = rows(make(tmp_path))
+    assert found["a16w8-torchao"]["decode, B200"] == "99.0 eager"
+    assert found["bf16-torch"]["decode, B200"] == "not measured on a B200"
+    assert found["a16w8-torchao"]["decode, H200"] == "not measured on an H200"
+
+
+def test_other_models_are_left_out(tmp_path):
+    kept(tmp_path, replace(H200, model="llama-3.2-1b"), [decode("a16w8-torchao", "eager", 400.0)])
+    assert rows(make(tmp_path))["a16w8-torchao"]["decode, H200"] == "not measured on an H200"
+
+
+def test_what_is_no_run_is_an_error(tmp_path):
+    with pytest.raises(LowbitError, match="no such kept run"):
+        figures.read([tmp_path / "none.json"])
+
+
+def test_the_command_prints_or_writes_the_page(stored, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    target = tmp_path / "out" / "formats.md"
+    assert main(["formats", "--markdown", str(stored)]) == 0
+    printed = capsys.readouterr().out
+    assert main(["formats", "--markdown", str(stored), "-o", str(target)]) == 0
+    assert target.read_text() == printed
+    assert rows(printed)["a16w8-torchao"]["needs"] == "CPU or SM70"
+
+
+@pytest.mark.parametrize("words", [["-o", "x.md"], ["run.json"], ["--markdown", "--json"]])
+def test_arguments_that_contradict_each_other_are_refused(words, capsys):
+    assert main(["formats", *words]) == 2
+    assert "--markdown" in capsys.readouterr().err

@@ -1,0 +1,122 @@
+"""A suite in parts: every case once, within the limit, and -k expressions that select exactly a part's cases."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import pytest
+from _pytest.mark.expression import Expression
+
+from lowbit import plan, runs
+from lowbit.__main__ import main
+from lowbit.errors import LowbitError
+from lowbit.formats import FORMATS
+from lowbit.runs import Header
+
+PARAMETERS = 8_030_000_000
+PLAN = ("plan", "--device", "cuda", "--model", "llama-3.1-8b", "--load-format", "dummy")
+
+
+def selected(expression, names):
+    """As pytest does it: a word is true where it is part of the name."""
+    compiled = Expression.compile(expression)
+    return {name for name in names if compiled.evaluate(lambda word, name=name, **_: word.lower() in name.lower())}
+
+
+@pytest.fixture(scope="module")
+def planned():
+    return plan.expect("full", plan.PLANNED, PARAMETERS, "cuda", {})
+
+
+def test_parts_hold_every_case_once_within_the_limit(planned):
+    parts = plan.split(planned, 600, 40)
+    assert [one.nodeid for part in parts for one in part.cases] == [one.nodeid for one in planned]
+    assert all(part.seconds <= 600 for part in parts)
+    assert all(part.seconds == pytest.approx(40 + plan.seconds_of(part.cases)) for part in parts)
+    assert len(parts) < 1.6 * sum(part.seconds for part in parts) / 600
+
+
+@pytest.mark.parametrize("minutes", [2, 10])
+def test_an_expression_selects_exactly_its_part(planned, minutes):
+    names = {one.name for one in planned}
+    parts = plan.split(planned, 60 * minutes, 40)
+    for part in parts[:: max(1, len(parts) // 12)]:
+        assert selected(plan.expression(part.cases, planned), names) == {one.name for one in part.cases}
+
+
+def test_a_format_stays_in_one_part_where_it_fits(planned):
+    parts = plan.split(planned, 3600, 40)
+    homes = [
+        {number for number, part in enumerate(parts) for one in part.cases if one.case.format.id == fmt}
+        for fmt in FORMATS
+    ]
+    assert all(len(home) == 1 for home in homes)
+
+
+def test_a_case_longer_than_the_limit_has_a_part_of_its_own(planned):
+    long = planned[7].nodeid
+    some = plan.expect("full", plan.PLANNED, PARAMETERS, "cuda", {long: 900.0})[:30]
+    alone = [part for part in plan.split(some, 600, 40) if part.seconds > 600]
+    assert [[one.nodeid for one in part.cases] for part in alone] == [[long]]
+
+
+def test_a_limit_that_the_start_takes_is_refused(planned):
+    with pytest.raises(LowbitError, match="longer than their start of 40 s, got 30 s"):
+        plan.split(planned, 30, 40)
+
+
+def test_a_row_that_the_device_can_not_have_takes_no_time():
+    found = plan.expect("full", ("decode",), PARAMETERS, "cpu", {})
+    assert {one.seconds for one in found if one.case.format.devices == ("cuda",)} == {0.0}
+    assert all(one.seconds > 0 for one in found if "cpu" in one.case.format.devices)
+
+
+def test_the_commands_together_are_the_suite_and_each_is_pytests(capsys):
+    assert main([*PLAN, "--kind", "decode", "--commands"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = {one.name for one in plan.expect("full", ("decode",), PARAMETERS, "cuda", {})}
+    told = []
+    for line in lines:
+        *words, flag, expression = shlex.split(line)
+        assert flag == "-k"
+        assert words == shlex.split(
+            "pytest benches/test_decode.py --model llama-3.1-8b --load-format dummy --suite full"
+        )
+        told += {name for name in names if any(word in name for word in expression.split(" or "))}
+    assert sorted(told) == sorted(names)
+
+
+def test_modes_and_a_workload_narrow_it(capsys):
+    modes = ("--mode", "eager", "--mode", "reduce-overhead")
+    assert main([*PLAN, "--kind", "decode", *modes, "--workload", "b1_c0", "--commands", "--minutes", "9"]) == 0
+    every = plan.expect("full", ("decode",), PARAMETERS, "cuda", {})
+    told = [
+        name
+        for line in capsys.readouterr().out.splitlines()
+        for name in selected(shlex.split(line)[-1], {one.name for one in every})
+    ]
+    wanted = [one for one in every if one.case.mode in modes and one.case.workload.id == "b1_c0"]
+    assert sorted(told) == sorted(one.name for one in wanted)
+
+
+def test_nothing_to_plan_is_an_error(capsys):
+    assert main([*PLAN, "--workload", "b99"]) == 2
+    assert "nothing to plan" in capsys.readouterr().err
+
+
+def test_stored_runs_give_the_seconds(tmp_path, capsys):
+    header = Header("nvidia-h200", "NVIDIA H200", "llama-3.1-8b", "dummy", "embedded_512", "full", {})
+    case = plan.expect("full", ("decode",), PARAMETERS, "cuda", {})[0]
+    record = case.case.record(case.nodeid, "llama-3.1-8b", "dummy")
+    record.info = {"wall_s": 123.0}
+    for other in (header, Header("cpu-x", "X", "llama-3.1-8b", "dummy", "embedded_512", "full", {})):
+        with runs.start(tmp_path, other) as writer:
+            writer.append(record, None)
+            writer.close(0)
+        record.info = {"wall_s": 9.0}
+    assert plan.recorded_seconds([tmp_path], "llama-3.1-8b", "cuda") == {case.nodeid: 123.0}
+    assert main([*PLAN, "--kind", "decode", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "(1 cases by stored runs, the others a guess)" in shown
+    assert re.search(r"\npart 1: \d+ cases, about \d+\.\d min\npytest ", shown)
