@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 import torch
 from torch import nn
 
+from lowbit.backends import native
 from lowbit.errors import LowbitError, unknown
 from lowbit.formats import Format, Unmet
 from lowbit.quiet import quiet_import
@@ -73,6 +74,8 @@ def unmet(mode: str, device: Device, fmt: Format, rows: int | None = None) -> Un
         return Unmet("capability", f"needs cuda (lowbit's own kernels), this is {device.kind}")
     if row.inductor is None:
         return None
+    if fmt.backend == "lowbit" and (reason := _uncompiled(mode, device, fmt)):
+        return Unmet("capability", reason)
     if device.kind == "cuda":
         waits = fmt.options.get("waits_for_host")
         if row.cuda_graph and waits:
@@ -87,6 +90,15 @@ def unmet(mode: str, device: Device, fmt: Format, rows: int | None = None) -> Un
     if os.environ.get("CXX") or any(shutil.which(name) for name in ("g++", "clang++", "c++", "cl")):
         return None
     return Unmet("package", "torch.compile on a CPU needs a C++ compiler; install g++ or set CXX")
+
+
+def _uncompiled(mode: str, device: Device, fmt: Format) -> str | None:
+    """Why compiling our own rows' step is no way to run it here, or None."""
+    if device.kind != "cuda":
+        return f"{mode} needs cuda for lowbit's rows (their kernels in its graph), this is {device.kind}"
+    if native.streamed(fmt.scheme, device.capability):
+        return f"{mode} compiles no streamed weights, which {device.sm} has here: mode native decodes them"
+    return None
 
 
 def configure_caches(environ: MutableMapping[str, str] = os.environ) -> dict[str, str]:

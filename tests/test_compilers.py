@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import stat
 import sys
 import warnings
@@ -217,6 +218,36 @@ def test_the_native_mode_is_for_gpus_and_captures_the_prefill(monkeypatch):
     assert compilers.unmet("native", h200, row) is None
     assert str(compilers.unmet("native", CPU, row)) == "capability: needs cuda (lowbit's own kernels), this is cpu"
     assert compilers.compile_call(double, "native", h200, {}) == ("captured", double)
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "reason"),
+    [
+        ("a16w4_g128-lowbit", gpu(8, 0), None),
+        ("a16w4_g128-lowbit", gpu(12, 0), None),
+        ("a16w4_g32-lowbit", gpu(9, 0), None),
+        (
+            "a16w4_g128-lowbit",
+            gpu(9, 0),
+            "reduce-overhead compiles no streamed weights, which SM90 has here: mode native",
+        ),
+        (
+            "a16w4_g128-lowbit",
+            CPU,
+            r"reduce-overhead needs cuda for lowbit's rows \(their kernels in its graph\), this is cpu",
+        ),
+    ],
+)
+def test_our_own_rows_are_compiled_where_their_kernels_are_custom_ops(monkeypatch, name, device, reason):
+    monkeypatch.setattr("lowbit.kernels.nvrtc.available", lambda: None)
+    unmet = compilers.unmet("reduce-overhead", device, FORMATS[name])
+    assert unmet is None if reason is None else re.search(reason, str(unmet))
+    assert "reduce-overhead" in FORMATS[name].modes
+
+
+def test_without_nvrtc_nothing_is_streamed(monkeypatch):
+    monkeypatch.setattr("lowbit.kernels.nvrtc.available", lambda: "not installed")
+    assert compilers.unmet("reduce-overhead", gpu(9, 0), FORMATS["a16w4_g128-lowbit"]) is None
 
 
 def test_an_unknown_flag_is_refused():

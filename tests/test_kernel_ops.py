@@ -100,7 +100,7 @@ def test_the_reference_can_be_forced(kernel):
 def test_a_forced_kernel_never_falls_back(kernel):
     with dispatch.forced("twice"), pytest.raises(LowbitError, match="twice was forced, but does not do linear for"):
         ops.linear(torch.zeros(1, 256), *ops.parts(packed("ternary")))
-    with pytest.raises(LowbitError, match="unknown kernel 'thrice'; known: PyTorch reference, twice"):
+    with pytest.raises(LowbitError, match=r"unknown kernel 'thrice'; known: PyTorch reference, .*, twice"):
         with dispatch.forced("thrice"):
             pass
 

@@ -104,7 +104,7 @@ def test_pytest_benchmark_is_given_rounds_of_batch_1(here):
 def test_a_wrong_kernel_is_not_timed(here):
     dispatch.register("linear", "off", lambda asked: asked.rows == 4, lambda x, w, d: 1.1 * weights.matmul(x, w).to(d))
     try:
-        with pytest.raises(LowbitError, match=r"a16w8-lowbit at q_proj \[16, 128\], batch 4: .* got 0\.1"):
+        with pytest.raises(LowbitError, match=r"a16w8-lowbit at q_proj \[16, 128\], batch 4: .* got 0\.(1|09)"):
             products.measure(contender("a16w8-lowbit"), SHAPE, here, READ_GB_S)
     finally:
         dispatch.unregister("linear", "off")

@@ -68,9 +68,16 @@ def attach_streams(module: nn.Module) -> None:
 
 def streams(device: torch.device) -> bool:
     """Whether weights on this device go into the order of the decode kernels, which then are their only copy."""
-    if device.type != "cuda" or nvrtc.available() is not None:
-        return False
-    return torch.cuda.get_device_capability(device) == geometry.NEEDED_SM
+    return device.type == "cuda" and _decodes(torch.cuda.get_device_capability(device))
+
+
+def streamed(scheme: str, capability: tuple[int, int] | None) -> bool:
+    """Whether the linears of a row of this scheme become streams on a GPU of this capability."""
+    return scheme in stream.LAYOUTS and capability is not None and _decodes(capability)
+
+
+def _decodes(capability: tuple[int, int]) -> bool:
+    return capability == geometry.NEEDED_SM and nvrtc.available() is None
 
 
 def _streamable(module: nn.Module) -> weights.Packed | None:

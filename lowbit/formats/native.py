@@ -24,9 +24,10 @@ def _native(name: str, scheme: str, bits: float, *keywords: str, group: int | No
     )
 
 
-MODES = ("eager", "native")
-"""The operations are custom ops: what a compiler could fuse around them is left to ``native``, our kernels' own graph.
-The decode kernels keep activations in fp16, beside bf16 weights in bf16."""
+MODES = ("eager", "reduce-overhead", "native")
+"""``native``: the decode step in our own kernels' graph, where there are some for the format and the GPU (SM90).
+``reduce-overhead``: everywhere else on a GPU the operations are custom ops of Triton kernels, which a compiler's graph
+holds. The decode kernels keep activations in fp16, beside bf16 weights in bf16."""
 
 ROWS: tuple[Format, ...] = (
     _native("bf16", "bf16", 16, dtypes=("bf16",)),

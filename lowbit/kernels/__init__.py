@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lowbit.kernels import triton_linear as triton_linear  # registers its kernels
 from lowbit.kernels.quantizer import quantize
 from lowbit.kernels.weights import (
     WEIGHT_FORMATS,

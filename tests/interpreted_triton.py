@@ -1,0 +1,107 @@
+"""What the Triton kernels compute, by Triton's interpreter on the CPU: run by tests/test_triton_linear.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lowbit.kernels import WEIGHT_FORMATS, dispatch, ops, quantize, triton_linear, weights
+
+PACKED = [name for name in WEIGHT_FORMATS if name != "bf16"]
+
+
+def matrix(n, k):
+    """Small weights with a row of zeros and an outlier."""
+    weight = torch.randn(n, k, generator=torch.Generator().manual_seed(0)) * 0.02
+    weight[3] = 0
+    weight[5, 7] = 3.0
+    return weight
+
+
+def vectors(m, k, dtype):
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(1))
+    x[0, k // 3] = 100.0
+    return x.to(dtype)
+
+
+def relative(y, x, packed):
+    ref = x.double() @ weights.dequantize(packed).double().T
+    assert y.shape == ref.shape
+    return float((y.double() - ref).norm() / ref.norm())
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Memory that a kernel does not write is not a number."""
+    empty = torch.empty
+
+    def filled(*shape, **options):
+        made = empty(*shape, **options)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    monkeypatch.setattr(triton_linear.torch, "empty", filled)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_products_are_those_with_the_dequantized_weight(name):
+    packed = quantize(matrix(10, 384), name)  # no multiple of a tile's rows or columns
+    for kernel, m, dtype in (
+        (triton_linear.gemv, 1, torch.bfloat16),
+        (triton_linear.gemv, 2, torch.float32),
+        (triton_linear.gemm, 3, torch.float16),
+    ):
+        x = vectors(m, 384, dtype)
+        assert relative(kernel(x, packed, torch.float32), x, packed) < 1e-6
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_unpacking_is_the_definition_bit_by_bit(name):
+    packed = quantize(matrix(10, 384), name)
+    for dtype in (torch.float16, torch.float32):  # the interpreter rounds to bf16 by cutting off
+        assert torch.equal(triton_linear.unpack(None, packed, dtype), weights.dequantize(packed).to(dtype))
+
+
+@pytest.mark.parametrize("name", ["int8", "int4_g64"])
+def test_parts_of_k_are_summed_in_order(name):
+    packed = quantize(matrix(40, 2048), name)
+    x = vectors(4, 2048, torch.float16)
+    cut = triton_linear.tiles(packed.row, 40, 2048, True)
+    assert cut.splits > 1
+    once, again = (triton_linear.gemm(x, packed, torch.float32) for _ in range(2))
+    assert torch.equal(once, again)
+    assert relative(once, x, packed) < 1e-6
+
+
+def test_a_k_that_no_tile_divides():
+    for name, k in (("int8", 250), ("ternary", 264), ("nvfp4", 272)):
+        packed = quantize(matrix(6, k), name)
+        x = vectors(1, k, torch.float16)
+        assert relative(triton_linear.gemv(x, packed, torch.float32), x, packed) < 1e-6
+        assert relative(triton_linear.gemm(x, packed, torch.float32), x, packed) < 1e-6
+
+
+def test_the_op_runs_them_and_says_so():
+    packed = quantize(matrix(10, 256), "int4_g128")
+    dispatch.forget_used()
+    for m, kernel in ((1, "Triton GEMV"), (3, "Triton small GEMM"), (9, "Triton unpack + cuBLAS")):
+        x = vectors(m, 256, torch.float16)
+        y = ops.linear(x.view(1, m, 256), *ops.parts(packed))
+        assert y.dtype == torch.float16
+        assert relative(y[0], x, packed) < 1e-3
+        assert dispatch.used()["linear", "int4_g128", kernel] == 1
+    assert not [key for key in dispatch.used() if key[2] == dispatch.REFERENCE]
+
+
+def test_a_compiler_sees_one_op():
+    packed = quantize(matrix(10, 256), "int4_g128")
+    x = vectors(1, 256, torch.float16)
+    torch.library.opcheck(torch.ops.lowbit.linear, (x, *ops.parts(packed)))
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lambda x: ops.linear(x, *ops.parts(packed)) + 1, backend=backend, fullgraph=True)
+    assert torch.equal(compiled(x), ops.linear(x, *ops.parts(packed)) + 1)
+    assert sum("lowbit" in str(node.target) for node in graphs[0].graph.nodes) == 1
