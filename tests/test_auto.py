@@ -20,7 +20,7 @@ from lowbit.auto.plan import Option, fastest, front, step_back
 from lowbit.auto.search import Search, describe
 from lowbit.cases import Case
 from lowbit.errors import LowbitError
-from lowbit.formats import FORMATS, LINEARS, recipes
+from lowbit.formats import FORMATS, LINEARS, Unmet, recipes
 from lowbit.formats import auto as rows
 from lowbit.workloads import Workload
 
