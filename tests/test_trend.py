@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -184,6 +185,16 @@ def test_the_report_says_drift_that_it_is_over_and_where_it_may_have_begun(tmp_p
     assert " a night; may have begun from 2026-05-" in lines[drift]
     over = lines.index("    for 4 nights, until 2026-05-15")
     assert lines[over - 1].startswith("decode[fp16-torch")
+
+
+def test_several_upgrades_in_one_night_come_with_the_command_that_tells_them_apart(tmp_path, capsys):
+    for night in range(NIGHTS):
+        environment = {**TORCH, "torch": "2.13.0", "driver": "590.1"} if night >= STEP else TORCH
+        keep(tmp_path, [decode(decode_tok_s=94.0 if night >= STEP else 100.0)], night=night, environment=environment)
+    _, out, _ = run(capsys, "--history", tmp_path)
+    command = out.splitlines()[-1].strip().removeprefix("which of them: python -m lowbit ")
+    assert main(shlex.split(command)) == 0
+    assert "bisect first: torch 2.11.0 -> 2.13.0" in capsys.readouterr().out
 
 
 def test_two_protocols_keep_their_names(tmp_path, capsys):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import shlex
 import textwrap
 from collections.abc import Iterable, Sequence
 
 from lowbit import metrics
-from lowbit.history import History
+from lowbit.history import History, Night
 from lowbit.regression import short_name
 from lowbit.report.layout import NONE, WIDTH, Heading, count, divergence, lay_out, number
 from lowbit.trend import Trend
@@ -54,7 +55,17 @@ def trends(history: History, found: Sequence[Trend], *, everything: bool = False
             lines += [found for note in _notes(history, trend) for found in _item(f"    {note}")]
             if hidden := alike.get(id(trend)):
                 lines += _item(f"    and {names[trend.metric]} of {count(len(hidden), 'more case')}: {_range(hidden)}")
+        lines += _which([trend for trend, _ in several], nights)
     return "\n".join(lines)
+
+
+def _which(several: Sequence[Trend], nights: Sequence[Night]) -> list[str]:
+    """The command that tells which of several upgrades to suspect for what got worse; its paths are not wrapped."""
+    worst = next((trend for trend in several if trend.worse and trend.change.index), None)
+    if worst is None or len(worst.environment) < 2:
+        return []
+    old, new = (shlex.quote(str(night.path)) for night in (nights[worst.change.index - 1], worst.first))
+    return [f"    which of them: python -m lowbit bisect {old} {new}"]
 
 
 def _night(trend: Trend) -> tuple[str, tuple[str, ...]]:
