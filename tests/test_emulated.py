@@ -9,8 +9,9 @@ from tiny import model
 from torch import nn
 
 from lowbit import generate
-from lowbit.kernels import runner, stream_modules, weights
+from lowbit.kernels import runner, stream_modules, unpacking, weights
 from lowbit.kernels.geometry import Geometry
+from lowbit.kernels.modules import NativeEmbedding, NativeLinear
 from lowbit.kernels.quantizer import quantize
 from lowbit.kernels.stream import LAYOUTS
 
@@ -32,14 +33,14 @@ def emulate(monkeypatch, tmp_path):
         return made[key]
 
     def load(shape, device, progress=None):
-        return compiled(shape, ("common", "product", "attention"), runner.KERNELS, shape.macros())
+        return compiled(shape, ("common", "product", "attention", "embedding"), runner.KERNELS, shape.macros())
 
     def unpacker(name, ku, device):
-        macros = Geometry(name, **runner._ANY_SHAPE).macros()
+        macros = Geometry(name, **unpacking._ANY_SHAPE).macros()
         return compiled((name, ku), ("common", "unpack"), (f"unpack_kernel<{ku}>",), macros)
 
     monkeypatch.setattr(runner, "load", load)
-    monkeypatch.setattr(runner, "_unpacker", unpacker)
+    monkeypatch.setattr(unpacking, "_unpacker", unpacker)
 
 
 def build(name, **changes):
@@ -87,3 +88,37 @@ def test_streams_are_dequantized_exactly(emulate, name):
         want = exact.get_submodule(path).weight
         for dtype in (torch.float16, torch.bfloat16):
             assert torch.equal(streamed.get_submodule(path).dequantize(dtype), want.to(dtype)), path
+
+
+@pytest.mark.parametrize(
+    ("linears", "head", "table"), [("int4_g128", "int8", "int4_g128"), ("ternary", "int4_sym_g128", "int8")]
+)
+@torch.no_grad()
+def test_formats_mix_and_the_embedding_may_be_packed(emulate, linears, head, table):
+    streamed, exact = model(torch.float16), model(torch.float32)
+    for path, linear in list(streamed.named_modules()):
+        if isinstance(linear, nn.Linear):
+            name = head if path == "lm_head" else "int8" if "down" in path else linears
+            packed = quantize(linear.weight.detach(), name)
+            exact.get_submodule(path).weight.data = weights.dequantize(packed)
+            streamed.set_submodule(path, NativeLinear(packed))
+    streamed.model.embed_tokens = NativeEmbedding.from_embedding(streamed.model.embed_tokens, table)
+    exact.model.embed_tokens.weight.data = weights.dequantize(streamed.model.embed_tokens.packed)
+    stream_modules.attach(streamed, lambda module: module.packed if isinstance(module, NativeLinear) else None)
+    decoder = generate.Decoder(streamed, 1, LENGTH, torch.float16)
+    step = runner.NativeStep(streamed, decoder.cache, decoder.token, decoder.position)
+    held_against(exact, decoder, step, 3, 2e-3)
+
+
+@torch.no_grad()
+def test_a_token_that_is_drawn_is_the_one_that_goes_on(emulate):
+    streamed, _, decoder, _ = build("int8")
+    step = runner.NativeStep(
+        streamed, decoder.cache, decoder.token, decoder.position, pick=lambda logits: logits.argmin(-1)
+    )
+    step.launch()
+    assert int(decoder.token) == int(step.logits.argmin()) == int(step.history[1])
+    before = step.logits.clone()
+    step.launch()
+    assert not torch.equal(step.logits, before)
+    assert int(decoder.position) == 2

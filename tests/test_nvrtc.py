@@ -8,7 +8,7 @@ import re
 import pytest
 
 from lowbit.errors import LowbitError
-from lowbit.kernels import nvrtc, runner
+from lowbit.kernels import arguments, nvrtc, runner
 from lowbit.kernels.geometry import Geometry
 from lowbit.kernels.stream import LAYOUTS
 
@@ -25,12 +25,12 @@ CASES = [
     ("int8", LLAMA_3B),
     ("bf16", SMALL),
 ]
-SOURCE = nvrtc.read_sources("ptx", "common", "product", "attention", "unpack")
+SOURCE = nvrtc.read_sources("ptx", "common", "product", "attention", "embedding", "unpack")
 STRUCTURES = {
-    "Product": runner._Product,
-    "Embed": runner._Embed,
-    "Attention": runner._Attention,
-    "Unpack": runner._Unpack,
+    "Product": arguments.Product,
+    "Embed": arguments.Embed,
+    "Attention": arguments.Attention,
+    "Unpack": arguments.Unpack,
 }
 
 

@@ -11,6 +11,7 @@ from lowbit import generate
 from lowbit.errors import LowbitError
 from lowbit.kernels import geometry, runner, stream, stream_modules
 from lowbit.kernels.geometry import Geometry
+from lowbit.kernels.modules import NativeEmbedding
 from lowbit.kernels.quantizer import quantize
 from lowbit.kernels.runner import NativeStep
 from lowbit.kernels.stream import LAYOUTS
@@ -161,7 +162,7 @@ def test_what_a_step_can_not_run_is_refused_by_name(module):
     with pytest.raises(LowbitError, match="one sequence"):
         NativeStep(made, decoder.cache, decoder.token, decoder.position)
     decoder = generate.Decoder(made, 1, 160, torch.bfloat16)
-    with pytest.raises(LowbitError, match=r"keeps keys and values in torch.float16, got torch.bfloat16"):
+    with pytest.raises(LowbitError, match=r"wants keys and values in torch.float16, got torch.bfloat16"):
         NativeStep(made, decoder.cache, decoder.token, decoder.position)
     plain, _ = streamed()
     plain.model.layers[1].mlp.down_proj = nn.Linear(768, 256, bias=False, dtype=dtype)
@@ -169,12 +170,29 @@ def test_what_a_step_can_not_run_is_refused_by_name(module):
         step_of(plain, dtype)
     mixed, _ = streamed()
     weight = mixed.model.layers[0].self_attn.o_proj.packed
-    other = quantize(torch.randn(weight.n, weight.k).half(), "int8")
-    mixed.model.layers[0].self_attn.o_proj = stream_modules.StreamLinear(
-        stream_modules.StreamPart(stream.pack_stream(other), other.n)
-    )
-    with pytest.raises(LowbitError, match=r"runs one weight format, int4_g128, but o is int8: mixed recipes"):
+    mixed.model.layers[0].self_attn.o_proj = alone(quantize(torch.randn(weight.n, weight.k).bfloat16(), "bf16"))
+    with pytest.raises(LowbitError, match=r"activations in one dtype, torch.float16 .* but o is bf16"):
         step_of(mixed, dtype)
+    mixed.model.embed_tokens = NativeEmbedding.from_embedding(mixed.model.embed_tokens, "mxfp4")
+    with pytest.raises(LowbitError, match=r"looks up 16-bit and integer tables, this embedding is mxfp4"):
+        step_of(mixed, dtype)
+
+
+def alone(packed):
+    return stream_modules.StreamLinear(stream_modules.StreamPart(stream.pack_stream(packed), packed.n))
+
+
+def test_why_a_model_is_not_for_the_step_is_said():
+    made, _ = streamed()
+    assert runner.unstreamed(made) is None
+    head = made.lm_head
+    made.lm_head = nn.Linear(256, 512, bias=False)
+    assert runner.unstreamed(made) == "lm_head is a Linear without a stream"
+    made.lm_head = alone(quantize(torch.randn(512, 256).bfloat16(), "bf16"))
+    assert "lm_head wants activations in torch.bfloat16, others in torch.float16" == runner.unstreamed(made)
+    made.lm_head = head
+    made.model.norm.to(torch.bfloat16)
+    assert runner.unstreamed(made) == "its norms are in torch.bfloat16, its streams want torch.float16"
 
 
 # -- the decoder that runs it ------------------------------------------------------------------------------------------
@@ -185,7 +203,8 @@ class FakeStep:
 
     wrong = 1.0
 
-    def __init__(self, made, cache, token, position, progress=None):
+    def __init__(self, made, cache, token, position, progress=None, pick=None):
+        self.pick = pick
         self.model, self.cache, self.token, self.position = made, cache, token, position
         self.shape = Geometry.of(made.config, "int4_g128")
         self.history = torch.zeros(cache.layers[0].keys.shape[2] + 1, dtype=torch.int64)

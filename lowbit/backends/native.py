@@ -55,8 +55,7 @@ def quantize(module: nn.Module, fmt: Format, dtype: torch.dtype, choose: Choose 
             raise LowbitError(f"{fmt.id} expects {path} in {dtype}, got {target.linear.weight.dtype}")
         if name is not None:
             target.replace(NativeLinear.from_linear(target.linear, name))
-    if choose is None:
-        attach_streams(module)
+    attach_streams(module)
 
 
 def attach_streams(module: nn.Module) -> None:

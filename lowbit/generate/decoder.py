@@ -162,6 +162,7 @@ class Decoder:
             return prefill(model, cache, ids, pick)
 
         self._native: NativeStep | None = None
+        self._pick = pick
         self._step: Step = step
         self._prefill_step: PrefillStep = prefill_step
 
@@ -182,10 +183,12 @@ class Decoder:
         held against the eager one first: LowbitError naming ``source`` if their logits differ by more than the dtype
         explains.
         """
-        self.prefill(ids)
-        native = NativeStep(self.model, self.cache, self.token, self.position, progress)
+        first = self.prefill(ids).clone()
+        pick = None if self._pick is greedy else self._pick
+        native = NativeStep(self.model, self.cache, self.token, self.position, progress, pick)
         expected = decode_logits(self.model, self.token, self.position, self.cache).flatten().double()
         self.prefill(ids)
+        self.token.copy_(first)  # a pick that draws has drawn another one
         native.launch()
         error = float((native.logits.double() - expected).norm() / expected.norm())
         bound = NATIVE_BOUNDS[native.shape.dtype]
@@ -197,6 +200,13 @@ class Decoder:
             )
         native.capture()
         self._native = native
+
+    def pick_natively(self, greedily: bool) -> None:
+        """Whether the native step takes its own arg max or asks this decoder's ``pick``: recorded anew."""
+        if self._native is None:
+            raise LowbitError("pick_natively() is for a decoder that runs natively: call run_natively() first")
+        self._native.pick = None if greedily else self._pick
+        self._native.capture()
 
     def compile_prefill(self, compiler: Callable[[PrefillStep], PrefillStep]) -> None:
         """Prefill with ``compiler(prefill_step)`` from now on; decode stays as it is."""

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from lowbit import backends, device, formats, models, packed_file
+from lowbit.backends import native
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS, Format, stored
 from lowbit.formats.row import TABLES
 from lowbit.generate.detokenizer import Detokenizer
 from lowbit.generate.runner import Runner, make_runner
 from lowbit.hostmodel import Progress, silent
+from lowbit.kernels.stream import LAYOUTS
 from lowbit.sampling import GREEDY, Sampling
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -242,10 +244,18 @@ def _converted(model: Any, fmt: Format | None, target: torch.device) -> Any:
     made = copy.deepcopy(model, memo)
     owners = {"lm_head": made, "embed_tokens": made.model}
     tables = nn.ModuleDict({name: getattr(owners[name], name) for name in _tables(fmt)})
+    dtype = _dtype(fmt, target, made.model.norm.weight.dtype)
     for part in (*made.model.layers, tables):
-        part.to(target)
+        part.to(target, dtype)
         if fmt is not None:
-            backends.get(fmt.backend).quantize(part, fmt, made.model.norm.weight.dtype)
+            backends.get(fmt.backend).quantize(part, fmt, dtype)
     for name, table in tables.items():
         setattr(owners[name], name, table)
-    return made.to(target).eval()
+    return made.to(target, dtype).eval()
+
+
+def _dtype(fmt: Format | None, target: torch.device, given: torch.dtype) -> torch.dtype:
+    """A model keeps its dtype, but where the decode kernels want another one: fp16 beside integer weights."""
+    if fmt is None or fmt.backend != "lowbit" or fmt.scheme not in LAYOUTS or not native.streams(target):
+        return given
+    return torch.bfloat16 if fmt.scheme == "bf16" else torch.float16

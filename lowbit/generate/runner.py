@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lowbit.generate import native
 from lowbit.generate.decoder import Decoder
 from lowbit.sampling import GREEDY, Sampler, Sampling
 
@@ -37,7 +38,7 @@ class Runner(Protocol):
 Factory = Callable[[Any, int, int], Runner | None]
 """(model, batch, length) -> a runner for it, or None where it can't: another device, format or shape."""
 
-_factories: dict[str, Factory] = {}
+_factories: dict[str, Factory] = {"native": native.offer}
 
 
 def register_runner(name: str, factory: Factory) -> None:

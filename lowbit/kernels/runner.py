@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.errors import LowbitError
-from lowbit.kernels import nvrtc
+from lowbit.kernels import nvrtc, weights
+from lowbit.kernels.arguments import Attention, Embed, Product, fill
 from lowbit.kernels.geometry import ATTENTION_THREADS, BLOCKS, MAX_SPLITS, Geometry
 from lowbit.kernels.launch import Module
-from lowbit.kernels.stream import TILE, Stream
-from lowbit.kernels.stream_modules import StreamLinear, StreamPart
+from lowbit.kernels.modules import NativeEmbedding, NativeLinear
+from lowbit.kernels.stream import LAYOUTS, Stream
+from lowbit.kernels.stream_modules import StreamLinear
 
 PRODUCTS = {
     "qkv": "product_kernel<HIDDEN, true, TO_ACT>",
@@ -32,35 +33,22 @@ PRODUCTS = {
 KERNELS = (*PRODUCTS.values(), "attention_kernel", "embed_kernel")
 
 
-# -- launching ---------------------------------------------------------------------------------------------------------
+Pick = Callable[[Tensor], Tensor]
+"""logits [1, 1, vocabulary] -> the next token [1, 1]."""
+
+_loaded: dict[tuple[Geometry, int], Module] = {}
 
 
-def _structure(name: str, fields: str) -> type[ctypes.Structure]:
-    # pointers and 32-bit integers, in the order of cuda/*.cu
-    types = {"p": ctypes.c_void_p, "i": ctypes.c_int}
-    listed = [(field[2:], types[field[0]]) for field in fields.split()]
-    return type(name, (ctypes.Structure,), {"_fields_": listed})
-
-
-_Product = _structure(
-    "Product",
-    "p:weights p:row_scale p:x p:norm p:out p:best p:arrived p:token p:position p:history "
-    "i:tiles i:rows i:ring i:batch",
-)
-_Embed = _structure("Embed", "p:table p:token p:x")
-_Attention = _structure("Attention", "p:qkv p:keys p:values p:rope p:position p:partial p:arrived p:out i:length")
-_Unpack = _structure("Unpack", "p:weights p:row_scale p:out i:row0 i:rows i:k i:half i:bf16_out")
-
-
-def _fill(kind: type[ctypes.Structure], **values: Tensor | int | None) -> ctypes.Structure:
-    return kind(**{name: v.data_ptr() if isinstance(v, Tensor) else v for name, v in values.items()})
-
-
-@lru_cache(maxsize=32)
 def load(shape: Geometry, device: int, progress: Callable[[str], None] | None = None) -> Module:
-    """The kernels for this shape, compiled or from the cache, on this device."""
+    """The kernels for this shape, compiled or from the cache, on this device; once per process."""
+    if (shape, device) not in _loaded:
+        _loaded[shape, device] = _load(shape, device, progress)
+    return _loaded[shape, device]
+
+
+def _load(shape: Geometry, device: int, progress: Callable[[str], None] | None) -> Module:
     major, minor = torch.cuda.get_device_capability(device)
-    source = nvrtc.read_sources("ptx", "common", "product", "attention")
+    source = nvrtc.read_sources("ptx", "common", "product", "attention", "embedding")
     with torch.cuda.device(device):
         binary = nvrtc.compile_source(
             source, KERNELS, shape.macros(), f"sm_{major}{minor}a", folder=nvrtc.cache_folder(), progress=progress
@@ -68,45 +56,20 @@ def load(shape: Geometry, device: int, progress: Callable[[str], None] | None = 
         return Module(binary)
 
 
-_ANY_SHAPE = {"hidden": 1024, "inter": 1024, "heads": 8, "kv_heads": 8, "head_dim": 128, "eps": 1e-5}
-"""The kernel that unpacks a stream depends on no model's shape, but its source wants one."""
-
-
-@lru_cache(maxsize=32)
-def _unpacker(format: str, ku: int, device: int) -> Module:
-    major, minor = torch.cuda.get_device_capability(device)
-    source = nvrtc.read_sources("ptx", "common", "unpack")
-    macros = Geometry(format, **_ANY_SHAPE).macros()  # type: ignore[arg-type]
-    name, arch = f"unpack_kernel<{ku}>", f"sm_{major}{minor}a"
-    with torch.cuda.device(device):
-        return Module(nvrtc.compile_source(source, (name,), macros, arch, folder=nvrtc.cache_folder()))
-
-
-def unpack(part: StreamPart, dtype: torch.dtype) -> Tensor:
-    """The rows of a stream that one linear owns, dequantized: [rows, k] fp16 or bf16 on the stream's device."""
-    stream = part.stream
-    if dtype not in (torch.float16, torch.bfloat16):
-        raise LowbitError(f"streams are dequantized to fp16 or bf16, not to {dtype}")
-    out = torch.empty(part.rows, stream.k, dtype=dtype, device=stream.data.device)
-    argument = _fill(
-        _Unpack,
-        weights=stream.data,
-        row_scale=stream.row_scale,
-        out=out,
-        row0=part.row0,
-        rows=part.rows,
-        k=stream.k,
-        half=part.half,
-        bf16_out=int(dtype is torch.bfloat16),
-    )
-    module = _unpacker(stream.format, stream.ku, stream.data.device.index or 0)
-    tiles = -(-(part.row0 % TILE + part.rows) // (TILE // 2 if part.half else TILE))
-    threads = tiles * stream.k * TILE * stream.layout.bits // 8 // 16
-    module.launch(f"unpack_kernel<{stream.ku}>", (-(-threads // 256), 1), 256, argument)
-    return out
-
-
-# -- the step ----------------------------------------------------------------------------------------------------------
+def unstreamed(model: Any) -> str | None:
+    """Why the step can't take this model's modules, or None: every linear streamed, activations of one dtype."""
+    dtype = None
+    for path, module in model.named_modules():
+        if isinstance(module, StreamLinear):
+            found = Geometry.of(model.config, module.format).dtype
+            if found is not (dtype := dtype or found):
+                return f"{path} wants activations in {found}, others in {dtype}"
+        elif isinstance(module, nn.Linear | NativeLinear):
+            return f"{path} is a {type(module).__name__} without a stream"
+    kept = model.model.norm.weight.dtype
+    if kept is not dtype:
+        return f"its norms are in {kept}, its streams want {dtype}"
+    return None
 
 
 def _stream_of(linear: nn.Module, where: str) -> Stream:
@@ -117,6 +80,7 @@ def _stream_of(linear: nn.Module, where: str) -> Stream:
 
 @dataclass(eq=False)
 class _Launch:
+    module: Module
     kernel: str
     grid: tuple[int, int]
     threads: int
@@ -126,10 +90,12 @@ class _Launch:
 
 
 class NativeStep:
-    """One greedy step: reads ``token`` [1, 1] and ``position`` [1] (int64 on the device), runs, writes both.
+    """One step: reads ``token`` [1, 1] and ``position`` [1] (int64 on the device), runs, writes both.
 
     ``cache`` is the StaticCache that the prefill filled, ``history`` [length] int64 gets the token of every position,
     ``logits`` [vocabulary] fp32 are the last step's. Calling it replays one CUDA graph; the first call captures it.
+    ``pick`` chooses the token from logits [1, 1, vocabulary] instead of arg max, by operations that a graph can hold.
+    Linears may be of several weight formats, as a recipe mixes them, if their activations have one dtype.
     """
 
     def __init__(
@@ -139,21 +105,37 @@ class NativeStep:
         token: Tensor,
         position: Tensor,
         progress: Callable[[str], None] | None = None,
+        pick: Pick | None = None,
     ) -> None:
-        format = _stream_of(model.lm_head, "lm_head").format
-        self.shape = shape = Geometry.of(model.config, format)
-        self.token, self.position = token, position
+        self.shape = Geometry.of(model.config, _stream_of(model.lm_head, "lm_head").format)
+        self.token, self.position, self.pick = token, position, pick
         device = token.device
         keys = cache.layers[0].keys
         if token.numel() != 1 or keys.shape[0] != 1:
             raise LowbitError(f"the native step decodes one sequence (batch 1), got a cache of batch {keys.shape[0]}")
-        if keys.dtype != shape.dtype:
-            raise LowbitError(f"the native step of {format} keeps keys and values in {shape.dtype}, got {keys.dtype}")
         self.length = keys.shape[2]
-        self.module = load(shape, device.index or 0, progress)
+        self._modules: dict[str, Module] = {}
+        self._kept: list[Tensor] = []
+        self._device, self._progress = device.index or 0, progress
+        self._expect(keys, "keys and values")
         self._buffers(model, device)
         self._launches = list(self._plan(model, cache))
         self._graph: torch.cuda.CUDAGraph | None = None
+
+    def _module(self, format: str) -> Module:
+        # kernels of the two int4 formats are the same: their streams are
+        code = LAYOUTS[format].code
+        name = next(name for name, layout in LAYOUTS.items() if layout.code == code)
+        if name not in self._modules:
+            self._modules[name] = load(replace(self.shape, format=name), self._device, self._progress)
+        return self._modules[name]
+
+    def _expect(self, tensor: Tensor, what: str) -> None:
+        if tensor.dtype != self.shape.dtype:
+            raise LowbitError(
+                f"the native step of {self.shape.format} wants {what} in {self.shape.dtype}, got {tensor.dtype}"
+            )
+        self._kept.append(tensor)
 
     def _buffers(self, model: Any, device: torch.device) -> None:
         shape = self.shape
@@ -177,15 +159,9 @@ class NativeStep:
         self.rope = torch.stack([cos[0, :, :half], sin[0, :, :half]], -1).float().contiguous()
 
     def _plan(self, model: Any, cache: Any) -> Iterator[_Launch]:
-        shape, body = self.shape, model.model
-        table = body.embed_tokens.weight
-        if table.dtype != shape.dtype:
-            raise LowbitError(
-                f"the native step of {shape.format} wants an embedding in {shape.dtype}, got {table.dtype}"
-            )
-        self._kept = [table, *(layer.keys for layer in cache.layers), *(layer.values for layer in cache.layers)]
-        embed = _fill(_Embed, table=table, token=self.token, x=self.residual)
-        yield _Launch("embed_kernel", (-(-shape.hidden // 256), 1), 256, embed, overlap=False)
+        body = model.model
+        self._kept += [*(layer.keys for layer in cache.layers), *(layer.values for layer in cache.layers)]
+        yield self._embedding(body.embed_tokens)
         for index, layer in enumerate(body.layers):
             attention, mlp = layer.self_attn, layer.mlp
             where = f"layer {index}'s"
@@ -204,22 +180,40 @@ class NativeStep:
             yield self._product("down", _stream_of(mlp.down_proj, f"{where} down_proj"), self.activated, self.residual)
         yield self._product("head", _stream_of(model.lm_head, "lm_head"), self.residual, self.logits, body.norm)
 
+    def _embedding(self, table: Any) -> _Launch:
+        named: dict[str, Any]
+        if isinstance(table, NativeEmbedding):
+            packed, row = table.packed, weights.find(table.format)
+            if row.kind != "int" or 8 % row.bits:
+                raise LowbitError(
+                    f"the native step looks up 16-bit and integer tables, this embedding is {packed.format}"
+                )
+            assert packed.scale is not None
+            named = {"table": packed.codes, "scale": packed.scale, "zero": packed.zero, "bits": row.bits}
+            named |= {"group": row.group_size or packed.k, "offset": row.offset, "step": row.step}
+            named["wide"] = int(packed.scale.dtype is torch.float32)
+            self._kept += [tensor for tensor in named.values() if isinstance(tensor, Tensor)]
+        else:
+            self._expect(table.weight, "an embedding")
+            named = {"table": table.weight, "bits": 16, "group": self.shape.hidden}
+        argument = fill(Embed, token=self.token, x=self.residual, **named)
+        grid = -(-self.shape.hidden // 256), 1
+        return _Launch(self._module(self.shape.format), "embed_kernel", grid, 256, argument, overlap=False)
+
     def _product(self, name: str, stream: Stream, x: Tensor, out: Tensor, norm: Any = None) -> _Launch:
-        shape = self.shape
-        if stream.format != shape.format:
+        shape = replace(self.shape, format=stream.format)
+        if shape.dtype != self.shape.dtype:
             raise LowbitError(
-                f"the native step runs one weight format, {shape.format}, but {name} is {stream.format}: mixed recipes "
-                "run in another mode"
+                f"the native step keeps activations in one dtype, {self.shape.dtype} beside a head in "
+                f"{self.shape.format}, but {name} is {stream.format}: bf16 weights stand with bf16 alone"
             )
         weight = None if norm is None else norm.weight
         if weight is not None:
-            if weight.dtype != shape.dtype:
-                raise LowbitError(f"the native step of {shape.format} wants norms in {shape.dtype}, got {weight.dtype}")
-            self._kept.append(weight)
+            self._expect(weight, "norms")
         ring, batch, shared = shape.shared(stream.k, stream.tiles)
         head = name == "head"
-        argument = _fill(
-            _Product,
+        argument = fill(
+            Product,
             weights=stream.data,
             row_scale=stream.row_scale,
             x=x,
@@ -235,11 +229,12 @@ class NativeStep:
             ring=ring,
             batch=batch,
         )
-        return _Launch(PRODUCTS[name], (min(BLOCKS, stream.tiles), 1), shape.threads, argument, shared)
+        grid = min(BLOCKS, stream.tiles), 1
+        return _Launch(self._module(stream.format), PRODUCTS[name], grid, shape.threads, argument, shared)
 
     def _attention(self, layer: Any) -> _Launch:
-        argument = _fill(
-            _Attention,
+        argument = fill(
+            Attention,
             qkv=self.qkv,
             keys=layer.keys,
             values=layer.values,
@@ -250,19 +245,26 @@ class NativeStep:
             out=self.attended,
             length=self.length,
         )
-        return _Launch("attention_kernel", (self.shape.kv_heads, self.splits), ATTENTION_THREADS, argument)
+        grid = self.shape.kv_heads, self.splits
+        return _Launch(self._module(self.shape.format), "attention_kernel", grid, ATTENTION_THREADS, argument)
 
     def launch(self) -> None:
-        """The step's kernels, one by one, on the current stream."""
+        """The step's kernels, one by one, on the current stream; then ``pick``, if it is not greedy."""
         for one in self._launches:
-            self.module.launch(
+            one.module.launch(
                 one.kernel, one.grid, one.threads, one.argument, shared_bytes=one.shared_bytes, overlap=one.overlap
             )
+        if self.pick is not None:  # the head has put its arg max there, and advanced the position
+            self.token.copy_(self.pick(self.logits.view(1, 1, -1)))
+            self.history.index_copy_(0, self.position, self.token.view(1))
 
     def capture(self) -> None:
-        """Record the step as a CUDA graph; the token, position and cache stay as they are."""
-        for kernel in {one.kernel for one in self._launches}:
-            self.module.function(kernel)  # loading is not allowed while a graph is captured
+        """Record the step as a CUDA graph; the token, position and cache stay as they are.
+
+        Again after ``pick`` was changed: a graph holds the operations of the one that it was recorded with.
+        """
+        for one in self._launches:
+            one.module.function(one.kernel)  # loading is not allowed while a graph is captured
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self.launch()

@@ -51,7 +51,7 @@ class StreamLinear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """[out_features, in_features] in ``dtype``, rounded once."""
-        from lowbit.kernels.runner import unpack
+        from lowbit.kernels.unpacking import unpack
 
         return unpack(self.part, dtype)
 
@@ -85,6 +85,8 @@ def attach(module: nn.Module, packed: Callable[[nn.Module], Packed | None]) -> i
             parts = [part for part in found if part is not None]
             if not parts:
                 continue
+            if len({part.format for part in parts}) > 1:
+                continue  # a recipe that mixes them: each stays a linear of its own
             if len(parts) != len(names):
                 raise LowbitError(f"{', '.join(names)} share a stream: expected all of them packed, got {len(parts)}")
             replaced += _replace(parent, names, parts)

@@ -312,12 +312,3 @@ template <int K, bool NORM, int EPILOGUE> __global__ void __launch_bounds__(THRE
     if (threadIdx.x == CONSUMERS) produce<K>(op, s, t0, t1);
   } else consume<K, NORM, EPILOGUE>(op, s, t0, t1);
 }
-
-// ---------------------------------------------------------------------------------------------- embedding
-struct Embed { const uint16_t* table; const int64_t* token; float* x; };
-__global__ void embed_kernel(const __grid_constant__ Embed e) {
-  const int i = blockIdx.x * blockDim.x + threadIdx.x;
-  if (i < HIDDEN) e.x[i] = from16(e.table[(size_t)*e.token * HIDDEN + i]);
-  let_next_start();
-}
-

@@ -1,0 +1,75 @@
+"""The runner of lowbit's own CUDA kernels: a whole step, sampling included, is one CUDA graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.generate.decoder import Decoder
+from lowbit.kernels import geometry, nvrtc, runner
+from lowbit.kernels.stream_modules import StreamLinear
+from lowbit.sampling import GREEDY, Sampler, Sampling
+
+
+class NativeRunner:
+    """One sequence of a model whose linears are streamed (lowbit.backends.native on SM90); see ``Runner``."""
+
+    name = "lowbit's CUDA kernels, one graph per token"
+
+    def __init__(self, model: Any, length: int) -> None:
+        self.length = length
+        self._sampling = GREEDY
+        self._sampler = Sampler(GREEDY, 1, model.model.norm.weight.device)
+        self._decoder = Decoder(model, 1, length, pick=self._pick)
+        self._recorded: str | None = None  # the kind of sampling that the graph holds
+
+    def _pick(self, logits: Tensor) -> Tensor:
+        return self._sampler(logits)
+
+    @property
+    def position(self) -> int:
+        return self._decoder.used
+
+    def reset(self, sampling: Sampling) -> None:
+        """Sample like this from now on, from the seed's first draw."""
+        self._sampling = sampling
+        if sampling.kind == self._sampler.kind:
+            self._sampler.set(sampling)
+        else:
+            self._sampler = Sampler(sampling, 1, self._sampler.seed.device)
+            if self._recorded is not None:
+                self._record()
+
+    @torch.no_grad()
+    def _record(self) -> None:
+        self._decoder.pick_natively(greedily=self._sampling.kind == "greedy")
+        self._recorded = self._sampling.kind
+
+    @torch.no_grad()
+    def prefill(self, ids: Tensor) -> Tensor:
+        """ids [1, S] into an empty cache -> the first token. The first prompt also proves a step against eager."""
+        if self._recorded is None:
+            self._decoder.run_natively(ids, "Generator")
+            self._record()
+            self._sampler.set(self._sampling)  # the proof has drawn
+        return self._decoder.prefill(ids)
+
+    @torch.no_grad()
+    def step(self) -> Tensor:
+        """The next token."""
+        return self._decoder.decode(1)
+
+
+def offer(model: Any, batch: int, length: int) -> NativeRunner | None:
+    """For ``make_runner``: one sequence, streamed weights, a device that the kernels are written for."""
+    head = model.lm_head
+    if batch != 1 or not isinstance(head, StreamLinear) or runner.unstreamed(model) is not None:
+        return None
+    device = head.part.stream.data.device
+    if device.type != "cuda" or nvrtc.available() is not None:
+        return None
+    if geometry.unmet(model.config, head.format, torch.cuda.get_device_capability(device)) is not None:
+        return None
+    return NativeRunner(model, length)

@@ -1,0 +1,28 @@
+"""The kernels' arguments: one struct each, with the fields that cuda/*.cu declare, in their order."""
+
+from __future__ import annotations
+
+import ctypes
+
+from torch import Tensor
+
+
+def structure(name: str, fields: str) -> type[ctypes.Structure]:
+    # pointers and 32-bit integers, in the order of cuda/*.cu
+    types = {"p": ctypes.c_void_p, "i": ctypes.c_int}
+    listed = [(field[2:], types[field[0]]) for field in fields.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": listed})
+
+
+Product = structure(
+    "Product",
+    "p:weights p:row_scale p:x p:norm p:out p:best p:arrived p:token p:position p:history "
+    "i:tiles i:rows i:ring i:batch",
+)
+Embed = structure("Embed", "p:table p:scale p:zero p:token p:x i:bits i:group i:offset i:step i:wide")
+Attention = structure("Attention", "p:qkv p:keys p:values p:rope p:position p:partial p:arrived p:out i:length")
+Unpack = structure("Unpack", "p:weights p:row_scale p:out i:row0 i:rows i:k i:half i:bf16_out")
+
+
+def fill(kind: type[ctypes.Structure], **values: Tensor | int | None) -> ctypes.Structure:
+    return kind(**{name: v.data_ptr() if isinstance(v, Tensor) else v for name, v in values.items()})

@@ -1,0 +1,53 @@
+"""Streams back to matrices: what the products with many tokens, and the proofs, multiply with."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import LowbitError
+from lowbit.kernels import nvrtc
+from lowbit.kernels.arguments import Unpack, fill
+from lowbit.kernels.geometry import Geometry
+from lowbit.kernels.launch import Module
+from lowbit.kernels.stream import TILE
+from lowbit.kernels.stream_modules import StreamPart
+
+_ANY_SHAPE = {"hidden": 1024, "inter": 1024, "heads": 8, "kv_heads": 8, "head_dim": 128, "eps": 1e-5}
+"""The kernel that unpacks a stream depends on no model's shape, but its source wants one."""
+
+
+@lru_cache(maxsize=32)
+def _unpacker(format: str, ku: int, device: int) -> Module:
+    major, minor = torch.cuda.get_device_capability(device)
+    source = nvrtc.read_sources("ptx", "common", "unpack")
+    macros = Geometry(format, **_ANY_SHAPE).macros()  # type: ignore[arg-type]
+    name, arch = f"unpack_kernel<{ku}>", f"sm_{major}{minor}a"
+    with torch.cuda.device(device):
+        return Module(nvrtc.compile_source(source, (name,), macros, arch, folder=nvrtc.cache_folder()))
+
+
+def unpack(part: StreamPart, dtype: torch.dtype) -> Tensor:
+    """The rows of a stream that one linear owns, dequantized: [rows, k] fp16 or bf16 on the stream's device."""
+    stream = part.stream
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise LowbitError(f"streams are dequantized to fp16 or bf16, not to {dtype}")
+    out = torch.empty(part.rows, stream.k, dtype=dtype, device=stream.data.device)
+    argument = fill(
+        Unpack,
+        weights=stream.data,
+        row_scale=stream.row_scale,
+        out=out,
+        row0=part.row0,
+        rows=part.rows,
+        k=stream.k,
+        half=part.half,
+        bf16_out=int(dtype is torch.bfloat16),
+    )
+    module = _unpacker(stream.format, stream.ku, stream.data.device.index or 0)
+    tiles = -(-(part.row0 % TILE + part.rows) // (TILE // 2 if part.half else TILE))
+    threads = tiles * stream.k * TILE * stream.layout.bits // 8 // 16
+    module.launch(f"unpack_kernel<{stream.ku}>", (-(-threads // 256), 1), 256, argument)
+    return out
