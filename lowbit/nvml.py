@@ -165,7 +165,7 @@ class Nvml:
     def energy_j(self) -> float:
         """Joules of the whole card since its driver was loaded. Raises NvmlUnavailable where it has no counter.
 
-        The counter moves in jumps, every 20 to 100 ms by card and driver: see ``measure.energy``.
+        The counter moves in jumps, every 20 to 100 ms by card and driver: see lowbit/energy.py.
         """
         try:
             return float(self._library.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1e3

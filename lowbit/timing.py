@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lowbit import compilers, generate, kvcache, measure
+from lowbit import compilers, energy, generate, kvcache, measure
 from lowbit.cases import Case
 from lowbit.device import Device
 from lowbit.metrics import Measurement
@@ -86,7 +86,7 @@ class Stopwatch:
         """Joules of decoding on from the prompt's end, in stretches short beside the counter's 100 ms."""
         steps = max(1, min(m.new_tokens, int(ENERGY_STRETCH_S / step_s)))
         try:
-            reading = measure.energy(nvml, self.device, lambda: decoder.again(steps))
+            reading = energy.measure(nvml, self.device, lambda: decoder.again(steps))
         except NvmlUnavailable as error:  # a MIG slice has no counter of its own
             m.unavailable["energy_j_per_tok"] = str(error)
         else:

@@ -44,7 +44,7 @@ STAGES = (
     {"compilers", "generate"},
     {"measure", "quality"},
     {"texts", "streamed", "quantized", "kernel_times"},
-    {"profiling", "evaluation"},
+    {"profiling", "evaluation", "energy"},
     {"timing", "scoring", "calibration", "products"},
     {"auto"},
     {"lab"},

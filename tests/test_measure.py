@@ -6,8 +6,8 @@ import contextlib
 import os
 import time
 import weakref
-from types import SimpleNamespace
 
+import fake_cuda
 import fake_pynvml
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from fake_pynvml import CARD
 from lowbit import measure, metrics
 from lowbit.device import Device
 from lowbit.measure import StepClock, VramMeter
-from lowbit.nvml import Nvml, NvmlUnavailable
+from lowbit.nvml import Nvml
 
 CPU = Device("cpu", 0, "AMD EPYC", "cpu-amd-epyc-2c", None, 24_000.0, 2, None, None)
 MIB = 1024 * 1024
@@ -26,34 +26,7 @@ ME = os.getpid()
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """torch.cuda on a machine without one: counts its calls; an event's time is the stream's clock at its record."""
-    log = SimpleNamespace(calls=[], now_ms=0.0, events=0, reserved=0)
-
-    class Event:
-        def __init__(self, enable_timing=False):
-            self.timing = enable_timing
-            log.events += 1
-
-        def record(self):
-            self.at = log.now_ms
-
-        def synchronize(self):
-            log.calls.append("event.synchronize")
-
-        def elapsed_time(self, end):
-            assert self.timing
-            assert end.timing
-            return end.at - self.at
-
-    for name in ("empty_cache", "ipc_collect"):
-        monkeypatch.setattr(torch.cuda, name, lambda name=name: log.calls.append(name))
-    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: log.calls.append("workspaces"), raising=False)
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: log.reserved * MIB)
-    for name in ("synchronize", "reset_peak_memory_stats"):
-        monkeypatch.setattr(torch.cuda, name, lambda device, name=name: log.calls.append(name))
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    return log
+    return fake_cuda.install(monkeypatch)
 
 
 def test_the_absent_metrics_are_metrics():
@@ -209,81 +182,6 @@ def test_memory_fits_on_a_cpu(monkeypatch, tmp_path):
     assert measure._host_available_mib(tmp_path / "absent") is None
     monkeypatch.setattr(measure, "_host_available_mib", lambda: None)
     assert measure.memory_fits(CPU, 1e9) is None
-
-
-# -- energy -------------------------------------------------------------------------------------------------------
-
-
-class Meter:
-    """A card of constant power whose counter moves every ``interval`` seconds; ``step`` lets ``step_s`` pass."""
-
-    def __init__(self, monkeypatch, step_s, interval=0.1, watts=500.0, offset=0.037):
-        self.now, self.step_s, self.interval, self.watts = offset, step_s, interval, watts
-        self.steps, self.reads = 0, 0
-        monkeypatch.setattr(measure, "perf_counter", lambda: self.now)
-
-    def step(self):
-        self.now += self.step_s
-        self.steps += 1
-
-    def energy_j(self):
-        self.reads += 1
-        return self.watts * self.interval * (self.now // self.interval)
-
-
-@pytest.mark.parametrize("step_s", [0.001, 0.0043, 0.03, 0.09])
-def test_energy_between_two_moves_of_the_counter(monkeypatch, step_s):
-    for offset in np.linspace(0, 0.1, 7):
-        meter = Meter(monkeypatch, step_s, offset=float(offset))
-        read = measure.energy(meter, CPU, meter.step, min_seconds=1.0)
-        assert read.seconds >= 1.0
-        assert read.seconds == pytest.approx(read.repetitions * step_s)
-        assert read.joules == pytest.approx(meter.watts * read.seconds, rel=step_s / read.seconds + 1e-9)
-
-
-def test_energy_of_steps_longer_than_the_interval_is_wrong_by_an_interval_at_most(monkeypatch):
-    for step_s in (0.13, 0.5, 0.77):
-        meter = Meter(monkeypatch, step_s)
-        read = measure.energy(meter, CPU, meter.step, min_seconds=1.0)
-        assert abs(read.joules - meter.watts * read.seconds) <= meter.watts * meter.interval * (1 + 1e-9)
-
-
-def test_a_counter_that_never_moves(monkeypatch):
-    meter = Meter(monkeypatch, 0.1, watts=0.0)
-    with pytest.raises(NvmlUnavailable, match="stood still for 2 s"):
-        measure.energy(meter, CPU, meter.step)
-
-
-def test_a_counter_that_stops(monkeypatch):
-    meter = Meter(monkeypatch, 0.05)
-    moving = meter.energy_j
-    monkeypatch.setattr(meter, "energy_j", lambda: min(moving(), 100.0))
-    with pytest.raises(NvmlUnavailable, match="stood still for 2 s"):
-        measure.energy(meter, CPU, meter.step)
-
-
-def test_a_card_without_a_counter_gives_the_reason(monkeypatch, cuda):
-    fake_pynvml.install(monkeypatch, refused={"nvmlDeviceGetTotalEnergyConsumption"})
-    with Nvml.open(CARD) as card, pytest.raises(NvmlUnavailable, match="no energy counter: Not Supported"):
-        measure.energy(card, CARD, lambda: None)
-
-
-def test_the_counter_is_read_at_the_cuts_only(monkeypatch):
-    meter = Meter(monkeypatch, 0.001)
-    read = measure.energy(meter, CPU, meter.step)
-    assert read.repetitions >= 1000
-    assert meter.reads < 250  # two waits for a move, 100 ms of 1 ms steps each
-
-
-def test_one_step_is_in_flight_while_the_counter_is_read(monkeypatch, cuda):
-    meter = Meter(monkeypatch, 0.03)
-    read = measure.energy(meter, CARD, meter.step)
-    waits = [call for call in cuda.calls if call == "event.synchronize"]
-    assert len(waits) == meter.steps - 1
-    assert cuda.calls[-1] == "synchronize"
-    assert cuda.calls.count("synchronize") == 1
-    assert read.joules == pytest.approx(meter.watts * read.seconds, rel=0.03 / read.seconds + 1e-9)
-    assert read.repetitions * meter.step_s == pytest.approx(read.seconds)
 
 
 # -- the host -----------------------------------------------------------------------------------------------------

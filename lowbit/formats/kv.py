@@ -1,4 +1,4 @@
-"""The formats of the KV cache alone: weights in bf16, keys and values in 8 or 4 bits (lowbit/kvcache.py)."""
+"""The formats of the KV cache alone: weights in bf16, keys and values in 8 or 4 bits (lowbit/kvcache)."""
 
 from __future__ import annotations
 

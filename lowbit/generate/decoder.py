@@ -39,7 +39,7 @@ def make_cache(model: Any, batch: int, length: int, dtype: torch.dtype | None = 
 
     Keys and values: [batch, kv_heads, length rounded up to 16, head_dim] per layer. ``dtype`` is that of the
     activations; None takes it from the final norm, which no format quantizes. ``kv``: what the cache holds instead, as
-    Format.kv (lowbit/kvcache.py). Allocated before anything is compiled,
+    Format.kv (lowbit/kvcache). Allocated before anything is compiled,
     because the cache marks its tensors as static addresses for CUDA graphs only outside a compiled region.
     """
     config = model.config
