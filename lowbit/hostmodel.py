@@ -118,9 +118,10 @@ class HostModel:
                     transform(layer)
                 progress(f"{self.name}: {index + 1} of {len(layers)} layers on {device}")
             inside = {module for layer in layers for module in layer.modules()}
-            _move((module for module in model.modules() if module not in inside), device, dtype)
+            outside = [module for module in model.modules() if module not in inside]
+            _move(outside, device, dtype)
             if not packed:
-                unpack_linears(model, dtype)
+                unpack_linears(model, dtype, outside)  # what the transform has packed inside is to stay
             if transform is not None and tables:
                 owners = {"lm_head": model, "embed_tokens": model.model}
                 holder = nn.ModuleDict({name: getattr(owners[name], name) for name in tables})

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
 
-from lowbit import embedded
+from lowbit import device, embedded
 from lowbit.backends import coverage
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS
 from lowbit.generate import Generator, Token, make_runner, register_runner
 from lowbit.generate.detokenizer import Detokenizer
 from lowbit.generate.runner import DecoderRunner, unregister_runner
+from lowbit.kernels.modules import packed_modules
 from lowbit.quiet import quiet_import
 from lowbit.sampling import GREEDY, Sampling
 
@@ -225,6 +229,25 @@ def test_every_format_of_ours_generates_the_same_before_and_after_a_file(fmt, tm
     generator.save(tmp_path / "packed.safetensors")
     again = Generator.from_packed(tmp_path / "packed.safetensors")
     assert ids(again([3, 5, 8], 12, stop_at_eos=False)) == want
+
+
+def test_a_model_by_name_is_quantized_throughout(story):
+    packed = packed_modules(story.model)
+    assert len(packed) == 7 * story.model.config.num_hidden_layers + 1
+    assert {module.format for module in packed.values()} == {"int4_g128"}
+
+
+def test_the_readme_example_runs_and_says_what_it_is_said_to(tmp_path, monkeypatch, capsys):
+    section = (
+        (Path(__file__).parents[1] / "README.md").read_text().partition("\n## Generating")[2].partition("\n## ")[0]
+    )
+    code, said = re.findall(r"```(?:python|text)\n(.*?)```", section, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lowbit.device.detect", lambda: device.of(torch.device("cpu")))
+    exec(compile(code, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert printed.split()[:6] == said.split()[:6]  # further on, another processor's rounding may choose another word
+    assert Generator.from_packed(tmp_path / "packed.safetensors").model.config.num_hidden_layers == 4
 
 
 def test_a_folder_is_a_model_too():

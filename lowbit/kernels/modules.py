@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -100,9 +100,12 @@ class NativeEmbedding(PackedModule):
         return rows
 
 
-def unpack_linears(module: nn.Module, dtype: torch.dtype) -> None:
-    """Replace every packed linear inside ``module`` by a plain one in ``dtype``: the weights it stands for, rounded."""
-    for parent in list(module.modules()):
+def unpack_linears(module: nn.Module, dtype: torch.dtype, parents: Iterable[nn.Module] | None = None) -> None:
+    """Replace every packed linear inside ``module`` by a plain one in ``dtype``: the weights it stands for, rounded.
+
+    ``parents``: only those that are children of one of these.
+    """
+    for parent in list(module.modules() if parents is None else parents):
         for name, child in list(parent.named_children()):
             if isinstance(child, NativeLinear):
                 plain = nn.Linear(child.in_features, child.out_features, child.bias is not None, device="meta")
