@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lowbit import cases
 from lowbit.cases import KINDS, SUITE_MODES, Case
 from lowbit.errors import LowbitError, unknown
+from lowbit.formats import FORMATS
+
+if TYPE_CHECKING:
+    from lowbit.device import Device
 
 OK = 0
 
@@ -78,16 +82,23 @@ def seconds_of(found: Iterable[Planned]) -> float:
 
 
 def expect(
-    suite: str, kinds: Iterable[str], parameters: int, device_kind: str, recorded_s: Mapping[str, float]
+    suite: str,
+    kinds: Iterable[str],
+    parameters: int,
+    device_kind: str,
+    recorded_s: Mapping[str, float],
+    is_skipped: Callable[[Case], bool] | None = None,
 ) -> list[Planned]:
-    """The suite's cases in the order they run. A row that the device can't have is skipped in no time."""
+    """The suite's cases in the order they run. What the device can't have takes no time: by ``is_skipped`` where it is
+    at hand, else by the kinds of device that a row names."""
+    skips = is_skipped or (lambda case: device_kind not in case.format.devices)
     found = []
     for kind in kinds:
         if kind not in PLANNED:
             raise unknown("kind of case", kind, PLANNED)
         for case in cases.enumerate_cases(kind, suite, parameters):
             nodeid = f"benches/test_{kind}.py::test_{kind}[{case.id}]"
-            guess = typical_s(device_kind, kind, case.mode) if device_kind in case.format.devices else 0.0
+            guess = 0.0 if skips(case) else typical_s(device_kind, kind, case.mode)
             found.append(Planned(case, nodeid, recorded_s.get(nodeid, guess), nodeid in recorded_s))
     return sorted(found, key=lambda one: cases.run_order(one.case))
 
@@ -170,7 +181,8 @@ def run(options: argparse.Namespace) -> int:
     kind = options.device or here.kind
     kinds = [one for one in PLANNED if one in (options.kind or PLANNED)]
     recorded = recorded_seconds(options.runs, choice.name, kind)
-    every = expect(options.suite, kinds, choice.parameters, kind, recorded)
+    skips = _skips(here, choice.config) if options.device in (None, here.kind) else None
+    every = expect(options.suite, kinds, choice.parameters, kind, recorded, skips)
     planned = [one for one in every if _asked_for(one.case, options)]
     if not planned:
         raise LowbitError("no case of this suite, kind, mode and workload: nothing to plan")
@@ -192,6 +204,20 @@ def run(options: argparse.Namespace) -> int:
         "\nCut short? The same command with --resume goes on. All parts as one: python -m lowbit merge RUN… -o ALL.json"
     )
     return OK
+
+
+def _skips(here: Device, config: Any) -> Callable[[Case], bool]:
+    """Whether a case can't run on this machine: by the needs of its row and of its compile mode."""
+    from lowbit import backends, compilers
+
+    rows = {row.id: backends.unmet(row, here, config) for row in FORMATS.values()}
+
+    def skips(case: Case) -> bool:
+        if rows[case.format.id] is not None:
+            return True
+        return case.mode is not None and compilers.unmet(case.mode, here, case.format, case.rows) is not None
+
+    return skips
 
 
 def _asked_for(case: Case, options: argparse.Namespace) -> bool:

@@ -72,6 +72,15 @@ def test_a_row_that_the_device_can_not_have_takes_no_time():
     assert all(one.seconds > 0 for one in found if "cpu" in one.case.format.devices)
 
 
+def test_on_this_machine_what_is_skipped_here_takes_no_time(monkeypatch, capsys):
+    found = []
+    monkeypatch.setattr(plan, "split", lambda cases, *limits: found.extend(cases) or [plan.Part(0.0, [])])
+    assert main(["plan", "--model", "embedded", "--suite", "full", "--device", "cpu", "--kind", "decode"]) == 0
+    seconds = {one.case.id: one.seconds for one in found}
+    assert seconds["a16w4_g256-torchao-eager-b1_c0"] == 0.0  # no such group on a CPU
+    assert seconds["a16w4_g128-torchao-eager-b1_c0"] > 0
+
+
 def test_the_commands_together_are_the_suite_and_each_is_pytests(capsys):
     assert main([*PLAN, "--kind", "decode", "--commands"]) == 0
     lines = capsys.readouterr().out.splitlines()
