@@ -26,6 +26,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from toy_benches import GUARD_S
 
 from lowbit import cases, measure, texts
 from lowbit.device import Device
@@ -132,7 +133,7 @@ class FakeLab:
             raise KeyboardInterrupt
         if is_planned(plan, "sleep", name):
             Path(os.environ[PLAN]).with_name("asleep").write_text(str(os.getpid()))
-            time.sleep(60)
+            time.sleep(300)
 
 
 def blank_record(case, nodeid, **fields):
@@ -207,7 +208,7 @@ class Bench:
 
     def run(self, *args: str, processes: bool = False, paths: tuple[str, ...] = ("benches",)) -> pytest.RunResult:
         if processes:
-            return self.pytester.runpytest_subprocess(*paths, "-p", "fakes", *args, timeout=120)
+            return self.pytester.runpytest_subprocess(*paths, "-p", "fakes", *args, timeout=GUARD_S)
         variables = dict(os.environ)
         with self.monkeypatch.context() as patch:
             install(patch.setattr)

@@ -13,6 +13,7 @@ import time
 import pytest
 import torch
 from fakes import Bench
+from toy_benches import GUARD_S
 
 from lowbit import runs
 from lowbit.pytest_plugin.session import is_device_fault, is_out_of_memory
@@ -195,20 +196,23 @@ def test_a_real_ctrl_c_exits_with_2_and_leaves_no_process_and_no_temporary_file(
     bench.plan(**{"sleep": "decode[bf16-torch-eager", "real children": True})
     temporary = bench.root / "temporary"
     temporary.mkdir()
-    process = subprocess.Popen(
+    asleep = bench.root / "asleep"
+    deadline = time.monotonic() + GUARD_S
+    with subprocess.Popen(
         [sys.executable, "-m", "pytest", "benches", "-p", "fakes", "--isolate", "-k", "bf16 and eager and decode"],
         cwd=bench.root,
         env=os.environ | {"TMPDIR": str(temporary)},
         stdout=subprocess.PIPE,
         text=True,
-    )
-    asleep = bench.root / "asleep"
-    for _ in range(600):
-        if asleep.exists():
-            break
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=30)
+    ) as process:
+        try:
+            while not asleep.exists():
+                assert time.monotonic() < deadline, "the case was never reached"
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            output, _ = process.communicate(timeout=GUARD_S)
+        finally:
+            process.kill()
     assert process.returncode == 2, output
     assert list(temporary.iterdir()) == []
     with pytest.raises(ProcessLookupError):

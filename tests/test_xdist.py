@@ -12,7 +12,7 @@ from collections import OrderedDict
 from types import SimpleNamespace
 
 import pytest
-from toy_benches import FORMATS, Toy, gone
+from toy_benches import FORMATS, GUARD_S, Toy, gone
 
 from lowbit.pytest_plugin import xdist
 from lowbit.pytest_plugin.scheduler import FormatScheduling, scope_of
@@ -274,27 +274,18 @@ def test_tests_under_xdist_stay_as_they_are(toy, monkeypatch):
 
 def test_an_interrupt_keeps_what_was_finished(toy):
     toy.plan(**{"a8w8-torchao-compiled": "hang"})
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "benches",
-        "-n",
-        "2",
-        "--benchmark-json=out.json",
-        "-p",
-        "no:cacheprovider",
-    ]
-    process = subprocess.Popen(command, cwd=toy.path, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 40
-        while not ((toy.path / "hanging").exists() and len(toy.kept()) >= CASES - 2):
-            assert time.monotonic() < deadline, "the hanging test was never reached"
-            time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGINT)
-        output, _ = process.communicate(timeout=30)
-    finally:
-        process.kill()
+    options = ["-n", "2", "--benchmark-json=out.json", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "benches", *options]
+    with subprocess.Popen(command, cwd=toy.path, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            deadline = time.monotonic() + GUARD_S
+            while not ((toy.path / "hanging").exists() and len(toy.kept()) >= CASES - 2):
+                assert time.monotonic() < deadline, "the hanging test was never reached"
+                time.sleep(0.05)
+            os.killpg(process.pid, signal.SIGINT)
+            output, _ = process.communicate(timeout=GUARD_S)
+        finally:
+            process.kill()
     assert process.returncode == pytest.ExitCode.INTERRUPTED, output
     assert len(toy.json()["benchmarks"]) == len(toy.kept()) >= CASES - 2
     assert gone(int((toy.path / "hanging").read_text()))

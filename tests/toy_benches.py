@@ -13,6 +13,9 @@ from pathlib import Path
 
 import lowbit
 
+GUARD_S = 240.0
+"""Ends a process that hangs. Starting one takes a second on an idle machine and half a minute on a crowded one."""
+
 FORMATS = ("bf16-torch", "a16w8-torchao", "a16w4_g128-torchao", "a8w8-torchao")
 
 CONFTEST = """
@@ -95,9 +98,9 @@ def measure(request, benchmark):
             os._exit(9)
         if act == "hang":
             (FOLDER / "hanging").write_text(str(os.getpid()))
-            time.sleep(60)
+            time.sleep(300)
         if act == "linger":  # until a dead worker's replacement is there, and can be given work
-            deadline = time.monotonic() + 50
+            deadline = time.monotonic() + 120
             while not (FOLDER / "collected by gw2").exists() and time.monotonic() < deadline:
                 time.sleep(0.02)
             time.sleep(1)
@@ -164,7 +167,7 @@ class Toy:
     def plan(self, **acts):
         (self.path / "plan.json").write_text(json.dumps(acts))
 
-    def run(self, *args, timeout=60):
+    def run(self, *args, timeout=GUARD_S):
         return self.pytester.runpytest_subprocess("-p", "no:cacheprovider", *args, timeout=timeout)
 
     def kept(self):
@@ -179,7 +182,7 @@ class Toy:
         return json.loads((self.path / name).read_text())
 
 
-def gone(pid, within_s=10.0):
+def gone(pid, within_s=GUARD_S):
     """True once the process has ended; False when it has not within this time."""
     deadline = time.monotonic() + within_s
     while Path(f"/proc/{pid}").exists():
