@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowbit import __version__, nightly, plan
+from lowbit import __version__, nightly, plan, step_command
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS, Format, Unmet
 from lowbit.report import command, formats_page
@@ -50,6 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
     compare.set_defaults(run=compare_files)
     nightly.add_parsers(commands)
     plan.add_parser(commands)
+    step_command.add_parser(commands)
     command.add_parser(commands)
     return parser
 

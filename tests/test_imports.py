@@ -55,7 +55,8 @@ STAGES = (
     {"comparison", "trend", "baseline_patch"},
     {"bisection"},
     {"report"},
-    {"nightly", "plan"},
+    {"native_step", "nightly", "plan"},
+    {"step_command"},
     {"pytest_plugin", "__main__"},
 )
 """Each stage may import those before it. A package counts as one module."""

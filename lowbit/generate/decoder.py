@@ -171,6 +171,11 @@ class Decoder:
         """Tokens in the cache, counted on the host."""
         return self._used
 
+    @property
+    def native(self) -> NativeStep | None:
+        """The native step, once ``run_natively`` was called."""
+        return self._native
+
     def compile(self, compiler: Callable[[Step], Step]) -> None:
         """Decode with ``compiler(step)`` from now on; the prefill stays as it is."""
         self._step = compiler(self._step)

@@ -88,6 +88,11 @@ class _Launch:
     shared_bytes: int = 0
     overlap: bool = True
 
+    def launch(self) -> None:
+        self.module.launch(
+            self.kernel, self.grid, self.threads, self.argument, shared_bytes=self.shared_bytes, overlap=self.overlap
+        )
+
 
 class NativeStep:
     """One step: reads ``token`` [1, 1] and ``position`` [1] (int64 on the device), runs, writes both.
@@ -119,7 +124,7 @@ class NativeStep:
         self._device, self._progress = device.index or 0, progress
         self._expect(keys, "keys and values")
         self._buffers(model, device)
-        self._launches = list(self._plan(model, cache))
+        self.plan = list(self._plan(model, cache))
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def _module(self, format: str) -> Module:
@@ -250,10 +255,8 @@ class NativeStep:
 
     def launch(self) -> None:
         """The step's kernels, one by one, on the current stream; then ``pick``, if it is not greedy."""
-        for one in self._launches:
-            one.module.launch(
-                one.kernel, one.grid, one.threads, one.argument, shared_bytes=one.shared_bytes, overlap=one.overlap
-            )
+        for one in self.plan:
+            one.launch()
         if self.pick is not None:  # the head has put its arg max there, and advanced the position
             self.token.copy_(self.pick(self.logits.view(1, 1, -1)))
             self.history.index_copy_(0, self.position, self.token.view(1))
@@ -263,7 +266,7 @@ class NativeStep:
 
         Again after ``pick`` was changed: a graph holds the operations of the one that it was recorded with.
         """
-        for one in self._launches:
+        for one in self.plan:
             one.module.function(one.kernel)  # loading is not allowed while a graph is captured
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):

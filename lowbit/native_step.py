@@ -1,0 +1,177 @@
+"""``python -m lowbit step``: the native decode step alone. How many tokens a second at which context, what each of its
+kernels takes, and whether the same prompt gives the same bits every time. For whoever works on the kernels: the benches
+measure the same step among all other formats, with the gate.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit import device, generate, models
+from lowbit.errors import LowbitError
+from lowbit.kernels import geometry, nvrtc, runner, stream_modules
+from lowbit.kernels.geometry import Geometry
+from lowbit.kernels.quantizer import quantize
+from lowbit.kernels.stream import LAYOUTS
+
+PROMPT, REPLAYS, ROUNDS = 128, 20, 3
+"""Tokens of the repeated runs' prompt; graph replays per timing of a kernel; timings, of which the median counts."""
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < 1:
+        raise LowbitError(f"{option}: expected whole numbers of 1 or more, separated by commas, got {text!r}")
+    return found
+
+
+def main(options: Any) -> int:
+    """Measure and print; ``options`` as step_command parses them. Raises LowbitError where the step can't run."""
+    contexts, tokens = _numbers(options.contexts, "--contexts"), _numbers(options.tokens, "--tokens")
+    here = device.detect()
+    choice = models.choose(options.model, options.load_format, here)
+    names = options.formats.split(",") if options.formats else list(LAYOUTS)
+    for name in names:
+        why = geometry.unmet(choice.config, name, here.capability)
+        if why is not None:
+            raise LowbitError(f"step: {name} can't run here: {why[1]}")
+    if (missing := nvrtc.available()) is not None:
+        raise LowbitError(f"step: {missing}")
+    host = models.load(choice, pin=True)
+    for name in names:
+        for found in _measure(host, name, here.torch, contexts, tokens, options.repeats):
+            print(json.dumps(found) if options.json else _line(found), flush=True)
+    return 0
+
+
+def _line(found: dict[str, Any]) -> str:
+    rest = {key: value for key, value in found.items() if key not in ("format", "what")}
+    return f"{found['format']:<14}{found['what']:<11}" + "  ".join(f"{key} {value}" for key, value in rest.items())
+
+
+def _measure(
+    host: Any, name: str, where: torch.device, contexts: list[int], tokens: list[int], repeats: int
+) -> Iterator[dict[str, Any]]:
+    dtype = Geometry.of(host.config, name).dtype
+    started = time.perf_counter()
+    model = host.build(where, dtype, lambda module: attach(module, name), tables=["lm_head"])
+    _wait(where)
+    quantized_s = time.perf_counter() - started
+    limit = host.config.max_position_embeddings
+    length = min(limit, max(contexts) + max(tokens))
+    decoder = generate.Decoder(model, 1, length, dtype)
+    prompt = torch.arange(min(PROMPT, length // 2), device=where).unsqueeze(0) * 7919 % host.config.vocab_size
+    started = time.perf_counter()
+    decoder.run_natively(prompt, name)
+    step = decoder.native
+    assert step is not None
+    yield {"format": name, "what": "ready", "quantized_s": round(quantized_s, 2)} | {
+        "kernels_s": round(time.perf_counter() - started, 2)
+    }
+    for context in contexts:
+        for count in tokens:
+            if context + count <= length:
+                tok_s = rate(step, context, count, where)
+                yield {"format": name, "what": "decode", "context": context, "tokens": count, "tok_s": round(tok_s, 1)}
+    differ = differing(decoder, prompt, min(max(tokens), length - prompt.shape[1]), repeats)
+    yield {"format": name, "what": "repeats", "runs": repeats, "differ": differ}
+    for kernel, (calls, us, gb_s) in operations(step, model).items():
+        yield {"format": name, "what": "kernel", "us": round(us, 2), "calls": calls, "gb_s": round(gb_s), "of": kernel}
+
+
+def attach(module: nn.Module, name: str) -> None:
+    """Quantize the linears inside ``module`` and put them into streams."""
+
+    def packed(linear: nn.Module) -> Any:
+        return quantize(linear.weight.detach(), name) if isinstance(linear, nn.Linear) else None
+
+    stream_modules.attach(module, packed)
+
+
+def _wait(where: torch.device) -> None:
+    if where.type == "cuda":
+        torch.cuda.synchronize(where)
+
+
+@torch.no_grad()
+def rate(step: Any, context: int, count: int, where: torch.device) -> float:
+    """Tokens per second of ``count`` dependent steps from ``context`` on. The cache holds what it holds: it costs the
+    same whatever its values are."""
+
+    def once() -> float:
+        step.position.fill_(context)
+        _wait(where)
+        started = time.perf_counter()
+        for _ in range(count):
+            step()
+        _wait(where)
+        return time.perf_counter() - started
+
+    once()
+    return count / statistics.median(once() for _ in range(ROUNDS))
+
+
+@torch.no_grad()
+def differing(decoder: Any, prompt: Tensor, count: int, repeats: int) -> int:
+    """Of ``repeats`` runs of the same prompt, how many differ from the first in any token or logit bit."""
+
+    def once() -> tuple[Tensor, Tensor]:
+        decoder.prefill(prompt)
+        tokens = decoder.decode(count)
+        return tokens, decoder.native.logits.clone()
+
+    first = once()
+    return sum(not all(map(torch.equal, once(), first)) for _ in range(repeats))
+
+
+def operations(step: Any, model: Any) -> dict[str, tuple[int, float, float]]:
+    """Each kind of kernel by itself, all its calls of a token one behind the other in a graph: calls, µs per call and
+    GB/s of weights (0: it reads none)."""
+    names = {kernel: name for name, kernel in runner.PRODUCTS.items()}
+    read = _bytes_read(model)
+    found = {}
+    for kernel in dict.fromkeys(one.kernel for one in step.plan):
+        calls = [one for one in step.plan if one.kernel == kernel]
+        us = _time([one.launch for one in calls], step) / len(calls)
+        name = names.get(kernel, kernel)
+        found[name] = len(calls), us, read.get(name, 0) / len(calls) / us / 1e3
+    return found
+
+
+def _bytes_read(model: Any) -> dict[str, int]:
+    layers = model.model.layers
+    parts = {
+        "qkv": [layer.self_attn.q_proj for layer in layers],
+        "o": [layer.self_attn.o_proj for layer in layers],
+        "gate_up": [layer.mlp.gate_proj for layer in layers],
+        "down": [layer.mlp.down_proj for layer in layers],
+        "head": [model.lm_head],
+    }
+    return {name: sum(linear.part.stream.data.numel() for linear in linears) for name, linears in parts.items()}
+
+
+def _time(calls: list[Callable[[], None]], step: Any) -> float:
+    """µs of all calls, in one graph."""
+    step.position.fill_(PROMPT)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    begin.record()
+    for _ in range(REPLAYS):
+        graph.replay()
+    end.record()
+    torch.cuda.synchronize()
+    return float(begin.elapsed_time(end)) * 1e3 / REPLAYS

@@ -1,0 +1,25 @@
+"""The options of ``python -m lowbit step``: its own module, so that the command line starts without torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def add_parser(commands: Any) -> None:
+    """The sub-command. ``commands`` is what ``ArgumentParser.add_subparsers`` gave."""
+    parser = commands.add_parser("step", help="lowbit's own decode step alone: speed, time per kernel, repeatability")
+    parser.add_argument("--model", default="llama-3.1-8b", help="as in `pytest benches --model` (llama-3.1-8b)")
+    parser.add_argument("--load-format", choices=("auto", "dummy"), default="dummy", help="dummy weights, or real ones")
+    parser.add_argument("--formats", default="", metavar="LIST", help="weight formats, by commas (all that it streams)")
+    parser.add_argument("--contexts", default="128,8192", metavar="LIST", help="tokens in the KV cache (128,8192)")
+    parser.add_argument("--tokens", default="128,512", metavar="LIST", help="tokens decoded from there (128,512)")
+    parser.add_argument("--repeats", type=int, default=10, metavar="N", help="runs that must agree in every bit (10)")
+    parser.add_argument("--json", action="store_true", help="one object per line")
+    parser.set_defaults(run=run)
+
+
+def run(options: Any) -> int:
+    """Measure and print."""
+    from lowbit import native_step
+
+    return native_step.main(options)

@@ -1,0 +1,86 @@
+"""`python -m lowbit step`: what it measures, with steps that the CPU can take, and what it refuses."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from test_runner import FakeStep, streamed
+from tiny import model
+
+from lowbit import __main__, generate, native_step
+from lowbit.errors import LowbitError
+from lowbit.kernels import runner
+
+CPU = torch.device("cpu")
+
+
+def test_it_says_what_it_needs(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU: the refusal is for machines without")
+    assert __main__.main(["step", "--model", "embedded"]) == __main__.UNUSABLE
+    assert "bf16 can't run here: needs a CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "12,x", "0", "-3"])
+def test_numbers_are_numbers(text):
+    with pytest.raises(LowbitError, match="--tokens: expected whole numbers"):
+        native_step._numbers(text, "--tokens")
+    assert native_step._numbers("128,512", "--tokens") == [128, 512]
+
+
+def test_a_rate_is_the_median_of_its_rounds(monkeypatch):
+    ticks = itertools.accumulate([0, 9, 1, 2, 1, 4, 1, 1])  # a round that does not count, then 2, 4 and 1 s
+    monkeypatch.setattr(native_step.time, "perf_counter", lambda: next(ticks))
+    calls = []
+
+    class Step:
+        position = torch.zeros(1, dtype=torch.int64)
+
+        def __call__(self):
+            calls.append(int(self.position))
+
+    assert native_step.rate(Step(), 128, 10, CPU) == 5.0
+    assert calls == [128] * 40
+
+
+@pytest.mark.parametrize(("noise", "want"), [(0.0, 0), (1e-3, 4)])
+def test_runs_that_differ_in_a_bit_are_counted(monkeypatch, noise, want):
+    class Noisy(FakeStep):
+        def launch(self):
+            super().launch()
+            self.logits = self.logits + noise * torch.rand(1)
+
+        __call__ = launch
+
+    monkeypatch.setattr("lowbit.generate.decoder.NativeStep", Noisy)
+    made = model(torch.float16)
+    decoder = generate.Decoder(made, 1, 64, torch.float16)
+    prompt = torch.arange(8).unsqueeze(0)
+    decoder.run_natively(prompt, "a case")
+    assert native_step.differing(decoder, prompt, 6, 4) == want
+
+
+def test_each_kind_of_kernel_is_timed_over_all_its_calls(monkeypatch):
+    launched = []
+    fake = type("Fake", (), {"launch": lambda self, kernel, *args, **kwargs: launched.append(kernel)})()
+    monkeypatch.setattr(runner, "load", lambda shape, device, progress=None: fake)
+    monkeypatch.setattr(native_step, "_time", lambda calls, step: float(len([call() for call in calls])) * 2)
+    made, dtype = streamed("int8")
+    decoder = generate.Decoder(made, 1, 160, dtype)
+    step = runner.NativeStep(made, decoder.cache, decoder.token, decoder.position)
+    found = native_step.operations(step, made)
+    assert {name: calls for name, (calls, _, _) in found.items()} == {
+        "embed_kernel": 1,
+        "qkv": 2,
+        "attention_kernel": 2,
+        "o": 2,
+        "gate_up": 2,
+        "down": 2,
+        "head": 1,
+    }
+    assert len(launched) == 12
+    assert found["down"][1] == 2.0
+    assert found["down"][2] == pytest.approx(768 * 256 / 2.0 / 1e3)  # bytes per µs are MB/s
+    assert found["attention_kernel"][2] == 0
