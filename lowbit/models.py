@@ -71,7 +71,8 @@ def choose(option: str, load_format: str, device: Device, env: Mapping[str, str]
             "the option out, or name a preset"
         )
     if how is not None:
-        formats.register(stored.as_row(how))
+        for row in stored.as_rows(how):
+            formats.register(row)
     return choice
 
 

@@ -78,8 +78,8 @@ def find_matrices(
     shape.
     """
     left = dict(entries)
-    matrices: dict[str, Matrix] = {}
     problems: list[str] = []
+    whole: dict[str, tuple[int, int, dict[str, Entry]]] = {}
     targets = as_row(stored).targets
     for name, shape in shapes.items():
         path, _, leaf = name.rpartition(".")
@@ -90,13 +90,12 @@ def find_matrices(
             known = (*known, "bias")
         parts = {part: left.pop(f"{path}.{part}") for part in known if f"{path}.{part}" in left}
         n, k = shape
-        wrong = _problems(path, n, k, stored, parts)
-        problems += wrong
-        if not wrong:
-            matrices[path] = Matrix(path, n, k, stored, parts, _format(stored, parts))
+        problems += _problems(path, n, k, stored, parts)
+        whole[path] = n, k, parts
     if problems:
         raise LowbitError(f"{stored.layout}: {checkpoint.some(problems)}; fetch the folder again")
-    return matrices, left
+    format = _format(stored, [parts for _, _, parts in whole.values()])
+    return {path: Matrix(path, n, k, stored, parts, format) for path, (n, k, parts) in whole.items()}, left
 
 
 def _problems(path: str, n: int, k: int, stored: Stored, parts: Mapping[str, Entry]) -> list[str]:
@@ -151,14 +150,21 @@ def _names(dtypes: Iterable[torch.dtype]) -> str:
     return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
-def _format(stored: Stored, parts: Mapping[str, Entry]) -> str:
-    """lowbit's storage that holds it exactly: fp16 scales alone where that is all there is, else fp32 pairs."""
-    scale = parts["weight_scale" if stored.layout == "compressed-tensors" else "scales"]
+def _format(stored: Stored, linears: Iterable[Mapping[str, Entry]]) -> str:
+    """lowbit's storage that holds them exactly: fp16 scales alone where that is all there is, else fp32 pairs."""
+    name = "weight_scale" if stored.layout == "compressed-tensors" else "scales"
     group = f"_g{stored.group_size}" if stored.group_size else ""
     plain = f"int{stored.bits}_sym{group}"
-    if stored.symmetric and scale.spec.dtype == torch.float16 and plain in weights.WEIGHT_FORMATS:
+    if stored.symmetric and plain in weights.WEIGHT_FORMATS and all(_fits_fp16(parts[name]) for parts in linears):
         return plain
     return f"int{stored.bits}_zp{group}"
+
+
+def _fits_fp16(scale: Entry) -> bool:
+    if scale.spec.dtype == torch.float16:
+        return True
+    found = _tensor(scale)
+    return torch.equal(found.half().float(), found.float())
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------

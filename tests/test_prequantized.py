@@ -13,12 +13,12 @@ import torch
 from published import Scheme, publish
 from torch import nn
 
-from lowbit import backends, checkpoint, formats, models, prequantized, quantized
+from lowbit import backends, checkpoint, formats, kernels, models, prequantized, quantized
 from lowbit.device import Device
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS, LINEARS, stored
 from lowbit.generate import Generator
-from lowbit.kernels import weights
+from lowbit.kernels import geometry, stream_modules, weights
 from lowbit.kernels.modules import NativeLinear
 
 CPU = Device("cpu", 0, "a CPU", "a-cpu", None, None, 1, None, None)
@@ -138,6 +138,43 @@ def test_a_quantized_head_is_read_too(tmp_path):
     assert torch.equal(found.model.lm_head.dequantize(), kept["head"])
 
 
+@pytest.mark.parametrize("scales", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_with_a_head_in_4_bits_the_decode_kernels_can_stream_it(tmp_path, scales):
+    made = publish(
+        tmp_path,
+        Scheme("compressed-tensors", 4, 128, True, scales=scales),
+        hidden_size=256,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+    )
+    choice = choose(tmp_path)
+    row = formats.find("a16w4_ct_g128_head4-checkpoint")
+    assert row.fast
+    assert "native" in row.modes
+    assert geometry.unmet(choice.config, row.scheme, (9, 0)) is None
+    host = models.load(choice)
+    found = quantized.build(host, row, CPU)
+    assert found.coverage.linears == found.coverage.expected == 15
+    own = weights.dequantize(kernels.quantize(host.master.lm_head.weight.to(torch.float16), "int4_sym_g128"))
+    assert torch.equal(found.model.lm_head.dequantize(), own)
+    stream_modules.attach(found.model, lambda linear: linear.packed)
+    for path, weight in made.weights.items():
+        assert torch.equal(weights.dequantize(found.model.get_submodule(path).packed), weight), path
+
+
+def test_scales_beyond_fp16_keep_their_bits_and_the_decode_kernels_are_refused(tmp_path):
+    publish(tmp_path, Scheme("compressed-tensors", 4, 128, True, scales=torch.bfloat16))
+    name = "model.layers.1.mlp.down_proj.weight_scale"
+    tiny_llama.edit_weights(tmp_path, lambda tensors: tensors[name].fill_(1.2e-7))
+    choice = choose(tmp_path)
+    host = models.load(choice)
+    found = quantized.build(host, row_of(choice), CPU).model.model.layers[1].mlp.down_proj
+    assert torch.equal(found.packed.scale, torch.full((128, 2), 1.2e-7, dtype=torch.bfloat16).float())
+    with pytest.raises(LowbitError, match=r"needs every linear in int4_sym_g128, but .* take the row without _head4"):
+        quantized.build(host, formats.find("a16w4_ct_g128_head4-checkpoint"), CPU)
+
+
 def test_biases_stay_with_their_linears(tmp_path):
     made = publish(tmp_path, SCHEMES["ct_g32"], attention_bias=True)
     choice = choose(made.folder)
@@ -165,11 +202,8 @@ def test_other_formats_are_told_that_it_is_quantized_already(tmp_path):
     publish(tmp_path, SCHEMES["gptq_g128"])
     choice = choose(tmp_path)
     runs = {row.id for row in FORMATS.values() if backends.unmet(row, CPU, choice.config) is None}
-    assert (
-        {row_of(choice).id, "bf16-torch"}
-        <= runs
-        <= {row_of(choice).id} | {row.id for row in FORMATS.values() if row.backend == "torch"}
-    )
+    own = {"a16w4_gptq_g128-checkpoint", "a16w4_gptq_g128_head4-checkpoint"}
+    assert {*own, "bf16-torch"} <= runs <= own | {row.id for row in FORMATS.values() if row.backend == "torch"}
     reason = backends.unmet(FORMATS["a16w4_g128-torchao"], CPU, choice.config)
     assert reason is not None
     assert reason.reason == (

@@ -228,7 +228,7 @@ def _stored(fmt: Format, config: Any) -> Unmet | None:
     how = stored.read(config, "the model's config")
     if how is None and fmt.backend == "checkpoint":
         return Unmet("capability", f"needs a checkpoint that is stored so ({fmt.name}), this one is not quantized")
-    if how is None or fmt.backend == "torch" or fmt == stored.as_row(how):
+    if how is None or fmt.backend == "torch" or fmt in stored.as_rows(how):
         return None
     return Unmet(
         "capability",

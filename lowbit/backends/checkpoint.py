@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lowbit.backends import native
 from lowbit.errors import LowbitError
 from lowbit.formats import Format, Unmet
-from lowbit.kernels.modules import PackedModule
+from lowbit.kernels.modules import NativeLinear, PackedModule
 
 if TYPE_CHECKING:
     from lowbit.device import Device
@@ -28,8 +28,19 @@ def requirement(fmt: Format, device: Device, config: Any) -> Unmet | None:
 
 
 def quantize(module: nn.Module, fmt: Format, dtype: torch.dtype) -> None:
-    """Put the packed linears into the decode kernels' order, where those read it. Raises LowbitError on a plain one."""
+    """Put the packed linears into the decode kernels' order, where those read it; a row's own head comes beside them.
+
+    Raises LowbitError on a plain linear, and on scales that are not those of the row's decode kernels.
+    """
+    head = module._modules.get("lm_head")
+    if "head" in fmt.options and type(head) is nn.Linear:
+        module._modules["lm_head"] = NativeLinear.from_linear(head, fmt.options["head"])
     for path, child in module.named_modules():
+        if "native" in fmt.modes and isinstance(child, NativeLinear) and child.format != fmt.scheme:
+            raise LowbitError(
+                f"{fmt.id} needs every linear in {fmt.scheme}, but {path} is {child.format}: its bf16 scales are "
+                "beyond what fp16 holds exactly; take the row without _head4"
+            )
         if path.rpartition(".")[2] in fmt.targets and not isinstance(child, PackedModule):
             raise LowbitError(f"{fmt.id} expects the checkpoint's own packed linears, but {path} is a plain one")
     native.attach_streams(module)

@@ -8,11 +8,11 @@ gptqmodel and optimum for the first two, which compile kernels, and decompress t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lowbit.errors import LowbitError
-from lowbit.formats.row import LINEARS, Format, row
+from lowbit.formats.row import FP16_FIRST, LINEARS, Format, row
 
 Layout = Literal["gptq", "awq", "compressed-tensors"]
 
@@ -159,15 +159,44 @@ READERS: dict[str, Callable[[Mapping[str, Any]], tuple[Stored, list[str]]]] = {
 """By ``quant_method``."""
 
 
+NATIVE = "int4_sym_g128"
+"""The storage (lowbit/kernels/weights.py) in which symmetric 4-bit groups of 128 feed lowbit's own decode kernels."""
+
+
+def as_rows(stored: Stored) -> tuple[Format, ...]:
+    """A checkpoint's rows: as it is, and with its head in 4 bits, for the decode kernels, which take one format."""
+    own = as_row(stored)
+    if own.scheme != NATIVE or stored.head:
+        return (own,)
+    with_head = replace(
+        own,
+        name=f"{own.name}_head4",
+        targets=(*own.targets, "lm_head"),
+        options={"head": NATIVE},
+        fast=True,
+        modes=("eager", "native"),
+        note="the checkpoint's own codes and scales, bit for bit, and the head rounded to int4_sym_g128 by lowbit",
+        **FP16_FIRST,
+    )
+    return own, with_head
+
+
 def as_row(stored: Stored) -> Format:
     """The row that multiplies with the linears exactly as they are stored."""
+    native = stored.symmetric and (stored.bits, stored.group_size) == (4, 128)
     size = (f"_g{stored.group_size}" if stored.group_size else "") + ("_head" if stored.head else "")
     return row(
-        *(f"a16w{stored.bits}_{SHORT[stored.layout]}{size}", "checkpoint", stored.layout, (16, stored.bits)),
-        *(f"int{stored.bits}", stored.layout, "calibrated"),
+        f"a16w{stored.bits}_{SHORT[stored.layout]}{size}",
+        "checkpoint",
+        NATIVE if native else stored.layout,
+        (16, stored.bits),
+        f"int{stored.bits}",
+        stored.layout,
+        "calibrated",
         group_size=stored.group_size,
         targets=(*LINEARS, "lm_head") if stored.head else LINEARS,
-        fast=False,
-        modes=("eager",),
+        fast=native and stored.head,
+        modes=("eager", "native") if native and stored.head else ("eager",),
         note="the checkpoint's own codes and scales, bit for bit; quality is taken against what they stand for",
+        **(FP16_FIRST if native and stored.head else {}),
     )
