@@ -136,6 +136,15 @@ def test_a_quantized_head_is_read_too(tmp_path):
     assert found.coverage.linears == 15
     assert found.format.id == "a16w4_gptq_g128_head-checkpoint"
     assert torch.equal(found.model.lm_head.dequantize(), kept["head"])
+    plain = quantized.build(models.load(choice), FORMATS["bf16-torch"], CPU).model
+    assert torch.equal(plain.lm_head.weight, kept["head"].bfloat16())
+
+
+def test_what_lowbit_packs_of_a_plain_model_stays_packed(tmp_path):
+    tiny_llama.save(tmp_path, **published.SHAPE)
+    found = quantized.build(models.load(choose(tmp_path)), FORMATS["a16w4_sym_g128-lowbit"], CPU)
+    assert found.coverage.linears == 15
+    assert isinstance(found.model.model.layers[0].mlp.up_proj, NativeLinear)
 
 
 @pytest.mark.parametrize("scales", [torch.float16, torch.bfloat16])
