@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lowbit import backends, measure, roofline
+from lowbit import attention, backends, measure, roofline
 from lowbit.backends import coverage
 from lowbit.device import MIB, Device
 from lowbit.errors import LowbitError
@@ -63,6 +63,8 @@ def build(host: HostModel, fmt: Format, device: Device, tokens: Tensor | None = 
     else:
         tables, stored = [name for name in TABLES if name in fmt.targets], fmt.backend == "checkpoint"
         model = host.build(device.torch, TORCH_DTYPES[dtype], transform, tables=tables, packed=stored)
+    if fmt.kv == "fp8_attn":
+        attention.install(model)
     measure.synchronize(device)
     return Quantized(fmt, dtype, model, coverage.inspect(model, fmt))
 

@@ -59,8 +59,15 @@ class Scorer:
         """The text as a format is scored on it: in its own windows, and in longer ones where the KV cache is packed."""
         text = self.text(host)
         limit = min(host.config.max_position_embeddings, len(text.ids))
-        further = [window for window in KV_CONTEXTS if text.window < window <= limit] if fmt.kv else []
-        return [text, *(replace(text, window=window) for window in further)]
+        asked = [window for window in KV_CONTEXTS if text.window < window] if fmt.kv else []
+        if missing := [str(window) for window in asked if window > limit]:
+            positions = host.config.max_position_embeddings
+            note = (
+                f"no KV cache is scored at contexts of {', '.join(missing)} tokens: {host.name} has {positions} "
+                f"positions, its text {len(text.ids)} tokens"
+            )
+            self.notes += [note] if note not in self.notes else []
+        return [text, *(replace(text, window=window) for window in asked if window <= limit)]
 
     def reference(self, host: HostModel, text: quality.Text | None = None) -> quality.Reference:
         """Logits of this run's own bf16 (fp16 where the device has no bf16), made on a device free of other models.

@@ -41,7 +41,7 @@ STAGES = (
     {"models", "reference"},
     {"backends"},
     {"regional", "logits_store", "kvcache", "truth", "packed_file", "contenders"},
-    {"compilers", "generate"},
+    {"compilers", "generate", "attention"},
     {"measure", "quality"},
     {"texts", "streamed", "quantized", "kernel_times"},
     {"profiling", "evaluation", "energy"},

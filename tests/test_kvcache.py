@@ -15,7 +15,7 @@ from lowbit.generate import Decoder, make_cache
 from lowbit.quality import Reference, Text
 from lowbit.scoring import Scorer
 
-NAMES = tuple(KV_FORMATS)
+NAMES = tuple(name for name in KV_FORMATS if name != "fp8_attn")  # its attention: test_attention.py
 BF16_BYTES = 2 * 2 * 2 * 32 * 2  # layers, key and value, kv heads, head_dim, bytes
 ROUNDING = {"int8": 0.01, "fp8": 0.04, "int4": 0.15}
 """Relative error of normal numbers, 64 to a scale: half a step of the largest, or of e4m3's 3 bits of mantissa."""
@@ -74,7 +74,7 @@ def test_int4_has_a_zero_point():
 
 def test_an_unknown_format_lists_the_known_ones():
     for call in (lambda: kvcache.encode("int5", states(1, 4)), lambda: make_cache(model(), 1, 16, kv="int5")):
-        with pytest.raises(LowbitError, match="unknown KV cache format 'int5'; known: fp8, int4, int8"):
+        with pytest.raises(LowbitError, match="unknown KV cache format 'int5'; known: fp8, fp8_attn, int4, int8"):
             call()
     with pytest.raises(LowbitError, match="unknown KV cache format 'int5'"):
         kvcache.decode("int5", (states(1), states(1)), torch.float32)
@@ -117,7 +117,7 @@ def test_the_8b_shape_saves_what_it_says():
     shape = SimpleNamespace(num_hidden_layers=32, num_key_value_heads=8, head_dim=128)
     each = {row.kv: quantized.kv_bytes_per_token(row, shape) for row in FORMATS.values()}
     assert each[""] == roofline.kv_bytes_per_token(shape) == 131_072
-    assert each["int8"] == each["fp8"] == 131_072 * 8.125 / 16
+    assert each["int8"] == each["fp8"] == each["fp8_attn"] == 131_072 * 8.125 / 16
     assert each["int4"] == 131_072 * 4.25 / 16
 
 
@@ -201,8 +201,12 @@ def test_fewer_bits_lose_more():
 )
 def test_longer_contexts_follow_from_model_and_text(own, tokens, limit, windows):
     scorer = Scorer(CPU, SimpleNamespace(load=lambda _: Text("toy", torch.arange(tokens), own)), None, print)
-    host = SimpleNamespace(tokenizer=None, config=SimpleNamespace(max_position_embeddings=limit))
+    host = SimpleNamespace(name="toy", tokenizer=None, config=SimpleNamespace(max_position_embeddings=limit))
     assert [text.window for text in scorer.texts(host, FORMATS["bf16_kv_int4-torch"])] == windows
+    left_out = [str(window) for window in (2048, 8192) if window not in windows]
+    told = f"no KV cache is scored at contexts of {', '.join(left_out)} tokens: toy has {limit} positions"
+    scorer.texts(host, FORMATS["bf16_kv_int8-torch"])  # once, whatever the format
+    assert scorer.notes == ([f"{told}, its text {tokens} tokens"] if left_out else [])
     assert [text.window for text in scorer.texts(host, FORMATS["bf16-torch"])] == [own]
 
 
@@ -217,7 +221,8 @@ def installed(monkeypatch):
 def test_every_cache_is_a_row_that_says_that_it_is_a_reference():
     rows = {row.kv: row for row in FORMATS.values() if row.kv and not row.parts}
     assert set(rows) == set(KV_FORMATS)
-    for row in rows.values():
+    for name in NAMES:
+        row = rows[name]
         assert {"kv", row.kv} <= row.selectors
         assert not row.fast
         assert not row.is_baseline
@@ -233,24 +238,12 @@ def test_fp8_asks_for_its_hardware(installed):
     assert backends.unmet(fmt, CPU, config()) is None
 
 
-def test_fp8_attention_says_why_there_is_none(installed):
-    fmt = FORMATS["bf16_attn_fp8-torch"]
-    assert str(backends.unmet(fmt, CPU, config())) == "capability: needs cuda, this is cpu"
-    assert str(backends.unmet(fmt, gpu(8, 9), config())) == "capability: needs SM90 (fp8 attention), this is SM89"
-    reason = backends.unmet(fmt, gpu(9, 0), config())
-    assert reason is not None
-    assert reason.kind == "capability"
-    assert "Flash Attention 3 (flash_attn_interface" in reason.reason
-
-
-def test_torch_still_offers_no_other_attention_in_fp8():
-    """When this fails, torch has something new: see NO_FP8_ATTENTION in lowbit/backends/torch.py."""
-    import inspect
-
-    from torch.nn.attention.experimental import _scaled_dot_product_attention_quantized as module
-
-    taken = inspect.signature(module._scaled_dot_product_attention_quantized).parameters
-    assert not {"attn_mask", "seqlens", "cache_seqlens", "seqused_k"} & set(taken)
+def test_a_recipes_cache_asks_for_its_hardware_too(installed):
+    parts = {"lm_head": "a16w8-torchao"}
+    for kv, what in (("fp8", "fp8 e4m3 in Triton"), ("fp8_attn", "fp8 products")):
+        fmt = recipes.make(recipes.Recipe("mine", parts, kv=kv), FORMATS)
+        assert str(backends.unmet(fmt, gpu(8, 0), config())) == f"capability: needs SM89 ({what}), this is SM80"
+        assert backends.unmet(fmt, gpu(8, 9), config()) is None
 
 
 def test_a_recipe_has_a_cache_too(tmp_path):

@@ -51,6 +51,7 @@ from lowbit.formats.auto import SCHEME as AUTO
 from lowbit.formats.recipes import assignment, matrices
 from lowbit.formats.row import TABLE_PATHS, TABLES
 from lowbit.quiet import quiet_import
+from lowbit.roofline import head_dim
 
 if TYPE_CHECKING:
     from lowbit.device import Device
@@ -62,6 +63,7 @@ __all__ = [
     "Shape",
     "Target",
     "get",
+    "kv_requirement",
     "minimum_sm",
     "quiet_import",
     "shapes",
@@ -112,9 +114,8 @@ class Shape(NamedTuple):
 
 def shapes(fmt: Format, config: Any) -> list[Shape]:
     """The weight shapes of the format's target linears in a Llama of this config, one per kind of linear."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     hidden, intermediate = config.hidden_size, config.intermediate_size
-    query, key = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    query, key = (heads * head_dim(config) for heads in (config.num_attention_heads, config.num_key_value_heads))
     known = {
         "q_proj": (query, hidden),
         "k_proj": (key, hidden),
@@ -169,6 +170,15 @@ def minimum_sm(device: Device, needed: tuple[int, int], why: str) -> Unmet | Non
     if device.kind != "cuda" or device.capability is None or device.capability >= needed:
         return None
     return Unmet("capability", f"needs SM{needed[0]}{needed[1]} ({why}), this is {device.sm}")
+
+
+def kv_requirement(fmt: Format, device: Device, config: Any) -> Unmet | None:
+    """SM89 for a KV cache in fp8, and for attention that multiplies its codes, 16 numbers of a head at a time."""
+    if fmt.kv not in ("fp8", "fp8_attn"):
+        return None
+    if fmt.kv == "fp8_attn" and (width := head_dim(config)) % 16:
+        return Unmet("shape", f"fp8 products need head_dim in multiples of 16, this model's is {width}")
+    return minimum_sm(device, (8, 9), "fp8 e4m3 in Triton" if fmt.kv == "fp8" else "fp8 products")
 
 
 PLAIN_INSTALL = 'pip install "lowbit"'

@@ -37,7 +37,7 @@ def requirement(fmt: Format, device: Device, config: Any) -> Unmet | None:
         reason = backends.unmet(replace(find(part), targets=tuple(names)), device, config)
         if reason is not None:
             return Unmet(reason.kind, f"{part}: {reason.reason}")
-    return None
+    return backends.kv_requirement(fmt, device, config)
 
 
 def quantize(module: nn.Module, fmt: Format, dtype: torch.dtype) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lowbit.backends import minimum_sm, targets
+from lowbit.backends import kv_requirement, targets
 from lowbit.errors import LowbitError
 from lowbit.formats import Format, Unmet
 
@@ -16,20 +16,10 @@ if TYPE_CHECKING:
 
 PACKAGES: tuple[str, ...] = ("torch",)
 
-NO_FP8_ATTENTION = (
-    "needs fp8 attention over a static KV cache, which torch does not have: its quantized SDPA "
-    "(torch.nn.attention.experimental, 2.13) needs Flash Attention 3 (flash_attn_interface, no wheel on PyPI) and "
-    "takes neither a mask nor key lengths; flex_attention gives its output in the inputs' fp8, without a scale"
-)
-
 
 def requirement(fmt: Format, device: Device, config: Any) -> Unmet | None:
-    """SM89 for fp8; nothing that torch has for attention in fp8 (see NO_FP8_ATTENTION)."""
-    if fmt.kv == "fp8":
-        return minimum_sm(device, (8, 9), "fp8 e4m3 in Triton")
-    if fmt.options.get("attention") == "fp8":
-        return minimum_sm(device, (9, 0), "fp8 attention") or Unmet("capability", NO_FP8_ATTENTION)
-    return None
+    """What its KV cache asks for."""
+    return kv_requirement(fmt, device, config)
 
 
 def quantize(module: nn.Module, fmt: Format, dtype: torch.dtype) -> None:

@@ -24,11 +24,11 @@ ROWS: tuple[Format, ...] = (
     Format(
         *("bf16_attn_fp8", "torch", "cast", 16, 16),
         dtypes=("bf16",),
-        devices=("cuda",),
-        keywords=("fp8", "float8", "attention"),
-        options={"attention": "fp8"},
+        keywords=("kv", "kv8", "fp8", "float8", "attention"),
         suite="full",
         fast=False,
-        note="queries, keys and values in e4m3 inside attention",
+        modes=("eager", "regional"),
+        note="queries, keys, probabilities and values in e4m3, both products in fp8, head by head: reference path",
+        kv="fp8_attn",
     ),
 )

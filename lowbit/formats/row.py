@@ -14,7 +14,7 @@ TABLES = ("embed_tokens", "lm_head")
 
 TABLE_PATHS = ("model.embed_tokens", "lm_head")
 
-KV_FORMATS: dict[str, tuple[int, int]] = {"int8": (8, 16), "fp8": (8, 16), "int4": (4, 32)}
+KV_FORMATS: dict[str, tuple[int, int]] = {"int8": (8, 16), "fp8": (8, 16), "int4": (4, 32), "fp8_attn": (8, 16)}
 """What a KV cache can hold -> bits of a number, bits of scale and zero per head and token."""
 
 Suite = Literal["quick", "nightly", "full"]

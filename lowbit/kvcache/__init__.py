@@ -9,6 +9,7 @@ Per head and token, over its head_dim numbers x:
 
     int8   code = round(x / s) in -127..127, s = max|x| / 127                 Jacob et al. 2018 (arXiv 1712.05877)
     fp8    code = e4m3(x / s), s = max|x| / 448                               e4m3: OCP 8-bit Floating Point, rev 1.0
+    fp8_attn  as fp8; attention multiplies the codes themselves (lowbit/attention.py)
     int4   code = round((x - z) / s) in 0..15, s = (max - min) / 15, z = min  asymmetric, as in KIVI (arXiv 2402.02750)
 
 with s and z in fp16; codes are taken for the s that was stored, so its rounding costs nothing.
@@ -36,7 +37,7 @@ def encode(name: str, x: Tensor) -> tuple[Tensor, ...]:
         case "int8":
             scale = _half(x.abs().amax(-1, keepdim=True) / 127)
             return (x / scale.float()).round().clamp(-127, 127).to(torch.int8), scale
-        case "fp8":
+        case "fp8" | "fp8_attn":
             scale = _half(x.abs().amax(-1, keepdim=True) / E4M3_MAX)
             codes = (x / scale.float()).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
             return codes.view(torch.uint8), scale  # index_copy_ knows no fp8
@@ -55,7 +56,7 @@ def decode(name: str, parts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
     match name:
         case "int8":
             return (codes.float() * scale).to(dtype)
-        case "fp8":
+        case "fp8" | "fp8_attn":
             return (codes.view(torch.float8_e4m3fn).float() * scale).to(dtype)
         case "int4":
             wide = torch.cat([codes & 15, codes >> 4], dim=-1).float()

@@ -37,8 +37,11 @@ class PackedLayer(cache_utils.StaticLayer):  # type: ignore[misc]  # transformer
                 torch._dynamo.mark_static_address(tensor)  # else no CUDA graph: they are written in place
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Take in the states of S more tokens, [B, H, S, D] -> all keys and values, [B, H, max_cache_len, D]."""
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Take in the states of S more tokens, [B, H, S, D] -> all keys and values, [B, H, max_cache_len, D].
+
+        For ``fp8_attn``: codes and scales as they are stored.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         tokens = key_states.shape[-2]
@@ -49,7 +52,7 @@ class PackedLayer(cache_utils.StaticLayer):  # type: ignore[misc]  # transformer
             stored = _stored(self, side)
             for tensor, new in zip(stored, encode(self.name, states), strict=True):
                 tensor.index_copy_(2, positions, new)
-            found.append(decode(self.name, stored, self.dtype))
+            found.append(stored if self.name == "fp8_attn" else decode(self.name, stored, self.dtype))
         return found[0], found[1]
 
 
