@@ -21,7 +21,7 @@ from lowbit.nvml import Nvml
 
 NVML_METRICS = ("vram_peak_mib", "vram_start_mib", "vram_end_mib", "energy_j_per_tok")
 """Absent without NVML."""
-GPU_METRICS = (*NVML_METRICS, "vram_alloc_peak_mib", "vram_quantize_peak_mib")
+GPU_METRICS = (*NVML_METRICS, "host_share", "vram_alloc_peak_mib", "vram_quantize_peak_mib")
 """Absent without a GPU: a CPU's resident size says nothing, glibc keeps pages (count storages: weights_mib)."""
 
 

@@ -77,6 +77,8 @@ class Stopwatch:
             timer = RoundTimer(self.device, target, lambda: m.step_s.extend(clock.seconds()))
             rounds(timer, setup=setup, rounds=round_count(step_s * m.new_tokens))
             m.decode_s = timer.seconds
+            if self.device.kind == "cuda":
+                m.issue_s = timer.issued
             if self.profiler is not None:
                 self.profiler.take(case, quantized.model, decoder.again, m.batch, min(m.new_tokens, STEPS))
             if self.nvml is not None:
@@ -159,17 +161,23 @@ def _warming(case: Case) -> str:
 
 
 class RoundTimer:
-    """A target that keeps its own device-synchronised seconds of each round beside pytest-benchmark's."""
+    """A target that keeps its own device-synchronised seconds of each round beside pytest-benchmark's.
+
+    ``issued`` are those until the host had issued everything.
+    """
 
     def __init__(self, device: Device, target: Callable[[], object], after: Callable[[], None] | None = None) -> None:
         self.device, self.target, self.after = device, target, after
         self.seconds: list[float] = []
+        self.issued: list[float] = []
 
     def __call__(self) -> None:
         measure.synchronize(self.device)
         started = time.perf_counter()
         self.target()
+        issued = time.perf_counter() - started
         measure.synchronize(self.device)
+        self.issued.append(issued)
         self.seconds.append(time.perf_counter() - started)
         if self.after is not None:
             self.after()

@@ -19,6 +19,7 @@ def decode() -> Measurement:
         decode_s=[4.0, 1.0, 2.0],
         step_s=[0.100 + 0.010 * i for i in range(11)],
         yardstick_s=[2.0, 1.0, 3.0],
+        issue_s=[1.0, 0.5, 0.5],
         streamed_bytes_per_step=100e9,
         kv_bytes_per_token=MIB / 2,
         read_gb_s=4000.0,
@@ -58,6 +59,7 @@ def quality() -> Measurement:
 EXPECTED = {
     "decode_tok_s": 2 * 10 / 2.0,  # the median round is 2 s
     "speed_ratio": 1.0,  # 2/4, 1/1, 3/2: the median
+    "host_share": 0.25,  # 1/4, 0.5/1, 0.5/2: the median
     "tpot_ms_p50": 150.0,
     "tpot_ms_p90": 190.0,
     "tpot_ms_p99": 199.0,

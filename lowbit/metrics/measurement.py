@@ -43,7 +43,8 @@ class Measurement:
     """The raw quantities of one case. Times in seconds, sizes in bytes unless the name says MiB; None = not taken.
 
     ``prefill_s`` and ``decode_s`` hold one entry per round, ``step_s`` one per decoded step over all rounds,
-    ``yardstick_s`` one per round: fixed host work timed just before that round, which a CPU's drift is divided by.
+    ``yardstick_s`` one per round: fixed host work timed just before that round, which a CPU's drift is divided by;
+    ``issue_s`` one per round on a GPU: until its last step was issued.
     """
 
     kind: str
@@ -54,6 +55,7 @@ class Measurement:
     decode_s: list[float] = field(default_factory=list)
     step_s: list[float] = field(default_factory=list)
     yardstick_s: list[float] = field(default_factory=list)
+    issue_s: list[float] = field(default_factory=list)
     streamed_bytes_per_step: float | None = None
     kv_bytes_per_token: float | None = None
     prefill_flop: float | None = None

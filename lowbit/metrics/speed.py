@@ -55,6 +55,15 @@ def tpot_ms_p99(m: Measurement) -> float | None:
     return _ms(_percentile(m.step_s, 0.99))
 
 
+@metric("ratio", "lower", kinds=("decode",))
+def host_share(m: Measurement) -> float | None:
+    """Part of a round in which the host was still issuing work to the GPU (median round): near 1 the GPU waits for
+    Python, and whatever else runs on the host shows in the speed."""
+    if not m.issue_s or len(m.issue_s) != len(m.decode_s):
+        return None
+    return statistics.median(issued / r for issued, r in zip(m.issue_s, m.decode_s, strict=True))
+
+
 @metric("ms", "lower", Limit(relative=0.03), ("prefill",), gated_on=("cuda",), host_bound_limit=HOST_BOUND)
 def ttft_ms(m: Measurement) -> float | None:
     """Time to first token: the prefill, from prompt on the device to the first token on the device (median round)."""
