@@ -279,7 +279,8 @@ def test_an_interrupt_keeps_what_was_finished(toy):
     with subprocess.Popen(command, cwd=toy.path, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         try:
             deadline = time.monotonic() + GUARD_S
-            while not ((toy.path / "hanging").exists() and len(toy.kept()) >= CASES - 2):
+            hanging = toy.path / "hanging"
+            while not (hanging.exists() and hanging.read_text() and len(toy.kept()) >= CASES - 2):
                 assert time.monotonic() < deadline, "the hanging test was never reached"
                 time.sleep(0.05)
             os.killpg(process.pid, signal.SIGINT)
