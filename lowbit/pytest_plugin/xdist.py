@@ -28,6 +28,7 @@ from typing import Any
 import pytest
 
 from lowbit.errors import LowbitError
+from lowbit.pytest_plugin import cores
 from lowbit.pytest_plugin.foreign import ForeignBenchmark
 from lowbit.pytest_plugin.keys import RECORD, STATS
 from lowbit.record import Record
@@ -37,6 +38,9 @@ FAKE_DEVICES = "LOWBIT_FAKE_DEVICES"
 
 DEVICE = "lowbit_device"
 """Key of a worker's input, there in a bench run only: the worker's entry of CUDA_VISIBLE_DEVICES, None on a CPU."""
+
+CORES = "lowbit_cores"
+"""Key of a worker's input: the processors that it runs on; without it, all."""
 
 RESULT = "lowbit_result"
 """Attribute of a worker's TestReport: the result as JSON text. Unlike user_properties it stays out of JUnit."""
@@ -108,8 +112,8 @@ class Workers:
         self.on_record: Callable[[Record, dict[str, Any] | None], None] | None = None
         self.on_collected: Callable[[list[str]], bool] | None = None
         self.devices: list[str] = []
-        self._free: list[str | None] = []
-        self._taken: dict[str, str | None] = {}
+        self._free: list[tuple[str | None, list[int]]] = []
+        self._taken: dict[str, tuple[str | None, list[int]]] = {}
         self._controls = self._works = self._collected = False
         self._measures = True
 
@@ -120,6 +124,8 @@ class Workers:
             self._works = True
             if given[DEVICE] is not None:
                 os.environ["CUDA_VISIBLE_DEVICES"] = given[DEVICE]
+            if given.get(CORES):
+                cores.take(given[CORES])
             _configure_benchmark_as(config, dict(ONCE))
         elif given is None and getattr(option, "dist", "no") != "no" and self.requested(config):
             if option.tx and not option.collectonly:
@@ -153,13 +159,17 @@ class Workers:
             raise pytest.UsageError(
                 "--lowbit-device with -n: each worker has a GPU of its own; choose them with CUDA_VISIBLE_DEVICES=0,1"
             )
-        self._free = list(self.devices[: len(places)]) or [None]
+        devices: list[str | None] = list(self.devices[: len(places)]) or [None]
+        parts = cores.shares(len(devices)) or [[] for _ in devices]
+        self._free = list(zip(devices, parts, strict=True))
         self._controls = True
 
     def pytest_report_header(self, config: pytest.Config) -> list[str]:
         if not self._controls:
             return []
         where = f"one GPU each ({', '.join(self.devices[: len(self._free)])})" if self.devices else "on the CPU"
+        if self._free[0][1]:
+            where += f" and {len(self._free[0][1])} of the host's processors"
         lines = [f"lowbit: {len(self._free)} worker(s), {where}; formats are spread over them"]
         if config.option.dist != "load":
             lines.append(f"lowbit: --dist {config.option.dist} is not used for benches")
@@ -175,7 +185,8 @@ class Workers:
         if self._controls:
             if not self._free:
                 raise RuntimeError(f"no free device for worker {node.gateway.id}: {self._taken}")
-            self._taken[node.gateway.id] = node.workerinput[DEVICE] = self._free.pop(0)
+            self._taken[node.gateway.id] = self._free.pop(0)
+            node.workerinput[DEVICE], node.workerinput[CORES] = self._taken[node.gateway.id]
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
