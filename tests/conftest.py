@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,13 @@ import pytest
 HERE = Path(__file__).parent
 DYNAMO_ON_3_13_0 = "ignore:Guards may run slower on Python 3.13.0:RuntimeWarning"
 """Of the interpreter's build, not of lowbit: torch/_dynamo/guards.py says it once per process, on 3.13.0 alone."""
+
+
+def pytest_configure() -> None:
+    # A shell that starts a job in the background has it ignore Ctrl-C, which every process that it starts inherits: the
+    # tests that interrupt such a process would wait for ever.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
