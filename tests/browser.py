@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 INSTALL = "`pip install playwright` and a Chromium: `apt-get install chromium`, or LOWBIT_CHROMIUM=/path/to/it"
+WAIT_S = 60
 DESKTOP, PHONE = {"width": 1440, "height": 900}, {"width": 390, "height": 844}
 
 
@@ -54,6 +56,14 @@ class Opened:
 
     def style(self, selector: str, name: str) -> str:
         return str(self.page.eval_on_selector(selector, f"element => getComputedStyle(element)['{name}']"))
+
+    def wait_until(self, expression: str) -> None:
+        """Ask the page until it says true. Not ``page.wait_for_function``: after its first look it evaluates inside
+        the page, which its content security policy forbids."""
+        deadline = time.monotonic() + WAIT_S
+        while not self.page.evaluate(expression):
+            assert time.monotonic() < deadline, f"never true within {WAIT_S} s: {expression}"
+            time.sleep(0.02)
 
     def cases(self) -> list[str]:
         """Full names of the rows that the table shows, from the top."""

@@ -195,7 +195,7 @@ def test_light_and_dark_are_two_pages(chromium: Any, folder: Path, scheme: str) 
 def test_the_plots_follow_when_the_system_turns_dark(chromium: Any, folder: Path) -> None:
     with browsers.opened(chromium, folder / "report.html") as found:
         found.page.emulate_media(color_scheme="dark")
-        found.page.wait_for_function("!document.querySelector(\"#plot-memory svg path[fill='#0b6fb8']\")")
+        found.wait_until("!document.querySelector(\"#plot-memory svg path[fill='#0b6fb8']\")")
         assert found.page.locator("#plot-memory svg path[fill='#5cb0f2']").count() > 3
 
 

@@ -39,9 +39,9 @@ def test_they_are_there_within_three_seconds_and_sort_and_filter_at_once(file: P
         while not took or (min(took) > LIMIT_MS and len(took) < TRIES):
             with browsers.opened(chromium, file) as found:
                 took.append(int(found.page.locator("html").get_attribute("data-ready") or "0"))
-                found.page.wait_for_function("document.querySelectorAll('#table tbody tr').length === 500")
+                found.wait_until("document.querySelectorAll('#table tbody tr').length === 500")
                 found.page.fill("#filter-text", "b1_c2048")
-                found.page.wait_for_function("!document.querySelector('#count').textContent.startsWith('500')")
+                found.wait_until("!document.querySelector('#count').textContent.startsWith('500')")
                 assert all("b1_c2048" in case for case in found.cases())
                 assert found.messages == []
         print(
