@@ -8,21 +8,14 @@ from dataclasses import dataclass
 from lowbit import workloads
 from lowbit.errors import unknown
 from lowbit.formats import FORMATS, Format
+from lowbit.formats.row import EVERY_MODE
 from lowbit.record import Kind, Record
 from lowbit.workloads import Workload
 
 SUITE_MODES: dict[str, tuple[str, ...]] = {
     "quick": ("eager", "reduce-overhead", "native"),
-    "nightly": (
-        "eager",
-        "default",
-        "reduce-overhead",
-        "max-autotune-no-cudagraphs",
-        "max-autotune",
-        "regional",
-        "native",
-    ),
-    "full": ("eager", "default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune", "regional", "native"),
+    "nightly": EVERY_MODE,
+    "full": EVERY_MODE,
 }
 """Compile modes by suite, the smallest first: a suite has the formats of those before it. lowbit/compilers.py says what
 each mode is."""

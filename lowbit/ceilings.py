@@ -109,17 +109,19 @@ def _median_seconds(device: Device, call: Callable[[], object], passes: int = 10
     for _ in range(passes):
         if len(times) >= 3 and sum(times) > budget_s:
             break
-        times.append(_event_seconds(call) if device.kind == "cuda" else _wall_seconds(call))
+        times.append(event_seconds(call) if device.kind == "cuda" else wall_seconds(call))
     return statistics.median(times)
 
 
-def _wall_seconds(call: Callable[[], object]) -> float:
+def wall_seconds(call: Callable[[], object]) -> float:
+    """Of one call, by the host's clock."""
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
 
 
-def _event_seconds(call: Callable[[], object]) -> float:
+def event_seconds(call: Callable[[], object]) -> float:
+    """Of one call's work on the GPU, waited for."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record()
     call()

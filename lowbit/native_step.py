@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit import device, generate, models
+from lowbit.ceilings import event_seconds
 from lowbit.errors import LowbitError
 from lowbit.kernels import geometry, nvrtc, runner, stream_modules
 from lowbit.kernels.geometry import Geometry
@@ -168,10 +169,9 @@ def _time(calls: list[Callable[[], None]], step: Any) -> float:
         for call in calls:
             call()
     graph.replay()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    begin.record()
-    for _ in range(REPLAYS):
-        graph.replay()
-    end.record()
-    torch.cuda.synchronize()
-    return float(begin.elapsed_time(end)) * 1e3 / REPLAYS
+
+    def replays() -> None:
+        for _ in range(REPLAYS):
+            graph.replay()
+
+    return event_seconds(replays) * 1e6 / REPLAYS

@@ -8,7 +8,6 @@ the round is replayed as one CUDA graph, so that what is timed is the device and
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -20,6 +19,7 @@ from torch.nn.utils import skip_init
 from lowbit import backends, compilers, truth
 from lowbit.backends import NoTruth, Shape
 from lowbit.backends.coverage import storage_bytes, tensors_of
+from lowbit.ceilings import event_seconds, wall_seconds
 from lowbit.contenders import Contender, RsrLinear
 from lowbit.device import Device
 from lowbit.errors import LowbitError
@@ -203,10 +203,10 @@ def _seconds(prepared: Prepared, call: Callable[[], object]) -> tuple[float, str
     how = "compiled" if prepared.compiled else "eager"
     if prepared.device.kind != "cuda":
         call()
-        return _median(lambda: _wall(call)), how
+        return _median(lambda: wall_seconds(call)), how
     if "waits_for_host" not in prepared.format.options:  # what waits for the host, no graph can hold
         call, how = _captured(call), f"{how}, CUDA graph" if prepared.compiled else "CUDA graph"
-    return _median(lambda: _events(call)), how
+    return _median(lambda: event_seconds(call)), how
 
 
 def _median(sample: Callable[[], float], passes: int = 20, budget_s: float = 0.2) -> float:
@@ -214,12 +214,6 @@ def _median(sample: Callable[[], float], passes: int = 20, budget_s: float = 0.2
     while len(times) < 3 or (len(times) < passes and sum(times) < budget_s):
         times.append(sample())
     return statistics.median(times)
-
-
-def _wall(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
 
 
 def _captured(call: Callable[[], object]) -> Callable[[], object]:
@@ -234,12 +228,3 @@ def _captured(call: Callable[[], object]) -> Callable[[], object]:
     with torch.cuda.graph(graph):
         call()
     return graph.replay
-
-
-def _events(call: Callable[[], object]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) / 1e3

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from shapes import LLAMA_8B
 from tiny import CPU, config, gpu, model
 
 from lowbit import backends
@@ -19,16 +20,6 @@ CPU_ROWS = [row for row in OTHERS if "cpu" in row.devices]
 TINY_ROWS = [row for row in CPU_ROWS if backends.unmet(row, CPU, config()) is None]  # K is 256 and 768 there
 QUICK = [row for row in OTHERS if row.suite == "quick"]  # further rows: the tests of their library
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-LLAMA_8B = SimpleNamespace(
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    vocab_size=128256,
-    tie_word_embeddings=False,
-)
 STORIES = SimpleNamespace(
     hidden_size=64,
     intermediate_size=172,

@@ -73,7 +73,7 @@ def test_the_matrix_rate_is_taken_in_a_dtype_that_the_card_has_and_memory_is_fre
 
 
 def test_passes_stop_at_the_budget_but_not_before_three(monkeypatch):
-    monkeypatch.setattr(ceilings, "_wall_seconds", lambda call: call())
+    monkeypatch.setattr(ceilings, "wall_seconds", lambda call: call())
     calls = []
 
     def half_a_second():
@@ -88,8 +88,8 @@ def test_passes_stop_at_the_budget_but_not_before_three(monkeypatch):
 
 def test_a_cpu_for_real_on_one_thread(monkeypatch):
     threads = []
-    real = ceilings._wall_seconds
-    monkeypatch.setattr(ceilings, "_wall_seconds", lambda call: threads.append(torch.get_num_threads()) or real(call))
+    real = ceilings.wall_seconds
+    monkeypatch.setattr(ceilings, "wall_seconds", lambda call: threads.append(torch.get_num_threads()) or real(call))
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from emulated import EmulatedModule, unmet
+from streaming import build
 from tiny import model
 from torch import nn
 
@@ -43,24 +44,6 @@ def emulate(monkeypatch, tmp_path):
     monkeypatch.setattr(unpacking, "_unpacker", unpacker)
 
 
-def build(name, **changes):
-    """A streamed model, and the same weights in fp32."""
-    dtype = torch.bfloat16 if name == "bf16" else torch.float16
-    streamed, exact = model(dtype, **changes), model(torch.float32, **changes)
-    for path, linear in list(streamed.named_modules()):
-        if isinstance(linear, nn.Linear):
-            exact.get_submodule(path).weight.data = weights.dequantize(quantize(linear.weight.detach(), name))
-    exact.model.embed_tokens.weight.data = streamed.model.embed_tokens.weight.detach().float()
-
-    def packed(linear):
-        return quantize(linear.weight.detach(), name) if isinstance(linear, nn.Linear) else None
-
-    stream_modules.attach(streamed, packed)
-    decoder = generate.Decoder(streamed, 1, LENGTH, dtype)
-    step = runner.NativeStep(streamed, decoder.cache, decoder.token, decoder.position)
-    return streamed, exact, decoder, step
-
-
 @torch.no_grad()
 def held_against(exact, decoder, step, count, bound):
     tokens = torch.arange(count) * 31 % 512
@@ -77,13 +60,13 @@ def held_against(exact, decoder, step, count, bound):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_step_gives_the_logits_of_the_same_weights_at_every_position(emulate, name):
-    _, exact, decoder, step = build(name)
+    _, exact, decoder, step = build(name, LENGTH)
     held_against(exact, decoder, step, 5, 2e-2 if name == "bf16" else 2e-3)
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_streams_are_dequantized_exactly(emulate, name):
-    streamed, exact, _, _ = build(name)
+    streamed, exact, _, _ = build(name, LENGTH)
     for path in ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.up_proj", "model.layers.0.self_attn.o_proj"):
         want = exact.get_submodule(path).weight
         for dtype in (torch.float16, torch.bfloat16):
@@ -112,7 +95,7 @@ def test_formats_mix_and_the_embedding_may_be_packed(emulate, linears, head, tab
 
 @torch.no_grad()
 def test_a_token_that_is_drawn_is_the_one_that_goes_on(emulate):
-    streamed, _, decoder, _ = build("int8")
+    streamed, _, decoder, _ = build("int8", LENGTH)
     step = runner.NativeStep(
         streamed, decoder.cache, decoder.token, decoder.position, pick=lambda logits: logits.argmin(-1)
     )

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import model
-from torch import nn
+from streaming import build
 
-from lowbit import generate
-from lowbit.kernels import geometry, nvrtc, runner, stream_modules, weights
-from lowbit.kernels.quantizer import quantize
+from lowbit.kernels import geometry, nvrtc
 from lowbit.kernels.stream import LAYOUTS
 
 CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
@@ -22,23 +19,7 @@ LENGTH = 400
 
 @pytest.fixture(params=sorted(LAYOUTS))
 def made(request):
-    name = request.param
-    dtype = torch.bfloat16 if name == "bf16" else torch.float16
-    plain = model(dtype).cuda()
-    exact = model(torch.float32).cuda()
-    for path, linear in list(plain.named_modules()):
-        if isinstance(linear, nn.Linear):
-            packed = quantize(linear.weight.detach(), name)
-            exact.get_submodule(path).weight.data = weights.dequantize(packed)
-    exact.model.embed_tokens.weight.data = plain.model.embed_tokens.weight.detach().float()
-
-    def packed_of(linear):
-        return quantize(linear.weight.detach(), name) if isinstance(linear, nn.Linear) else None
-
-    stream_modules.attach(plain, packed_of)
-    decoder = generate.Decoder(plain, 1, LENGTH, dtype)
-    step = runner.NativeStep(plain, decoder.cache, decoder.token, decoder.position)
-    return plain, exact, decoder, step
+    return build(request.param, LENGTH, "cuda")
 
 
 def test_streams_are_dequantized_exactly(made):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from shapes import LLAMA_8B
 from tiny import CPU, gpu, model
 from torch import nn
 
@@ -25,16 +26,6 @@ INT4, INT8, NF4 = "a16w4_g128-torchao", "a16w8-torchao", "a16w4_nf4_dq-bitsandby
 ROWS = [row for row in FORMATS.values() if row.parts]
 CPU_ROWS = [row for row in ROWS if "cpu" in row.devices]
 TABLE_ROWS = [row for row in FORMATS.values() if row.backend == "tables"]
-LLAMA_8B = SimpleNamespace(
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    vocab_size=128256,
-    tie_word_embeddings=False,
-)
 ROOT = Path(__file__).parent.parent
 IDS = torch.arange(32).view(2, 16)
 

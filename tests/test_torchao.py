@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from shapes import LLAMA_8B
 from torch import nn
 
 from lowbit import backends, truth
@@ -18,16 +19,6 @@ from lowbit.quiet import quiet_import
 
 ROWS = [row for row in FORMATS.values() if row.backend == "torchao"]
 BF16 = torch.bfloat16
-LLAMA_8B = SimpleNamespace(
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    vocab_size=128256,
-    tie_word_embeddings=False,
-)
 MSLK = "package: needs mslk >= 1.0.0, it is not installed; PyPI has only the placeholder 0.0.0"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 from lowbit.formats.recipes import Recipe, make
-from lowbit.formats.row import LINEARS, Format
+from lowbit.formats.row import EVERY_MODE, LINEARS, Format
 
 SCHEME = "auto"
 """Of a row that stands for another one, which a search finds."""
@@ -33,15 +33,7 @@ ROWS: tuple[Format, ...] = (
         targets=(*LINEARS, "lm_head"),
         keywords=("search",),
         suite="full",
-        modes=(
-            "eager",
-            "default",
-            "reduce-overhead",
-            "max-autotune-no-cudagraphs",
-            "max-autotune",
-            "regional",
-            "native",
-        ),
+        modes=EVERY_MODE,
         note="the fastest formats within --max-kld on the calibration text, part by part, as measured on this device",
     ),
 )

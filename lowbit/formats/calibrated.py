@@ -4,34 +4,23 @@ from __future__ import annotations
 
 from lowbit.formats.row import BF16, Format, row
 
+
+def _gptq(bits: int) -> Format:
+    return row(
+        *(f"a16w{bits}_gptq_g128", "calibrated", "gptq", (16, bits), f"int{bits}", "gptq", "calibrated"),
+        group_size=128,
+        options={"stored_as": f"int{bits}_g128"},
+        calibration_windows=32,
+        suite="nightly",
+        modes=("eager",),
+        note=f"stored and multiplied as lowbit's own int{bits}",
+    )
+
+
 ROWS: tuple[Format, ...] = (
-    row(
-        *("a16w4_gptq_g128", "calibrated", "gptq", (16, 4), "int4", "gptq", "calibrated"),
-        group_size=128,
-        options={"stored_as": "int4_g128"},
-        calibration_windows=32,
-        suite="nightly",
-        modes=("eager",),
-        note="stored and multiplied as lowbit's own int4",
-    ),
-    row(
-        *("a16w3_gptq_g128", "calibrated", "gptq", (16, 3), "int3", "gptq", "calibrated"),
-        group_size=128,
-        options={"stored_as": "int3_g128"},
-        calibration_windows=32,
-        suite="nightly",
-        modes=("eager",),
-        note="stored and multiplied as lowbit's own int3",
-    ),
-    row(
-        *("a16w2_gptq_g128", "calibrated", "gptq", (16, 2), "int2", "gptq", "calibrated"),
-        group_size=128,
-        options={"stored_as": "int2_g128"},
-        calibration_windows=32,
-        suite="nightly",
-        modes=("eager",),
-        note="stored and multiplied as lowbit's own int2",
-    ),
+    _gptq(4),
+    _gptq(3),
+    _gptq(2),
     row(
         *("a16w4_awq_g128", "calibrated", "awq", (16, 4), "int4", "awq", "calibrated"),
         group_size=128,

@@ -6,6 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+EVERY_MODE = (
+    "eager",
+    "default",
+    "reduce-overhead",
+    "max-autotune-no-cudagraphs",
+    "max-autotune",
+    "regional",
+    "native",
+)
+"""Compile modes; lowbit/compilers.py says what each is."""
+
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The seven linears of a Llama decoder layer, 224 in Llama-3.1-8B; lm_head stays as it is unless a row names it."""
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit import kvcache
+from lowbit import kvcache, roofline
 from lowbit.errors import LowbitError
 from lowbit.kernels.runner import NativeStep
 from lowbit.quiet import quiet_import
@@ -49,7 +49,6 @@ def make_cache(model: Any, batch: int, length: int, dtype: torch.dtype | None = 
             "(max_position_embeddings); take a workload with a shorter context"
         )
     norm = model.model.norm.weight
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache = quiet_import("transformers").StaticCache(
         config, max_cache_len=-(-length // CACHE_MULTIPLE) * CACHE_MULTIPLE
     )
@@ -58,7 +57,7 @@ def make_cache(model: Any, batch: int, length: int, dtype: torch.dtype | None = 
     cache.early_initialization(
         batch_size=batch,
         num_heads=config.num_key_value_heads,
-        head_dim=head_dim,
+        head_dim=roofline.head_dim(config),
         dtype=dtype or norm.dtype,
         device=norm.device,
     )
@@ -181,15 +180,17 @@ class Decoder:
         self._step = compiler(self._step)
 
     @torch.no_grad()
-    def run_natively(self, ids: Tensor, source: str, progress: Callable[[str], None] | None = None) -> None:
+    def run_natively(
+        self, ids: Tensor, source: str, progress: Callable[[str], None] | None = None, *, greedily: bool = False
+    ) -> None:
         """Decode with lowbit's own kernels from now on, one CUDA graph per token; the prefill stays as it is.
 
         The model holds streamed weights (lowbit.backends.native on SM90). A step after the prompt ``ids`` [1, S] is
         held against the eager one first: LowbitError naming ``source`` if their logits differ by more than the dtype
-        explains.
+        explains. ``greedily`` as in pick_natively; a decoder whose ``pick`` is greedy is so anyhow.
         """
         first = self.prefill(ids).clone()
-        pick = None if self._pick is greedy else self._pick
+        pick = None if greedily or self._pick is greedy else self._pick
         native = NativeStep(self.model, self.cache, self.token, self.position, progress, pick)
         expected = decode_logits(self.model, self.token, self.position, self.cache).flatten().double()
         self.prefill(ids)
@@ -206,6 +207,7 @@ class Decoder:
         native.capture()
         self._native = native
 
+    @torch.no_grad()
     def pick_natively(self, greedily: bool) -> None:
         """Whether the native step takes its own arg max or asks this decoder's ``pick``: recorded anew."""
         if self._native is None:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.backends import native
 from lowbit.generate.decoder import Decoder
-from lowbit.kernels import geometry, nvrtc, runner
+from lowbit.kernels import geometry, runner
 from lowbit.kernels.stream_modules import StreamLinear
 from lowbit.sampling import GREEDY, Sampler, Sampling
 
@@ -23,7 +24,6 @@ class NativeRunner:
         self._sampling = GREEDY
         self._sampler = Sampler(GREEDY, 1, model.model.norm.weight.device)
         self._decoder = Decoder(model, 1, length, pick=self._pick)
-        self._recorded: str | None = None  # the kind of sampling that the graph holds
 
     def _pick(self, logits: Tensor) -> Tensor:
         return self._sampler(logits)
@@ -39,20 +39,19 @@ class NativeRunner:
             self._sampler.set(sampling)
         else:
             self._sampler = Sampler(sampling, 1, self._sampler.seed.device)
-            if self._recorded is not None:
-                self._record()
+            if self._decoder.native is not None:
+                self._decoder.pick_natively(self._greedily)
 
-    @torch.no_grad()
-    def _record(self) -> None:
-        self._decoder.pick_natively(greedily=self._sampling.kind == "greedy")
-        self._recorded = self._sampling.kind
+    @property
+    def _greedily(self) -> bool:
+        # the kernels' own arg max then chooses, and nothing is recorded behind it
+        return self._sampling.kind == "greedy"
 
     @torch.no_grad()
     def prefill(self, ids: Tensor) -> Tensor:
         """ids [1, S] into an empty cache -> the first token. The first prompt also proves a step against eager."""
-        if self._recorded is None:
-            self._decoder.run_natively(ids, "Generator")
-            self._record()
+        if self._decoder.native is None:
+            self._decoder.run_natively(ids, "Generator", greedily=self._greedily)
             self._sampler.set(self._sampling)  # the proof has drawn
         return self._decoder.prefill(ids)
 
@@ -68,7 +67,7 @@ def offer(model: Any, batch: int, length: int) -> NativeRunner | None:
     if batch != 1 or not isinstance(head, StreamLinear) or runner.unstreamed(model) is not None:
         return None
     device = head.part.stream.data.device
-    if device.type != "cuda" or nvrtc.available() is not None:
+    if not native.streams(device):
         return None
     if geometry.unmet(model.config, head.format, torch.cuda.get_device_capability(device)) is not None:
         return None

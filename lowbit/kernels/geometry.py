@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 
+from lowbit import roofline
 from lowbit.errors import LowbitError
 from lowbit.kernels.stream import GROUP, LAYOUTS, TILE, stage_columns
 
@@ -37,14 +38,13 @@ class Geometry:
     @classmethod
     def of(cls, config: Any, format: str) -> Geometry:
         """Of a transformers LlamaConfig."""
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return cls(
             format,
             config.hidden_size,
             config.intermediate_size,
             config.num_attention_heads,
             config.num_key_value_heads,
-            head_dim,
+            roofline.head_dim(config),
             config.rms_norm_eps,
         )
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from lowbit.errors import LowbitError
-from lowbit.kernels.nvrtc import Binary
+from lowbit.kernels.nvrtc import Binary, checked
 
 MAX_SHARED_BYTES = 227 * 1024
 """Of one block on SM90 (CUDA C++ Programming Guide, table of compute capabilities)."""
@@ -21,10 +20,7 @@ def _driver() -> Any:
 
 
 def _checked(result: tuple[Any, ...], doing: str) -> Any:
-    code, *values = result
-    if int(code):
-        raise LowbitError(f"CUDA driver failed while {doing}: {code.name}")
-    return values[0] if len(values) == 1 else values
+    return checked(result, doing, "CUDA driver")
 
 
 class Module:

@@ -67,7 +67,7 @@ def _headers() -> str:
 
 def version() -> tuple[int, int]:
     """NVRTC's version. Raises LowbitError where there is none."""
-    major, minor = _checked(_nvrtc().nvrtcVersion(), "asking its version")
+    major, minor = checked(_nvrtc().nvrtcVersion(), "asking its version")
     return int(major), int(minor)
 
 
@@ -81,10 +81,11 @@ def available() -> str | None:
     return None
 
 
-def _checked(result: tuple[Any, ...], doing: str) -> Any:
+def checked(result: tuple[Any, ...], doing: str, who: str = "NVRTC") -> Any:
+    """What a function of cuda-bindings gave behind its code. Raises LowbitError if the code is not success."""
     code, *values = result
     if int(code):
-        raise LowbitError(f"NVRTC failed while {doing}: {code.name}")
+        raise LowbitError(f"{who} failed while {doing}: {code.name}")
     return values[0] if len(values) == 1 else values
 
 
@@ -122,22 +123,22 @@ def compile_source(
 
 def _compile(source: str, kernels: Sequence[str], options: Sequence[str]) -> Binary:
     nvrtc = _nvrtc()
-    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), b"lowbit.cu", 0, [], []), "creating a program")
+    program = checked(nvrtc.nvrtcCreateProgram(source.encode(), b"lowbit.cu", 0, [], []), "creating a program")
     try:
         for kernel in kernels:
-            _checked(nvrtc.nvrtcAddNameExpression(program, kernel.encode()), f"naming {kernel}")
+            checked(nvrtc.nvrtcAddNameExpression(program, kernel.encode()), f"naming {kernel}")
         (code,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
-        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program), "reading its log")
-        _checked(nvrtc.nvrtcGetProgramLog(program, log), "reading its log")
+        log = b" " * checked(nvrtc.nvrtcGetProgramLogSize(program), "reading its log")
+        checked(nvrtc.nvrtcGetProgramLog(program, log), "reading its log")
         report = log.decode(errors="replace").rstrip("\0 \n")
         if int(code):
             raise LowbitError(f"NVRTC could not compile lowbit's kernels with {' '.join(options)}:\n{report}")
         names = {
-            kernel: _checked(nvrtc.nvrtcGetLoweredName(program, kernel.encode()), f"finding {kernel}").decode()
+            kernel: checked(nvrtc.nvrtcGetLoweredName(program, kernel.encode()), f"finding {kernel}").decode()
             for kernel in kernels
         }
-        cubin = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program), "reading the cubin")
-        _checked(nvrtc.nvrtcGetCUBIN(program, cubin), "reading the cubin")
+        cubin = b" " * checked(nvrtc.nvrtcGetCUBINSize(program), "reading the cubin")
+        checked(nvrtc.nvrtcGetCUBIN(program, cubin), "reading the cubin")
         return Binary(cubin, names, report)
     finally:
         nvrtc.nvrtcDestroyProgram(program)
