@@ -12,7 +12,7 @@ from lowbit.kernels import nvrtc
 
 HEADER = Path(__file__).parent / "emulator" / "cuda_on_cpu.h"
 ARGUMENTS = {"product": "Product", "attention": "Attention", "embed": "Embed", "unpack": "Unpack"}
-CLUSTERS = {}
+CLUSTERS = {"attention_kernel": 8}
 """Kernels whose blocks run in clusters, along the grid's y."""
 
 

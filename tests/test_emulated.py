@@ -58,6 +58,21 @@ def held_against(exact, decoder, step, count, bound):
         assert int(decoder.position) == place + 1
 
 
+@torch.no_grad()
+def test_attention_spans_chunks_warps_and_blocks(emulate):
+    """From the first position of a chunk to the last, of a block to the next, and around in the warps of a block."""
+    _, exact, decoder, step = build("int8", length=300, num_hidden_layers=1)
+    tokens = torch.arange(284) * 31 % 512
+    want = exact(tokens.unsqueeze(0), use_cache=False).logits[0]
+    decoder.prefill(tokens[:14].unsqueeze(0))
+    for place in (*range(14, 18), *range(30, 34), *range(126, 130), *range(254, 260), 280):
+        decoder.prefill(tokens[:place].unsqueeze(0))
+        decoder.token.fill_(int(tokens[place]))
+        step.launch()
+        error = float((step.logits - want[place]).norm() / want[place].norm())
+        assert error < 5e-3, (place, error)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_step_gives_the_logits_of_the_same_weights_at_every_position(emulate, name):
     _, exact, decoder, step = build(name, LENGTH)

@@ -18,7 +18,10 @@ class Code(int):
 
 
 class FakeDriver:
-    CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared")
+    CUfunction_attribute = SimpleNamespace(
+        CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared",
+        CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT="carveout",
+    )
     CUlaunchAttributeID = SimpleNamespace(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION="overlap")
 
     def __init__(self):
@@ -74,7 +77,12 @@ def test_a_kernel_is_launched_on_torchs_stream_with_its_argument(driver):
     assert config.numAttrs == 1
     assert config.attrs[0].value.programmaticStreamSerializationAllowed == 1
     assert (plain.attrs, plain.numAttrs) == ([], 0)
-    assert driver.prepared == [(b"mangled", "shared", launch.MAX_SHARED_BYTES)]  # once, and only where it is needed
+    largest = [
+        (b"mangled", "carveout", 100),
+        (b"mangled", "shared", launch.MAX_SHARED_BYTES),
+        (b"embed", "carveout", 100),
+    ]
+    assert driver.prepared == largest
 
 
 def test_the_drivers_refusal_names_the_kernel(driver):

@@ -122,7 +122,7 @@ def test_a_step_is_5_kernels_per_layer_in_order_with_the_models_own_memory(modul
     kernels = [kernel for kernel, *_ in module.launched]
     layer = [
         runner.PRODUCTS["qkv"],
-        "attention_kernel",
+        "attention_kernel<1>",
         runner.PRODUCTS["o"],
         runner.PRODUCTS["gate_up"],
         runner.PRODUCTS["down"],

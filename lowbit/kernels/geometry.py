@@ -17,10 +17,14 @@ BLOCKS = 128
 """Thread blocks of a product: divides the row tiles of Llama-3's matrices; an H200 has 132 multiprocessors."""
 BATCH_TILES = 14
 RING_BYTES = 220 * 1024
-"""Shared memory of a product: more than half of a multiprocessor's, so that blocks of two kernels never share one."""
+"""Shared memory of a product: more than half of a multiprocessor's, so that two products never share one."""
+SHARED_BYTES, RESERVED_BYTES = 228 * 1024, 1024
+"""Of a multiprocessor of SM90, and what each block on it costs beside its own."""
 MAX_RING = 48
-MAX_SPLITS = 16
-ATTENTION_THREADS = 256
+SPLITS, ATTENTION_WARPS, CHUNK = 8, 8, 16
+"""Attention: blocks of a cluster, warps of a block, positions of a chunk (cuda/attention.cu says the same)."""
+SHORT_CACHE = SPLITS * ATTENTION_WARPS * CHUNK
+"""Up to this length of the cache every warp of attention has one chunk, and its block fits beside a product's."""
 
 
 @dataclass(frozen=True)
@@ -81,18 +85,28 @@ class Geometry:
             "WARPS": self.warps,
         }
 
-    def shared(self, k: int, tiles: int) -> tuple[int, int, int]:
+    def attention(self, length: int) -> tuple[int, int]:
+        """Chunks per warp on their way, bytes of shared memory of attention over a cache of ``length`` positions."""
+        stages = 1 if length <= SHORT_CACHE else 3
+        queries = self.heads // self.kv_heads
+        chunk = 2 * CHUNK * (self.head_dim + 8) * 2
+        return stages, ATTENTION_WARPS * stages * chunk + 4 * queries * (self.head_dim + 2)
+
+    def beside_attention(self, length: int) -> int:
+        """Shared memory for a product that is to start while attention still runs, or the reverse."""
+        stages, used = self.attention(length)
+        return RING_BYTES if stages > 1 else min(RING_BYTES, SHARED_BYTES - 2 * RESERVED_BYTES - used)
+
+    def shared(self, k: int, tiles: int, room: int = RING_BYTES) -> tuple[int, int, int]:
         """Stages in the ring, row tiles per batch, bytes of shared memory for a product of ``tiles`` row tiles."""
         blocks = min(BLOCKS, tiles)
         batch = min(BATCH_TILES, -(-tiles // blocks))
         ku = stage_columns(self.format, k)
         stage = LAYOUTS[self.format].stage_bytes(ku)
         fixed = k * 2 + k // GROUP * 8 + batch * (k // ku) * 64 + 128 + 16 * MAX_RING
-        ring = min(MAX_RING, (RING_BYTES - fixed) // stage) // self.warps * self.warps
+        ring = min(MAX_RING, (room - fixed) // stage) // self.warps * self.warps
         if not ring:
-            raise LowbitError(
-                f"a ring of {self.warps} stages of {stage} bytes and x of K={k} exceed {RING_BYTES} bytes"
-            )
+            raise LowbitError(f"a ring of {self.warps} stages of {stage} bytes and x of K={k} exceed {room} bytes")
         return ring, batch, ring * stage + fixed
 
 

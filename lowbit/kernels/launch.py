@@ -34,14 +34,20 @@ class Module:
         self._functions: dict[str, Any] = {}
 
     def function(self, kernel: str) -> Any:
-        """The kernel of this C++ name, allowed all of a block's shared memory."""
+        """The kernel of this C++ name, allowed all of a block's dynamic shared memory.
+
+        All ask for the largest carve-out: a multiprocessor must be empty to change it, and then no two would overlap.
+        """
         if kernel not in self._functions:
             found = _checked(
                 self._driver.cuModuleGetFunction(self._module, self._names[kernel].encode()), f"finding {kernel}"
             )
-            attribute = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            if kernel.startswith("product_kernel"):
-                _checked(self._driver.cuFuncSetAttribute(found, attribute, MAX_SHARED_BYTES), f"preparing {kernel}")
+            kinds = self._driver.CUfunction_attribute
+            settings = {kinds.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT: 100}  # percent
+            if not kernel.startswith(("embed", "unpack")):
+                settings[kinds.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES] = MAX_SHARED_BYTES
+            for attribute, value in settings.items():
+                _checked(self._driver.cuFuncSetAttribute(found, attribute, value), f"preparing {kernel}")
             self._functions[kernel] = found
         return self._functions[kernel]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lowbit.errors import LowbitError
 from lowbit.kernels import nvrtc, weights
 from lowbit.kernels.arguments import Attention, Embed, Product, fill
-from lowbit.kernels.geometry import ATTENTION_THREADS, BLOCKS, MAX_SPLITS, Geometry
+from lowbit.kernels.geometry import ATTENTION_WARPS, BLOCKS, RING_BYTES, SPLITS, Geometry
 from lowbit.kernels.launch import Module
 from lowbit.kernels.modules import NativeEmbedding, NativeLinear
 from lowbit.kernels.stream import LAYOUTS, Stream
@@ -30,7 +30,7 @@ PRODUCTS = {
     "down": "product_kernel<INTER, false, ADD_RESIDUAL>",
     "head": "product_kernel<HIDDEN, true, TO_LOGITS>",
 }
-KERNELS = (*PRODUCTS.values(), "attention_kernel", "embed_kernel")
+KERNELS = (*PRODUCTS.values(), "attention_kernel<1>", "attention_kernel<3>", "embed_kernel")
 
 
 Pick = Callable[[Tensor], Tensor]
@@ -154,10 +154,7 @@ class NativeStep:
         self.attended, self.activated = empty(queries, shape.dtype), empty(shape.inter, shape.dtype)
         self.logits = empty(model.config.vocab_size, torch.float32)
         self.history = empty(self.length + 1, torch.int64)
-        self.best, self.arrived = empty(1, torch.int64), empty(1 + shape.kv_heads, torch.int32)
-        per_pass = ATTENTION_THREADS // 32 * (32 // (shape.head_dim // 16))
-        self.splits = max(1, min(MAX_SPLITS, -(-self.length // per_pass)))
-        self.partial = empty(self.splits * shape.heads * (shape.head_dim + 2), torch.float32)
+        self.best, self.arrived = empty(1, torch.int64), empty(1, torch.int32)
         places = torch.arange(self.length, device=device).unsqueeze(0)
         cos, sin = model.model.rotary_emb(self.residual, places)  # [1, length, head_dim] fp32, llama3 scaling included
         half = shape.head_dim // 2
@@ -215,7 +212,8 @@ class NativeStep:
         weight = None if norm is None else norm.weight
         if weight is not None:
             self._expect(weight, "norms")
-        ring, batch, shared = shape.shared(stream.k, stream.tiles)
+        room = shape.beside_attention(self.length) if name in ("qkv", "o") else RING_BYTES
+        ring, batch, shared = shape.shared(stream.k, stream.tiles, room)
         head = name == "head"
         argument = fill(
             Product,
@@ -245,13 +243,12 @@ class NativeStep:
             values=layer.values,
             rope=self.rope,
             position=self.position,
-            partial=self.partial,
-            arrived=self.arrived[1:],
             out=self.attended,
             length=self.length,
         )
-        grid = self.shape.kv_heads, self.splits
-        return _Launch(self._module(self.shape.format), "attention_kernel", grid, ATTENTION_THREADS, argument)
+        stages, shared = self.shape.attention(self.length)
+        module, grid = self._module(self.shape.format), (self.shape.kv_heads, SPLITS)
+        return _Launch(module, f"attention_kernel<{stages}>", grid, ATTENTION_WARPS * 32, argument, shared)
 
     def launch(self) -> None:
         """The step's kernels, one by one, on the current stream; then ``pick``, if it is not greedy."""

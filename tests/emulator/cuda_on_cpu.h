@@ -16,6 +16,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __cluster_dims__(...)
+#define __maxnreg__(...)
 #define __grid_constant__
 #define __shared__ static
 #define __align__(n) __attribute__((aligned(n)))
@@ -280,7 +281,6 @@ template <int LEFT> inline void wait_copies() {  // what was not waited for has 
   auto& groups = emulator::self->groups;
   while (groups.size() > (size_t)LEFT) emulator::land(groups.front()), groups.erase(groups.begin());
 }
-inline void cluster_arrive() {}
 inline void cluster_sync() {
   emulator::wait_at(emulator::self->block->cluster->barrier, [] { return emulator::self->block->cluster->live; });
 }

@@ -1,160 +1,195 @@
 // ---------------------------------------------------------------------------------------------- attention
-// Grouped-query attention of one new token over the cache, split along the context: block (kv head, split) takes a
-// stretch of positions for all query heads of that kv head, so that keys and values are read once. LANES neighbouring
-// lanes hold one position, 16 dimensions each. The new key and value are rotated and appended here. Partial results of
-// the splits are merged, in a fixed order, by the last block of a kv head to arrive: the bits do not depend on who it is.
+// Grouped-query attention of one new token over the cache. A cluster of SPLITS blocks works for one KV head and all the
+// query heads that share it, so that keys and values are read once. Positions come in chunks of 16, dealt to the blocks
+// and to their warps in turn; a warp copies its own chunks into shared memory, from before the wait on, and multiplies
+// with mma.m16n8k16:
+//
+//   scores [16 positions x 8 heads] = keys [16 x HEAD_DIM] · queries        sums [HEAD_DIM x 8 heads] += values^T · weights
+//
+// (up to 8 query heads per KV head; Llama-3 has 3 or 4, the other columns are zeros). The new key is rotated and appended
+// here. Warps are merged in shared memory and blocks through their cluster's, in a fixed order: the bits repeat.
 struct Attention {
   const uint16_t* qkv;        // [QDIM + 2 KVDIM] of this token
   uint16_t *keys, *values;    // [KV_HEADS][length][HEAD_DIM]
   const float2* rope;         // [length][HEAD_DIM / 2] (cos, sin)
   const int64_t* position;    // of this token
-  float* partial;             // [KV_HEADS][splits][QUERIES][HEAD_DIM + 2]
-  uint32_t* arrived;          // [KV_HEADS]
   uint16_t* out;              // [QDIM]
   int length;
 };
-constexpr int QUERIES = HEADS / KV_HEADS, LANES = HEAD_DIM / 16, AT_ONCE = 8 * (32 / LANES);  // positions per pass of a block
-constexpr float SCORE_SCALE = 1.4426950408889634f;  // log2(e): exponentials are powers of two here
+constexpr int ATTENTION_WARPS = 8, SPLITS = 8, CHUNK = 16;  // warps of a block, blocks of a cluster, positions of a chunk
+constexpr int QUERIES = HEADS / KV_HEADS, HALF_DIM = HEAD_DIM / 2, K_TILES = HEAD_DIM / 16;
+constexpr int ROW = HEAD_DIM + 8;                           // padded: the 8 rows that ldmatrix reads at once share no bank
+constexpr int CHUNK_VALUES = CHUNK * ROW;                   // 16 bits each; of keys, then of values
+constexpr int OUTPUTS = QUERIES * HEAD_DIM;
+constexpr int RESULT = OUTPUTS + 2 * QUERIES;               // a warp's or block's: sums, then maxima, then weights
+constexpr float LOG2_E = 1.4426950408889634f;               // exponentials are powers of two here
+static_assert(QUERIES <= 8 && OUTPUTS % SPLITS == 0, "the heads of a group are the 8 columns of an mma");
+static_assert(RESULT * 4 <= CHUNK_VALUES * 2 * 2, "a warp's result takes the place of its first chunk");
 
-__device__ __forceinline__ void load_position(uint4 (&k)[2], uint4 (&v)[2], const Attention& a, size_t row, int sub) {
-  const uint4 *kp = (const uint4*)(a.keys + row * HEAD_DIM) + sub * 2, *vp = (const uint4*)(a.values + row * HEAD_DIM) + sub * 2;
-  k[0] = __ldcg(kp), k[1] = __ldcg(kp + 1), v[0] = __ldcg(vp), v[1] = __ldcg(vp + 1);
+__device__ __forceinline__ uint32_t pack16(float a, float b) { return (uint32_t)to16(a) | ((uint32_t)to16(b) << 16); }
+__device__ __forceinline__ uint32_t rotate_low(uint32_t low, uint32_t high, const float4& cs, float scale) {
+  const float2 x = from16x2(low), y = from16x2(high);
+  return pack16((x.x * cs.x - y.x * cs.y) * scale, (x.y * cs.z - y.y * cs.w) * scale);
 }
-__global__ void __launch_bounds__(256) attention_kernel(const __grid_constant__ Attention a) {
-  __shared__ float query[QUERIES][HEAD_DIM];
-  __shared__ __align__(16) uint16_t new_key[HEAD_DIM], new_value[HEAD_DIM];
-  __shared__ float sum[8][QUERIES][HEAD_DIM], most[8][QUERIES], weight[8][QUERIES];
-  __shared__ uint32_t last;
-  const int t = threadIdx.x, lane = t & 31, warp = t >> 5, sub = lane % LANES, group = lane / LANES;
-  const int kv = blockIdx.x, split = blockIdx.y, splits = gridDim.y;
+__device__ __forceinline__ uint32_t rotate_high(uint32_t low, uint32_t high, const float4& cs, float scale) {
+  const float2 x = from16x2(low), y = from16x2(high);
+  return pack16((y.x * cs.x + x.x * cs.y) * scale, (y.y * cs.z + x.y * cs.w) * scale);
+}
+// STAGES chunks per warp on their way: 1 leaves room for a product's block beside this one, more keep memory busy.
+template <int STAGES> __global__ void __cluster_dims__(1, SPLITS, 1) __maxnreg__(96) attention_kernel(const __grid_constant__ Attention a) {
+  SHARED_MEMORY(memory);
+  const int t = threadIdx.x, lane = t & 31, warp = t >> 5, g = lane >> 2, quarter = lane & 3, kv = blockIdx.x, split = blockIdx.y;
+  uint16_t* own = (uint16_t*)memory + warp * STAGES * 2 * CHUNK_VALUES;
+  float* result = (float*)(memory + ATTENTION_WARPS * STAGES * 4 * CHUNK_VALUES);
   // Written by the step before, whose kernels are all done: may be read before the wait, and so may the old cache
-  const int position = (int)*a.position, context = position + 1;
-  const int stretch = ((context + splits - 1) / splits + AT_ONCE - 1) / AT_ONCE * AT_ONCE;
-  const int active = (context + stretch - 1) / stretch, begin = split * stretch, end = min(begin + stretch, context);
-  if (split >= active) return;
+  const int position = (int)*a.position, chunks = position / CHUNK + 1;
   const size_t first_row = (size_t)kv * a.length;
-  int p = begin + warp * (32 / LANES) + group;
-  uint4 k[2] = {}, v[2] = {};
-  if (p < position) load_position(k, v, a, first_row + p, sub);
-  const float2* rope = a.rope + (size_t)position * (HEAD_DIM / 2);
-  wait_for_previous();
-  if (t == 0) let_next_start();
-  for (int i = t; i < (QUERIES + 2) * (HEAD_DIM / 2); i += 256) {  // rotate the queries and the new key; take the new value
-    const int h = i / (HEAD_DIM / 2), d = i % (HEAD_DIM / 2);
-    const uint16_t* from = a.qkv + (h < QUERIES ? (kv * QUERIES + h) * HEAD_DIM : QDIM + (h - QUERIES) * KVDIM + kv * HEAD_DIM);
-    const uint16_t u0 = load_dependent(from + d), u1 = load_dependent(from + d + HEAD_DIM / 2);
-    if (h == QUERIES + 1) { new_value[d] = u0, new_value[d + HEAD_DIM / 2] = u1; continue; }
-    const float2 cs = __ldg(rope + d);
-    const float x0 = from16(u0), x1 = from16(u1), y0 = x0 * cs.x - x1 * cs.y, y1 = x1 * cs.x + x0 * cs.y;
-    if (h == QUERIES) new_key[d] = to16(y0), new_key[d + HEAD_DIM / 2] = to16(y1);
-    else query[h][d] = y0 * (SCORE_SCALE * rsqrtf((float)HEAD_DIM)), query[h][d + HEAD_DIM / 2] = y1 * (SCORE_SCALE * rsqrtf((float)HEAD_DIM));
-  }
-  __syncthreads();
-  if (split == active - 1 && t < HEAD_DIM / 4) {  // 16-byte pieces: half of these threads write the key, half the value
-    const int piece = t % (HEAD_DIM / 8);
-    uint16_t* to = (t < HEAD_DIM / 8 ? a.keys : a.values) + (first_row + position) * HEAD_DIM;
-    ((uint4*)to)[piece] = ((const uint4*)(t < HEAD_DIM / 8 ? new_key : new_value))[piece];
-  }
-  float q[QUERIES][16], o[QUERIES][16], m[QUERIES], l[QUERIES];
-#pragma unroll
-  for (int h = 0; h < QUERIES; h++) {
-    m[h] = -1e30f, l[h] = 0.f;
-#pragma unroll
-    for (int e = 0; e < 16; e++) q[h][e] = query[h][sub * 16 + e], o[h][e] = 0.f;
-  }
-  for (int base = begin; base < end; base += AT_ONCE, p += AT_ONCE) {
-    const bool valid = p < end;
-    uint4 nk[2] = {}, nv[2] = {};
-    if (p + AT_ONCE < end && p + AT_ONCE < position) load_position(nk, nv, a, first_row + p + AT_ONCE, sub);
-    if (p == position) {
-      k[0] = ((const uint4*)new_key)[sub * 2], k[1] = ((const uint4*)new_key)[sub * 2 + 1];
-      v[0] = ((const uint4*)new_value)[sub * 2], v[1] = ((const uint4*)new_value)[sub * 2 + 1];
-    }
-    float score[QUERIES] = {};
-#pragma unroll
-    for (int j = 0; j < 8; j++) {
-      const float2 f = from16x2(((const uint32_t*)k)[j]);
-#pragma unroll
-      for (int h = 0; h < QUERIES; h++) score[h] += f.x * q[h][2 * j] + f.y * q[h][2 * j + 1];
-    }
-    float e[QUERIES];
-    bool higher = false;
-#pragma unroll
-    for (int h = 0; h < QUERIES; h++) {
-#pragma unroll
-      for (int d = LANES / 2; d >= 1; d >>= 1) score[h] += __shfl_xor_sync(~0u, score[h], d);
-      if (!valid) score[h] = -1e30f;
-      higher |= score[h] > m[h];
-    }
-    if (__any_sync(~0u, higher)) {  // rare after the first passes: rescale what has been summed
-#pragma unroll
-      for (int h = 0; h < QUERIES; h++) {
-        const float now = fmaxf(m[h], score[h]), c = exp2f(m[h] - now);
-        m[h] = now, l[h] *= c;
-#pragma unroll
-        for (int i = 0; i < 16; i++) o[h][i] *= c;
+  auto chunk_of = [&](int i) { return (i * ATTENTION_WARPS + warp) * SPLITS + split; };
+  auto fetch = [&](int i) {
+    const int first = chunk_of(i) * CHUNK;
+    uint16_t* to = own + i % STAGES * 2 * CHUNK_VALUES;
+    if (first <= position) {
+#pragma unroll 2
+      for (int n = 0; n < CHUNK * HEAD_DIM / 8 / 32; n++) {
+        const int piece = n * 32 + lane, row = piece / (HEAD_DIM / 8), column = piece % (HEAD_DIM / 8) * 8;
+        const bool there = first + row < position;  // zeros for the rest: what is weighted with 0 must be finite
+        const size_t from = (first_row + (there ? first + row : 0)) * HEAD_DIM + column;
+        copy_ahead(to + row * ROW + column, a.keys + from, there);
+        copy_ahead(to + CHUNK_VALUES + row * ROW + column, a.values + from, there);
       }
     }
+    close_copies();
+  };
 #pragma unroll
-    for (int h = 0; h < QUERIES; h++) e[h] = valid ? exp2f(score[h] - m[h]) : 0.f, l[h] += e[h];
+  for (int i = 0; i < STAGES; i++) fetch(i);
+  const float4* rope = (const float4*)(a.rope + (size_t)position * HALF_DIM);  // two dimensions each
+  float4 cs[K_TILES / 2][2], new_cs = __ldg(rope + (lane < HALF_DIM / 2 ? lane : 0));
 #pragma unroll
-    for (int j = 0; j < 8; j++) {
-      const float2 f = from16x2(((const uint32_t*)v)[j]);
-#pragma unroll
-      for (int h = 0; h < QUERIES; h++) o[h][2 * j] += e[h] * f.x, o[h][2 * j + 1] += e[h] * f.y;
-    }
-    k[0] = nk[0], k[1] = nk[1], v[0] = nv[0], v[1] = nv[1];
-  }
-#pragma unroll
-  for (int h = 0; h < QUERIES; h++) {  // the groups of a warp
-    float now = m[h];
-#pragma unroll
-    for (int d = LANES; d < 32; d <<= 1) now = fmaxf(now, __shfl_xor_sync(~0u, now, d));
-    const float c = exp2f(m[h] - now);
-    l[h] *= c;
-#pragma unroll
-    for (int d = LANES; d < 32; d <<= 1) l[h] += __shfl_xor_sync(~0u, l[h], d);
-#pragma unroll
-    for (int i = 0; i < 16; i++) {
-      o[h][i] *= c;
-#pragma unroll
-      for (int d = LANES; d < 32; d <<= 1) o[h][i] += __shfl_xor_sync(~0u, o[h][i], d);
-      if (group == 0) sum[warp][h][sub * 16 + i] = o[h][i];
-    }
-    if (lane == 0) most[warp][h] = now, weight[warp][h] = l[h];
-  }
-  __syncthreads();
-  float* partial = a.partial + (size_t)kv * splits * QUERIES * (HEAD_DIM + 2);
-  for (int i = t; i < QUERIES * HEAD_DIM; i += 256) {  // the warps of a block
-    const int h = i / HEAD_DIM, d = i % HEAD_DIM;
-    float now = -1e30f, total = 0.f, value = 0.f;
-#pragma unroll
-    for (int w = 0; w < 8; w++) now = fmaxf(now, most[w][h]);
-#pragma unroll
-    for (int w = 0; w < 8; w++) { const float c = exp2f(most[w][h] - now); total += c * weight[w][h], value += c * sum[w][h][d]; }
-    if (active == 1) { a.out[(kv * QUERIES + h) * HEAD_DIM + d] = to16(value / total); continue; }
-    float* mine = partial + (split * QUERIES + h) * (HEAD_DIM + 2);
-    mine[d] = value;
-    if (d == 0) mine[HEAD_DIM] = now, mine[HEAD_DIM + 1] = total;
-  }
-  if (active == 1) return;
-  __threadfence();
-  __syncthreads();
-  if (t == 0) last = atomicAdd(a.arrived + kv, 1) == active - 1;
-  __syncthreads();
-  if (!last) return;
-  __threadfence();
-  for (int i = t; i < QUERIES * HEAD_DIM; i += 256) {  // the splits of a kv head
-    const int h = i / HEAD_DIM, d = i % HEAD_DIM;
-    float now = -1e30f, total = 0.f, value = 0.f;
-    for (int n = 0; n < active; n++) now = fmaxf(now, load_dependent(partial + (n * QUERIES + h) * (HEAD_DIM + 2) + HEAD_DIM));
-    for (int n = 0; n < active; n++) {
-      const float* theirs = partial + (n * QUERIES + h) * (HEAD_DIM + 2);
-      const float c = exp2f(load_dependent(theirs + HEAD_DIM) - now);
-      total += c * load_dependent(theirs + HEAD_DIM + 1), value += c * load_dependent(theirs + d);
-    }
-    a.out[(kv * QUERIES + h) * HEAD_DIM + d] = to16(value / total);
-  }
-  if (t == 0) a.arrived[kv] = 0;
-}
+  for (int kt = 0; kt < K_TILES / 2; kt++) cs[kt][0] = __ldg(rope + kt * 8 + quarter), cs[kt][1] = __ldg(rope + kt * 8 + 4 + quarter);
+  const int newest = position / CHUNK, new_turn = newest / SPLITS / ATTENTION_WARPS;
+  const bool owner = chunk_of(new_turn) == newest;  // this warp's chunk holds the new position
+  wait_for_previous();
+  if (t == 0) let_next_start();
 
+  uint32_t q[K_TILES][2];  // operand B: head g, dimensions kt * 16 + quarter * 2, and 8 further
+  const uint32_t* from = (const uint32_t*)(a.qkv + (kv * QUERIES + g) * HEAD_DIM);
+#pragma unroll
+  for (int kt = 0; kt < K_TILES; kt++)
+#pragma unroll
+    for (int i = 0; i < 2; i++) q[kt][i] = g < QUERIES ? load_dependent(from + kt * 8 + i * 4 + quarter) : 0u;
+  uint32_t key0 = 0, key1 = 0, value0 = 0, value1 = 0;
+  if (owner && lane < HALF_DIM / 2) {
+    const uint32_t* new_key = (const uint32_t*)(a.qkv + QDIM + kv * HEAD_DIM) + lane;
+    const uint32_t* new_value = (const uint32_t*)(a.qkv + QDIM + KVDIM + kv * HEAD_DIM) + lane;
+    const uint32_t low = load_dependent(new_key), high = load_dependent(new_key + HALF_DIM / 2);
+    value0 = load_dependent(new_value), value1 = load_dependent(new_value + HALF_DIM / 2);
+    key0 = rotate_low(low, high, new_cs, 1.f), key1 = rotate_high(low, high, new_cs, 1.f);
+  }
+  const float scale = LOG2_E * rsqrtf((float)HEAD_DIM);
+#pragma unroll
+  for (int kt = 0; kt < K_TILES / 2; kt++)
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const uint32_t low = q[kt][i], high = q[kt + K_TILES / 2][i];
+      q[kt][i] = rotate_low(low, high, cs[kt][i], scale), q[kt + K_TILES / 2][i] = rotate_high(low, high, cs[kt][i], scale);
+    }
+
+  float o[K_TILES][4] = {}, most[2] = {-1e30f, -1e30f}, weight[2] = {};  // of heads quarter * 2 and quarter * 2 + 1
+  const int key_at = ((lane & 7) + (lane >> 3 & 1) * 8) * ROW + (lane >> 4) * 8;    // ldmatrix: 8 rows per quarter of a warp
+  const int value_at = ((lane & 7) + (lane >> 4) * 8) * ROW + (lane >> 3 & 1) * 8;
+  int i = 0;
+  for (; chunk_of(i) < chunks; i++) {
+    uint16_t *keys = own + i % STAGES * 2 * CHUNK_VALUES, *values = keys + CHUNK_VALUES;
+    wait_copies<STAGES - 1>();
+    __syncwarp();
+    if (owner && i == new_turn) {
+      if (lane < HALF_DIM / 2) {
+        const size_t to = (first_row + position) * HEAD_DIM;
+        uint32_t *k = (uint32_t*)(keys + position % CHUNK * ROW) + lane, *v = (uint32_t*)(values + position % CHUNK * ROW) + lane;
+        uint32_t *cache_k = (uint32_t*)(a.keys + to) + lane, *cache_v = (uint32_t*)(a.values + to) + lane;
+        k[0] = key0, k[HALF_DIM / 2] = key1, v[0] = value0, v[HALF_DIM / 2] = value1;
+        cache_k[0] = key0, cache_k[HALF_DIM / 2] = key1, cache_v[0] = value0, cache_v[HALF_DIM / 2] = value1;
+      }
+      __syncwarp();
+    }
+    float s[4] = {};  // positions g and g + 8, two heads each
+#pragma unroll
+    for (int kt = 0; kt < K_TILES; kt++) {
+      uint32_t k[4];
+      load_matrices(k, keys + key_at + kt * 16);
+      mma(s, k[0], k[1], k[2], k[3], q[kt][0], q[kt][1]);
+    }
+    const int first = chunk_of(i) * CHUNK;
+    if (first + g > position) s[0] = s[1] = -1e30f;
+    if (first + g + 8 > position) s[2] = s[3] = -1e30f;
+    float change[2];
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+      float now = fmaxf(most[j], fmaxf(s[j], s[2 + j]));
+#pragma unroll
+      for (int d = 4; d < 32; d <<= 1) now = fmaxf(now, __shfl_xor_sync(~0u, now, d));
+      change[j] = exp2f(most[j] - now), most[j] = now;
+      s[j] = exp2f(s[j] - now), s[2 + j] = exp2f(s[2 + j] - now);
+      weight[j] = weight[j] * change[j] + s[j] + s[2 + j];
+    }
+    const uint32_t w0 = transpose_matrix(pack16(s[0], s[1])), w1 = transpose_matrix(pack16(s[2], s[3]));
+#pragma unroll
+    for (int dt = 0; dt < K_TILES; dt++) {
+      uint32_t v[4];
+      load_matrices_transposed(v, values + value_at + dt * 16);
+      o[dt][0] *= change[0], o[dt][1] *= change[1], o[dt][2] *= change[0], o[dt][3] *= change[1];
+      mma(o[dt], v[0], v[1], v[2], v[3], w0, w1);
+    }
+    __syncwarp();  // all lanes have read the chunk
+    fetch(i + STAGES);
+  }
+
+  // The warps of a block. One without a chunk has no result.
+  wait_copies<0>();
+  __syncwarp();
+  float* mine = (float*)own;
+  if (i) {
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+#pragma unroll
+      for (int d = 4; d < 32; d <<= 1) weight[j] += __shfl_xor_sync(~0u, weight[j], d);
+      const int h = quarter * 2 + j;
+      if (h < QUERIES) {
+#pragma unroll
+        for (int dt = 0; dt < K_TILES; dt++) mine[h * HEAD_DIM + dt * 16 + g] = o[dt][j], mine[h * HEAD_DIM + dt * 16 + g + 8] = o[dt][2 + j];
+        if (g == 0) mine[OUTPUTS + h] = most[j], mine[OUTPUTS + QUERIES + h] = weight[j];
+      }
+    }
+  }
+  __syncthreads();
+  const int active = min(ATTENTION_WARPS, (chunks - split + SPLITS - 1) / SPLITS);  // warps with a result; at most 0: none
+  const int stride = STAGES * CHUNK_VALUES;                                         // of their results, in floats
+  for (int n = t; n < OUTPUTS; n += ATTENTION_WARPS * 32) {
+    const int h = n / HEAD_DIM;
+    const float* first = (const float*)memory;
+    float now = -1e30f, total = 0.f, sum = 0.f;
+    for (int w = 0; w < active; w++) now = fmaxf(now, first[w * stride + OUTPUTS + h]);
+    for (int w = 0; w < active; w++) {
+      const float* theirs = first + w * stride;
+      const float c = exp2f(theirs[OUTPUTS + h] - now);
+      total += c * theirs[OUTPUTS + QUERIES + h], sum += c * theirs[n];
+    }
+    result[n] = sum;
+    if (n % HEAD_DIM == 0) result[OUTPUTS + h] = now, result[OUTPUTS + QUERIES + h] = total;
+  }
+  // The blocks of the cluster: each finishes its share of the outputs
+  cluster_sync();
+  if (t < OUTPUTS / SPLITS) {
+    const int n = split * (OUTPUTS / SPLITS) + t, h = n / HEAD_DIM;
+    float m[SPLITS], l[SPLITS], v[SPLITS], now = -1e30f, total = 0.f, sum = 0.f;
+#pragma unroll
+    for (int r = 0; r < SPLITS; r++) {
+      m[r] = load_peer(result + OUTPUTS + h, r), l[r] = load_peer(result + OUTPUTS + QUERIES + h, r), v[r] = load_peer(result + n, r);
+      now = fmaxf(now, m[r]);
+    }
+#pragma unroll
+    for (int r = 0; r < SPLITS; r++) { const float c = exp2f(m[r] - now); total += c * l[r], sum += c * v[r]; }
+    a.out[kv * OUTPUTS + n] = to16(sum / total);
+  }
+  cluster_sync();  // a block's shared memory lives until its peers have read it
+}
