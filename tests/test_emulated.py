@@ -58,19 +58,33 @@ def held_against(exact, decoder, step, count, bound):
         assert int(decoder.position) == place + 1
 
 
+@pytest.mark.parametrize(
+    ("length", "places"),
+    [
+        (300, (*range(14, 18), *range(30, 34), *range(126, 130), *range(254, 260), 280)),
+        (1200, (5, 127, 128, 1023, 1024, 1030, 1150)),  # more chunks than warps: a ring of them
+    ],
+)
 @torch.no_grad()
-def test_attention_spans_chunks_warps_and_blocks(emulate):
+def test_attention_spans_chunks_warps_and_blocks(emulate, length, places):
     """From the first position of a chunk to the last, of a block to the next, and around in the warps of a block."""
-    _, exact, decoder, step = build("int8", length=300, num_hidden_layers=1)
-    tokens = torch.arange(284) * 31 % 512
+    long = {"num_hidden_layers": 1, "max_position_embeddings": 2048}
+    _, exact, decoder, step = build("int8", length=length, **long)
+    tokens = torch.arange(places[-1] + 1) * 31 % 512
     want = exact(tokens.unsqueeze(0), use_cache=False).logits[0]
-    decoder.prefill(tokens[:14].unsqueeze(0))
-    for place in (*range(14, 18), *range(30, 34), *range(126, 130), *range(254, 260), 280):
+    for place in places:
         decoder.prefill(tokens[:place].unsqueeze(0))
         decoder.token.fill_(int(tokens[place]))
         step.launch()
         error = float((step.logits - want[place]).norm() / want[place].norm())
         assert error < 5e-3, (place, error)
+
+
+@pytest.mark.parametrize(("hidden", "heads", "kv_heads"), [(256, 8, 1), (768, 6, 2), (256, 2, 2)])
+def test_any_group_of_up_to_8_query_heads(emulate, hidden, heads, kv_heads):
+    shape = {"hidden_size": hidden, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    _, exact, decoder, step = build("int8", LENGTH, head_dim=128, num_hidden_layers=1, **shape)
+    held_against(exact, decoder, step, 3, 2e-3)
 
 
 @pytest.mark.parametrize("name", FORMATS)

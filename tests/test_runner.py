@@ -37,7 +37,7 @@ def test_a_llama_in_a_streamed_format_on_an_h200_can_run():
         ({}, "int8", H200, 8, "shape", "decodes one sequence, this case has 8"),
         ({"intermediate_size": 640}, "int8", H200, 1, "shape", "multiple of 256"),
         ({"head_dim": 48, "num_attention_heads": 16}, "int8", H200, 1, "shape", "head_dim must be 32, 64 or 128"),
-        ({"num_key_value_heads": 1}, "int8", H200, 1, "shape", "at most 4 query heads share a KV head"),
+        ({"num_attention_heads": 16, "num_key_value_heads": 1}, "int8", H200, 1, "shape", "at most 8 query heads"),
         ({"attention_bias": True}, "int8", H200, 1, "shape", "no bias"),
     ],
 )  # fmt: skip

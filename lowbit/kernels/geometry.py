@@ -128,8 +128,8 @@ def unmet(
         return "shape", f"every K must be a multiple of 256, this model has {shape.widths}"
     if shape.head_dim not in (32, 64, 128):
         return "shape", f"head_dim must be 32, 64 or 128, this model has {shape.head_dim}"
-    if shape.heads % shape.kv_heads or shape.heads // shape.kv_heads > 4:
-        return "shape", f"at most 4 query heads share a KV head, this model has {shape.heads} over {shape.kv_heads}"
+    if shape.heads % shape.kv_heads or shape.heads // shape.kv_heads > 8:
+        return "shape", f"at most 8 query heads share a KV head, this model has {shape.heads} over {shape.kv_heads}"
     if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
         return "shape", "the decode kernels add no bias"
     if shape.inter % 8 or shape.hidden % TILE or (shape.heads + 2 * shape.kv_heads) * shape.head_dim % TILE:
