@@ -144,7 +144,7 @@ def operations(step: Any, model: Any) -> dict[str, tuple[int, float, float]]:
     for kernel in dict.fromkeys(one.kernel for one in step.plan):
         calls = [one for one in step.plan if one.kernel == kernel]
         us = _time([one.launch for one in calls], step) / len(calls)
-        name = names.get(kernel, kernel)
+        name = names.get(kernel, kernel.split("_kernel")[0])
         found[name] = len(calls), us, read.get(name, 0) / len(calls) / us / 1e3
     return found
 
