@@ -77,7 +77,8 @@ def _measure(
     step = decoder.native
     assert step is not None
     yield {"format": name, "what": "ready", "quantized_s": round(quantized_s, 2)} | {
-        "kernels_s": round(time.perf_counter() - started, 2)
+        "kernels_s": round(time.perf_counter() - started, 2),
+        "attention": step.attention,
     }
     for context in contexts:
         for count in tokens:

@@ -12,8 +12,8 @@ from lowbit.kernels import nvrtc
 
 HEADER = Path(__file__).parent / "emulator" / "cuda_on_cpu.h"
 ARGUMENTS = {"product": "Product", "attention": "Attention", "embed": "Embed", "unpack": "Unpack"}
-CLUSTERS = {"attention_kernel": 8}
-"""Kernels whose blocks run in clusters, along the grid's y."""
+CLUSTERS = 8
+"""Of 16 blocks that the emulated device holds at once, as an H200 does."""
 
 
 def unmet():
@@ -27,7 +27,7 @@ class EmulatedModule:
     """In the place of lowbit.kernels.launch.Module: the same kernels, compiled for the CPU."""
 
     def __init__(self, folder, sources, kernels, macros):
-        self.kernels = list(kernels)
+        self.kernels, self.fitting = list(kernels), CLUSTERS
         cases = "\n".join(
             f"    case {i}: emulator::launch([](const void* a) {{ {name}(*(const {self._argument(name)}*)a); }}, "
             "argument, x, y, cluster, threads, shared); return;"
@@ -54,8 +54,11 @@ class EmulatedModule:
     def function(self, kernel):
         assert kernel in self.kernels
 
-    def launch(self, kernel, grid, threads, argument, *, shared_bytes=0, overlap=False):
+    def clusters(self, kernel, grid, threads, *, shared_bytes, cluster):
+        assert kernel in self.kernels
+        return self.fitting
+
+    def launch(self, kernel, grid, threads, argument, *, shared_bytes=0, overlap=False, cluster=1):
         x, y = grid
-        cluster = CLUSTERS.get(kernel.split("<")[0], 1)
         which = self.kernels.index(kernel)
         self._run(which, ctypes.byref(argument), x, y, cluster, threads, ctypes.c_size_t(shared_bytes))

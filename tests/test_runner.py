@@ -82,8 +82,15 @@ class Recorder:
     def __init__(self):
         self.launched = []
 
-    def launch(self, kernel, grid, threads, argument, *, shared_bytes=0, overlap=False):
+    fitting = 8
+
+    def clusters(self, kernel, grid, threads, *, shared_bytes, cluster):
+        self.asked = kernel, grid, threads, shared_bytes, cluster
+        return self.fitting
+
+    def launch(self, kernel, grid, threads, argument, *, shared_bytes=0, overlap=False, cluster=1):
         self.launched.append((kernel, grid, threads, argument, shared_bytes, overlap))
+        assert cluster == (grid[1] if kernel.startswith("attention") else 1)
 
 
 @pytest.fixture
@@ -122,7 +129,7 @@ def test_a_step_is_5_kernels_per_layer_in_order_with_the_models_own_memory(modul
     kernels = [kernel for kernel, *_ in module.launched]
     layer = [
         runner.PRODUCTS["qkv"],
-        "attention_kernel<1>",
+        "attention_kernel<1, 8>",
         runner.PRODUCTS["o"],
         runner.PRODUCTS["gate_up"],
         runner.PRODUCTS["down"],
@@ -146,6 +153,37 @@ def test_a_step_is_5_kernels_per_layer_in_order_with_the_models_own_memory(modul
     assert (head.token, head.rows) == (decoder.token.data_ptr(), 512)
     assert (qkv.token, qkv.history) == (None, None)  # only the head hands out tokens
     assert (qkv.row_scale is None) == (name in ("bf16", "int4_g128"))
+
+
+@pytest.mark.parametrize(
+    ("length", "fitting", "kernel", "splits", "words"),
+    [
+        (1024, 0, "attention_kernel<1, 8>", 8, "8 blocks per KV head, 1 chunk ahead"),
+        (1040, 8, "attention_kernel<3, 16>", 16, "16 blocks per KV head, 3 chunks ahead"),
+        (1040, 2, "attention_kernel<3, 16>", 16, "16 blocks per KV head, 3 chunks ahead"),
+        (
+            1040,
+            1,
+            "attention_kernel<3, 8>",
+            8,
+            "8 blocks per KV head, 3 chunks ahead: of 2 clusters of 16 this device ",
+        ),
+    ],
+)
+def test_a_long_cache_has_clusters_of_16_where_the_device_holds_all_heads_at_once(
+    module, length, fitting, kernel, splits, words
+):
+    module.fitting = fitting
+    made, dtype = streamed("int8", max_position_embeddings=2048)
+    decoder = decoder_of(made, dtype, length)
+    step = NativeStep(made, decoder.cache, decoder.token, decoder.position)
+    assert step.attention.startswith(words)
+    step.launch()
+    found, grid, threads, _, shared_bytes, _ = module.launched[2]
+    assert (found, grid, threads) == (kernel, (2, splits), 256)
+    assert shared_bytes <= 227 * 1024
+    if length > 1024:
+        assert module.asked == ("attention_kernel<3, 16>", (2, 16), 256, shared_bytes, 16)
 
 
 def test_positions_have_the_models_own_rotation(module):

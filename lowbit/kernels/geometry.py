@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -21,10 +21,28 @@ RING_BYTES = 220 * 1024
 SHARED_BYTES, RESERVED_BYTES = 228 * 1024, 1024
 """Of a multiprocessor of SM90, and what each block on it costs beside its own."""
 MAX_RING = 48
-SPLITS, ATTENTION_WARPS, CHUNK = 8, 8, 16
-"""Attention: blocks of a cluster, warps of a block, positions of a chunk (cuda/attention.cu says the same)."""
+ATTENTION_WARPS, CHUNK = 8, 16
+"""Attention: warps of a block, positions of a chunk (cuda/attention.cu says the same)."""
+SPLITS, LONG_SPLITS = 8, 16
+"""Blocks of a cluster of attention, which is one KV head's: as many as every device allows; over a long cache as many
+as SM90 can. 8 KV heads then keep 128 multiprocessors loading instead of 64, of which each takes about 40 GB/s."""
 SHORT_CACHE = SPLITS * ATTENTION_WARPS * CHUNK
 """Up to this length of the cache every warp of attention has one chunk, and its block fits beside a product's."""
+
+
+class AttentionPlan(NamedTuple):
+    """How attention is launched: chunks per warp on their way, blocks per KV head, shared memory of each in bytes."""
+
+    stages: int
+    splits: int
+    shared_bytes: int
+
+    @property
+    def kernel(self) -> str:
+        return f"attention_kernel<{self.stages}, {self.splits}>"
+
+    def __str__(self) -> str:
+        return f"{self.splits} blocks per KV head, {self.stages} chunk{'s' * (self.stages > 1)} ahead"
 
 
 @dataclass(frozen=True)
@@ -85,17 +103,18 @@ class Geometry:
             "WARPS": self.warps,
         }
 
-    def attention(self, length: int) -> tuple[int, int]:
-        """Chunks per warp on their way, bytes of shared memory of attention over a cache of ``length`` positions."""
-        stages = 1 if length <= SHORT_CACHE else 3
+    def attention(self, length: int, widest: int = LONG_SPLITS) -> AttentionPlan:
+        """Of attention over a cache of ``length`` positions, by clusters of at most ``widest`` blocks."""
+        stages, splits = (1, SPLITS) if length <= SHORT_CACHE else (3, widest)
         queries = self.heads // self.kv_heads
         chunk = 2 * CHUNK * (self.head_dim + 8) * 2
-        return stages, ATTENTION_WARPS * stages * chunk + 4 * queries * (self.head_dim + 2)
+        return AttentionPlan(stages, splits, ATTENTION_WARPS * stages * chunk + 4 * queries * (self.head_dim + 2))
 
     def beside_attention(self, length: int) -> int:
         """Shared memory for a product that is to start while attention still runs, or the reverse."""
-        stages, used = self.attention(length)
-        return RING_BYTES if stages > 1 else min(RING_BYTES, SHARED_BYTES - 2 * RESERVED_BYTES - used)
+        plan = self.attention(length)
+        room = SHARED_BYTES - 2 * RESERVED_BYTES - plan.shared_bytes
+        return RING_BYTES if plan.stages > 1 else min(RING_BYTES, room)
 
     def shared(self, k: int, tiles: int, room: int = RING_BYTES) -> tuple[int, int, int]:
         """Stages in the ring, row tiles per batch, bytes of shared memory for a product of ``tiles`` row tiles."""

@@ -46,6 +46,8 @@ class Module:
             settings = {kinds.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT: 100}  # percent
             if not kernel.startswith(("embed", "unpack")):
                 settings[kinds.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES] = MAX_SHARED_BYTES
+            if kernel.startswith("attention"):  # by clusters of 16: more than every device takes
+                settings[kinds.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED] = 1
             for attribute, value in settings.items():
                 _checked(self._driver.cuFuncSetAttribute(found, attribute, value), f"preparing {kernel}")
             self._functions[kernel] = found
@@ -60,21 +62,46 @@ class Module:
         *,
         shared_bytes: int = 0,
         overlap: bool = False,
+        cluster: int = 1,
     ) -> None:
-        """Launch with one struct as its argument. ``overlap``: it may start before the kernel before it has ended."""
+        """Launch with one struct as its argument. ``overlap``: it may start before the kernel before it has ended.
+
+        ``cluster``: blocks along the grid's y that run at once and see each other's shared memory.
+        """
+        config = self._config(grid, threads, shared_bytes, cluster, overlap)
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
+        _checked(
+            self._driver.cuLaunchKernelEx(config, self.function(kernel), ctypes.addressof(pointers), 0),
+            f"launching {kernel}",
+        )
+
+    def clusters(self, kernel: str, grid: tuple[int, int], threads: int, *, shared_bytes: int, cluster: int) -> int:
+        """How many clusters of this launch the device can hold at once; 0 where it takes none of this size."""
+        config = self._config(grid, threads, shared_bytes, cluster)
+        code, count = self._driver.cuOccupancyMaxActiveClusters(self.function(kernel), config)
+        if code == self._driver.CUresult.CUDA_ERROR_INVALID_CLUSTER_SIZE:
+            return 0
+        return int(_checked((code, count), f"asking how many clusters of {kernel} fit"))
+
+    def _config(
+        self, grid: tuple[int, int], threads: int, shared_bytes: int, cluster: int, overlap: bool = False
+    ) -> Any:
         driver = self._driver
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = grid[0], grid[1], 1
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
         config.sharedMemBytes = shared_bytes
         config.hStream = torch.cuda.current_stream().cuda_stream
+        attributes = []
+        if cluster > 1:
+            attributes.append(driver.CUlaunchAttribute())
+            attributes[-1].id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            size = attributes[-1].value.clusterDim
+            size.x, size.y, size.z = 1, cluster, 1
         if overlap:
-            attribute = driver.CUlaunchAttribute()
-            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-            attribute.value.programmaticStreamSerializationAllowed = 1
-            config.attrs = [attribute]
-            config.numAttrs = 1
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
-        _checked(
-            driver.cuLaunchKernelEx(config, self.function(kernel), ctypes.addressof(pointers), 0), f"launching {kernel}"
-        )
+            attributes.append(driver.CUlaunchAttribute())
+            attributes[-1].id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attributes[-1].value.programmaticStreamSerializationAllowed = 1
+        if attributes:  # set once: reading it gives views into memory that the next setting frees
+            config.attrs, config.numAttrs = attributes, len(attributes)
+        return config

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import LowbitError
-from lowbit.kernels import nvrtc, weights
+from lowbit.kernels import attention_plan, nvrtc, weights
 from lowbit.kernels.arguments import Attention, Embed, Product, fill
-from lowbit.kernels.geometry import ATTENTION_WARPS, BLOCKS, RING_BYTES, SPLITS, Geometry
+from lowbit.kernels.geometry import ATTENTION_WARPS, BLOCKS, RING_BYTES, Geometry
 from lowbit.kernels.launch import Module
 from lowbit.kernels.modules import NativeEmbedding, NativeLinear
 from lowbit.kernels.stream import LAYOUTS, Stream
@@ -30,7 +30,8 @@ PRODUCTS = {
     "down": "product_kernel<INTER, false, ADD_RESIDUAL>",
     "head": "product_kernel<HIDDEN, true, TO_LOGITS>",
 }
-KERNELS = (*PRODUCTS.values(), "attention_kernel<1>", "attention_kernel<3>", "embed_kernel")
+ATTENTIONS = ("attention_kernel<1, 8>", "attention_kernel<3, 8>", "attention_kernel<3, 16>")
+KERNELS = (*PRODUCTS.values(), *ATTENTIONS, "embed_kernel")
 
 
 Pick = Callable[[Tensor], Tensor]
@@ -87,10 +88,17 @@ class _Launch:
     argument: ctypes.Structure
     shared_bytes: int = 0
     overlap: bool = True
+    cluster: int = 1
 
     def launch(self) -> None:
         self.module.launch(
-            self.kernel, self.grid, self.threads, self.argument, shared_bytes=self.shared_bytes, overlap=self.overlap
+            self.kernel,
+            self.grid,
+            self.threads,
+            self.argument,
+            shared_bytes=self.shared_bytes,
+            overlap=self.overlap,
+            cluster=self.cluster,
         )
 
 
@@ -124,6 +132,7 @@ class NativeStep:
         self._device, self._progress = device.index or 0, progress
         self._expect(keys, "keys and values")
         self._buffers(model, device)
+        self._clusters, self.attention = attention_plan.choose(self.shape, self.length, self._module(self.shape.format))
         self.plan = list(self._plan(model, cache))
         self._graph: torch.cuda.CUDAGraph | None = None
 
@@ -246,9 +255,9 @@ class NativeStep:
             out=self.attended,
             length=self.length,
         )
-        stages, shared = self.shape.attention(self.length)
-        module, grid = self._module(self.shape.format), (self.shape.kv_heads, SPLITS)
-        return _Launch(module, f"attention_kernel<{stages}>", grid, ATTENTION_WARPS * 32, argument, shared)
+        plan, module = self._clusters, self._module(self.shape.format)
+        grid = self.shape.kv_heads, plan.splits
+        return _Launch(module, plan.kernel, grid, ATTENTION_WARPS * 32, argument, plan.shared_bytes, True, plan.splits)
 
     def launch(self) -> None:
         """The step's kernels, one by one, on the current stream; then ``pick``, if it is not greedy."""

@@ -15,7 +15,6 @@
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __cluster_dims__(...)
 #define __maxnreg__(...)
 #define __grid_constant__
 #define __shared__ static
@@ -133,14 +132,16 @@ inline void land(const std::vector<Copy>& copies) {
 
 inline void run_cluster(Cluster& cluster, int threads) {
   constexpr size_t STACK = 64 << 10;
-  static std::vector<uint8_t> stacks;
+  static uint8_t* stacks = nullptr;
+  static size_t room = 0;
   const size_t count = cluster.blocks.size() * threads;
-  if (stacks.size() < count * STACK) stacks.resize(count * STACK);
+  if (room < count) std::free(stacks), stacks = (uint8_t*)std::malloc(count * STACK), room = count;  // untouched: no memory
+  if (!stacks) fail("no memory for the fibers' stacks");
   std::vector<Fiber> fibers(count);
   for (size_t i = 0; i < count; i++) {
     Fiber& f = fibers[i];
     f.block = &cluster.blocks[i / threads], f.thread = {(int)(i % threads), 0, 0};
-    void** top = (void**)((uintptr_t)(stacks.data() + (i + 1) * STACK) & ~(uintptr_t)15);
+    void** top = (void**)((uintptr_t)(stacks + (i + 1) * STACK) & ~(uintptr_t)15);
     *--top = nullptr, *--top = (void*)run_body;
     for (int r = 0; r < 6; r++) *--top = nullptr;
     f.stack_pointer = top;

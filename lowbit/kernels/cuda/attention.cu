@@ -1,8 +1,8 @@
 // ---------------------------------------------------------------------------------------------- attention
-// Grouped-query attention of one new token over the cache. A cluster of SPLITS blocks works for one KV head and all the
-// query heads that share it, so that keys and values are read once. Positions come in chunks of 16, dealt to the blocks
-// and to their warps in turn; a warp copies its own chunks into shared memory, from before the wait on, and multiplies
-// with mma.m16n8k16:
+// Grouped-query attention of one new token over the cache. A cluster of SPLITS blocks (8; 16 over a long cache, see
+// lowbit/kernels/geometry.py) works for one KV head and all the query heads that share it, so that keys and values are
+// read once. Positions come in chunks of 16, dealt to the blocks and to their warps in turn; a warp copies its own chunks
+// into shared memory, from before the wait on, and multiplies with mma.m16n8k16:
 //
 //   scores [16 positions x 8 heads] = keys [16 x HEAD_DIM] · queries        sums [HEAD_DIM x 8 heads] += values^T · weights
 //
@@ -16,14 +16,14 @@ struct Attention {
   uint16_t* out;              // [QDIM]
   int length;
 };
-constexpr int ATTENTION_WARPS = 8, SPLITS = 8, CHUNK = 16;  // warps of a block, blocks of a cluster, positions of a chunk
+constexpr int ATTENTION_WARPS = 8, CHUNK = 16;              // warps of a block, positions of a chunk
 constexpr int QUERIES = HEADS / KV_HEADS, HALF_DIM = HEAD_DIM / 2, K_TILES = HEAD_DIM / 16;
 constexpr int ROW = HEAD_DIM + 8;                           // padded: the 8 rows that ldmatrix reads at once share no bank
 constexpr int CHUNK_VALUES = CHUNK * ROW;                   // 16 bits each; of keys, then of values
 constexpr int OUTPUTS = QUERIES * HEAD_DIM;
 constexpr int RESULT = OUTPUTS + 2 * QUERIES;               // a warp's or block's: sums, then maxima, then weights
 constexpr float LOG2_E = 1.4426950408889634f;               // exponentials are powers of two here
-static_assert(QUERIES <= 8 && OUTPUTS % SPLITS == 0, "the heads of a group are the 8 columns of an mma");
+static_assert(QUERIES <= 8, "the heads of a group are the 8 columns of an mma");
 static_assert(RESULT * 4 <= CHUNK_VALUES * 2 * 2, "a warp's result takes the place of its first chunk");
 
 __device__ __forceinline__ uint32_t pack16(float a, float b) { return (uint32_t)to16(a) | ((uint32_t)to16(b) << 16); }
@@ -36,7 +36,8 @@ __device__ __forceinline__ uint32_t rotate_high(uint32_t low, uint32_t high, con
   return pack16((y.x * cs.x + x.x * cs.y) * scale, (y.y * cs.z + x.y * cs.w) * scale);
 }
 // STAGES chunks per warp on their way: 1 leaves room for a product's block beside this one, more keep memory busy.
-template <int STAGES> __global__ void __cluster_dims__(1, SPLITS, 1) __maxnreg__(96) attention_kernel(const __grid_constant__ Attention a) {
+template <int STAGES, int SPLITS> __global__ void __maxnreg__(96) attention_kernel(const __grid_constant__ Attention a) {
+  static_assert(OUTPUTS % SPLITS == 0 && OUTPUTS / SPLITS <= ATTENTION_WARPS * 32, "each block finishes its share");
   SHARED_MEMORY(memory);
   const int t = threadIdx.x, lane = t & 31, warp = t >> 5, g = lane >> 2, quarter = lane & 3, kv = blockIdx.x, split = blockIdx.y;
   uint16_t* own = (uint16_t*)memory + warp * STAGES * 2 * CHUNK_VALUES;
