@@ -20,7 +20,7 @@ from torch import nn
 
 from lowbit.backends import native
 from lowbit.errors import LowbitError, unknown
-from lowbit.formats import Format, Unmet
+from lowbit.formats import Format, Unmet, rows_of
 from lowbit.quiet import quiet_import
 
 if TYPE_CHECKING:
@@ -74,8 +74,9 @@ def unmet(mode: str, device: Device, fmt: Format, rows: int | None = None) -> Un
         return Unmet("capability", f"needs cuda (lowbit's own kernels), this is {device.kind}")
     if row.inductor is None:
         return None
-    if fmt.backend == "lowbit" and (reason := _uncompiled(mode, device, fmt)):
-        return Unmet("capability", reason)
+    for own in (row for row in rows_of(fmt) if row.backend == "lowbit"):
+        if reason := _uncompiled(mode, device, own):
+            return Unmet("capability", reason)
     if device.kind == "cuda":
         waits = fmt.options.get("waits_for_host")
         if row.cuda_graph and waits:

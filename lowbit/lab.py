@@ -14,6 +14,7 @@ import torch
 
 from lowbit import backends, calibration, compilers, measure, metrics, models, quantized, roofline, texts
 from lowbit.auto.selection import Chooser
+from lowbit.backends import native
 from lowbit.card import CardState, disturbed
 from lowbit.cases import Case
 from lowbit.ceilings import Ceilings, measure_ceilings
@@ -21,7 +22,6 @@ from lowbit.device import MIB, Device
 from lowbit.errors import LoadError, LowbitError
 from lowbit.evaluation import Tasks, harness
 from lowbit.formats import Format, Unmet
-from lowbit.kernels import geometry
 from lowbit.metrics import Measurement
 from lowbit.nvml import Nvml, NvmlUnavailable
 from lowbit.profiling import Profiler
@@ -138,8 +138,7 @@ class Lab:
         if reason is None and case.mode is not None:
             reason = compilers.unmet(case.mode, self.device, case.format, case.rows)
         if reason is None and case.mode == "native" and case.workload is not None and case.kind == "decode":
-            why = geometry.unmet(config, case.format.scheme, self.device.capability, case.workload.batch)
-            reason = None if why is None else Unmet(*why)
+            reason = native.step_unmet(case.format, self.device, config, case.workload.batch)
         if reason is None and case.workload is not None:
             limit = getattr(config, "max_position_embeddings", None)
             if limit is not None and case.workload.context_tokens > limit:

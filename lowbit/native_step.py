@@ -8,22 +8,22 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowbit import device, generate, models
-from lowbit.ceilings import event_seconds
 from lowbit.errors import LowbitError
-from lowbit.kernels import geometry, nvrtc, runner, stream_modules
+from lowbit.kernels import geometry, nvrtc, stream_modules
 from lowbit.kernels.geometry import Geometry
 from lowbit.kernels.quantizer import quantize
 from lowbit.kernels.stream import LAYOUTS
+from lowbit.native_times import operations
 
-PROMPT, REPLAYS, ROUNDS = 128, 20, 3
-"""Tokens of the repeated runs' prompt; graph replays per timing of a kernel; timings, of which the median counts."""
+PROMPT, ROUNDS = 128, 3
+"""Tokens of the repeated runs' prompt; timings, of which the median counts."""
 
 
 def _numbers(text: str, option: str) -> list[int]:
@@ -134,45 +134,3 @@ def differing(decoder: Any, prompt: Tensor, count: int, repeats: int) -> int:
 
     first = once()
     return sum(not all(map(torch.equal, once(), first)) for _ in range(repeats))
-
-
-def operations(step: Any, model: Any) -> dict[str, tuple[int, float, float]]:
-    """Each kind of kernel by itself, all its calls of a token one behind the other in a graph: calls, µs per call and
-    GB/s of weights (0: it reads none)."""
-    names = {kernel: name for name, kernel in runner.PRODUCTS.items()}
-    read = _bytes_read(model)
-    found = {}
-    for kernel in dict.fromkeys(one.kernel for one in step.plan):
-        calls = [one for one in step.plan if one.kernel == kernel]
-        us = _time([one.launch for one in calls], step) / len(calls)
-        name = names.get(kernel, kernel.split("_kernel")[0])
-        found[name] = len(calls), us, read.get(name, 0) / len(calls) / us / 1e3
-    return found
-
-
-def _bytes_read(model: Any) -> dict[str, int]:
-    layers = model.model.layers
-    parts = {
-        "qkv": [layer.self_attn.q_proj for layer in layers],
-        "o": [layer.self_attn.o_proj for layer in layers],
-        "gate_up": [layer.mlp.gate_proj for layer in layers],
-        "down": [layer.mlp.down_proj for layer in layers],
-        "head": [model.lm_head],
-    }
-    return {name: sum(linear.part.stream.data.numel() for linear in linears) for name, linears in parts.items()}
-
-
-def _time(calls: list[Callable[[], None]], step: Any) -> float:
-    """µs of all calls, in one graph."""
-    step.position.fill_(PROMPT)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-
-    def replays() -> None:
-        for _ in range(REPLAYS):
-            graph.replay()
-
-    return event_seconds(replays) * 1e6 / REPLAYS

@@ -2,31 +2,35 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import tiny_llama
 import torch
 from test_lab import CPU, SHAPE, WORDS, make_lab, take
 from tiny import CPU as FAKE_CPU
-from tiny import config, model
+from tiny import config, gpu, model
 
-from lowbit import backends, quantized, texts
+from lowbit import backends, generate, native_times, quantized, texts
 from lowbit.auto import bench as bench_module
 from lowbit.auto import chain as products
 from lowbit.auto import selection
 from lowbit.auto.ask import Ask
-from lowbit.auto.bench import LabBench
+from lowbit.auto.bench import LabBench, has_mode
+from lowbit.auto.ground import Ground, Timed, describe
 from lowbit.auto.plan import Option, fastest, front, step_back
-from lowbit.auto.search import Search, describe
+from lowbit.auto.search import Search
+from lowbit.backends import native
 from lowbit.cases import Case
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS, LINEARS, Unmet, recipes
 from lowbit.formats import auto as rows
+from lowbit.kernels import runner
 from lowbit.workloads import Workload
 
 AUTO = FORMATS["auto-recipe"]
 PLAIN, INT8, INT4, NF4 = "bf16-torch", "a16w8-torchao", "a16w4_g128-torchao", "a16w4_nf4_dq-bitsandbytes"
-NATIVE = "a16w4_g128-lowbit"
+NATIVE, NATIVE8, NATIVE2 = "a16w4_g128-lowbit", "a16w8-lowbit", "a16w2_g128-lowbit"
 
 
 # -- the row and its groups --------------------------------------------------------------------------------------------
@@ -65,7 +69,8 @@ def test_a_mix_gives_a_group_its_format_and_leaves_the_others(group, layers):
 def test_candidates_are_fast_paths_to_whole_layers_first_choices_first():
     found = rows.candidates(FORMATS.values())
     assert {INT8, INT4, NF4, NATIVE} <= {row.id for row in found}
-    assert all(row.fast and row.quantized and not (row.parts or row.kv or row.calibration_windows) for row in found)
+    assert all(row.fast and not (row.parts or row.kv or row.calibration_windows) for row in found)
+    assert [row.id for row in found if not row.quantized] == ["bf16-lowbit"]  # 16 bits by its own kernels
     assert AUTO not in found
     assert [row.suite == "quick" for row in found] == sorted((row.suite == "quick" for row in found), reverse=True)
 
@@ -131,15 +136,21 @@ def test_steps_back_end_at_the_plan_without_loss():
 # -- the search, with made-up figures ----------------------------------------------------------------------------------
 
 
+MS = 1e-3
+COMPILED = Ground("reduce-overhead", "bf16", rows.GROUPS)
+OURS = Ground("native", "fp16", rows.NATIVE_GROUPS, whole=True)
+
+
 class FakeBench:
     """A device on which a format's bits tell its speed and loss; what differs is given. Five layers of one shape."""
 
-    layers, dtype = 5, "bf16"
+    layers = 5
 
     def __init__(self, **fields):
         self.now, self.asked = 0.0, []
-        self.loss = {8: 0.0001, 4: 0.02, 16: 0.0}
-        self.product = {PLAIN: 16.0, INT8: 9.0, INT4: 5.0, NF4: 7.0}
+        self.grounds = [COMPILED]
+        self.loss = {8: 0.0001, 4: 0.02, 2: 0.4, 16: 0.0}
+        self.product = {PLAIN: 16.0, INT8: 9.0, INT4: 5.0, NF4: 7.0, NATIVE: 2.5, NATIVE8: 4.5, NATIVE2: 1.5}
         self.mix_step = self.mix_kld = None
         self.steps, self.alone, self.costs = {}, (), 1.0
         for name, value in fields.items():
@@ -153,23 +164,24 @@ class FakeBench:
         return self.now
 
     def mode(self, fmt):
-        return "native" if fmt.backend == "lowbit" else "reduce-overhead"
+        return "native" if fmt.backend == "lowbit" or "native" in fmt.modes else "reduce-overhead"
 
-    def mixes(self, fmt):
-        return fmt.id not in self.alone and fmt.backend != "lowbit"
+    def mixes(self, fmt, ground):
+        return fmt.id not in self.alone and (fmt.backend == "lowbit") == ground.whole
 
     def kld(self, fmt):
         self.spend("kld", fmt)
         if not fmt.parts:
             return self.loss[fmt.weight_bits]
-        if fmt.name == "auto_mix" and self.mix_kld is not None:
+        if fmt.name.startswith("auto_mix") and self.mix_kld is not None:
             return self.mix_kld(fmt)
         matrices = list(recipes.assignment(fmt, self.layers))
         return sum(self.loss[FORMATS[part].weight_bits] for _, _, part in matrices) / 36
 
-    def product_s(self, fmt):
+    def timed(self, fmt, ground):
         self.spend("products", fmt)
-        return dict.fromkeys((*LINEARS, "lm_head"), self.product[fmt.id])
+        step_s = self.steps.get(fmt.id, 2.0) if ground.whole else None
+        return Timed(dict.fromkeys((*LINEARS, "lm_head"), self.product[fmt.id] * MS), step_s)
 
     def step_s(self, fmt):
         self.spend("step", fmt)
@@ -189,7 +201,7 @@ def test_with_room_everything_gets_the_fastest_format():
     found, told = search(FakeBench())
     assert found.best.format.parts
     assert set(dict(found.best.format.parts).values()) == {INT4}
-    assert found.best.foreseen_s == 36 * 5.0
+    assert found.best.foreseen_s == pytest.approx(36 * 5.0 * MS)
     assert found.best.kld == pytest.approx(0.02)
     assert told[0] == f"auto: 1 of 3 candidates: {INT8}"
     assert any(line.startswith("auto: KL of the mix, foreseen 0.02: ") for line in told)
@@ -200,7 +212,7 @@ def test_a_tight_limit_is_kept_by_mixing():
     parts = set(dict(found.best.format.parts).values())
     assert parts == {INT4, INT8}
     assert found.best.kld <= 0.01
-    assert 36 * 5.0 < found.best.foreseen_s < 36 * 9.0
+    assert 36 * 5.0 * MS < found.best.foreseen_s < 36 * 9.0 * MS
 
 
 def test_nothing_within_the_limit_leaves_the_base_dtype():
@@ -258,7 +270,7 @@ def test_what_loses_next_to_nothing_is_not_scored_group_by_group():
     found, _ = search(bench, names=(INT8,))
     probes = [name for what, name in bench.asked if what == "kld"]
     assert probes == [INT8, "auto_mix-recipe"]
-    assert {option.kld for options in found.options.values() for option in options} == {0.0, 0.0001}
+    assert {option.kld for options in found.options["reduce-overhead"].values() for option in options} == {0.0, 0.0001}
 
 
 def test_the_time_is_bounded_and_what_it_left_out_is_named():
@@ -275,10 +287,10 @@ def test_a_library_that_fails_costs_its_format_and_a_cuda_fault_the_search():
     class Broken(FakeBench):
         error = ValueError("no kernel for this\nand more")
 
-        def product_s(self, fmt):
+        def timed(self, fmt, ground):
             if fmt.id == INT4:
                 raise self.error
-            return super().product_s(fmt)
+            return super().timed(fmt, ground)
 
     found, _ = search(Broken())
     assert found.left_out[INT4] == "ValueError: no kernel for this"
@@ -294,6 +306,96 @@ def test_formats_that_no_compile_takes_together_are_no_mix(monkeypatch):
     found, _ = search(bench, names=(INT8, INT4), max_kld=0.03)
     assert "Inductor's coordinate_descent_tuning" in found.left_out["auto_mix-recipe"]
     assert found.best.format.id == INT8
+
+
+# -- the ground of lowbit's own kernels --------------------------------------------------------------------------------
+
+
+def both(**fields):
+    return FakeBench(grounds=[OURS, COMPILED], **fields)
+
+
+def test_native_formats_mix_among_themselves_in_their_own_mode():
+    """Of 36 products int2 loses 0.4 / 36 each: four of them fit beside int4 within 0.06."""
+    bench = both(steps={NATIVE: 0.150, NATIVE2: 0.1, NATIVE8: 0.3, INT4: 0.5})
+    bench.mix_step = 0.140
+    found, told = search(bench, names=(NATIVE, NATIVE8, NATIVE2, INT4), max_kld=0.06)
+    best = found.best.format
+    assert (best.id, found.best.mode) == ("auto_mix_native-recipe", "native")
+    assert set(best.parts.values()) == {NATIVE, NATIVE2}
+    assert best.dtypes == ("fp16",)
+    assert {"native", "eager"} <= set(best.modes)
+    assert found.best.kld <= 0.06
+    assert found.best.step_s == 0.140
+    assert any("KL of the mix, foreseen" in line and NATIVE2 in line for line in told)
+    # the best single format was measured as a whole model, and another library's was not: its products take longer
+    single = next(one for one in found.finalists if one.format.id == NATIVE)
+    assert single.step_s == 0.150
+    assert ("step", INT4) not in bench.asked
+    assert "its products alone are foreseen to take" in found.left_out["auto_mix-recipe"]
+
+
+def test_a_native_mix_that_decodes_no_faster_than_a_single_format_is_not_taken():
+    bench = both(steps={NATIVE: 0.150}, mix_step=0.151)
+    found, _ = search(bench, names=(NATIVE, NATIVE2), max_kld=0.06)
+    assert (found.best.format.id, found.best.mode) == (NATIVE, "native")
+    assert any(one.format.name == "auto_mix_native" and one.step_s == 0.151 for one in found.finalists)
+
+
+def test_a_native_plan_of_one_format_is_that_format():
+    bench = both(steps={NATIVE: 0.150})
+    found, told = search(bench, names=(NATIVE, NATIVE8), max_kld=0.05)
+    assert found.best.format.id == NATIVE
+    assert not any(one.format.parts for one in found.finalists)
+    assert not any("KL of the mix" in line for line in told)
+
+
+def test_native_formats_have_no_plain_part_to_fall_back_to():
+    bench = both(loss={8: 0.0001, 4: 0.02, 2: 0.4, 16: 0.0})
+    found, _ = search(bench, names=(NATIVE2,), max_kld=0.05)
+    told = found.left_out["auto_mix_native-recipe"]
+    assert told == "no format measured is within the limit for ends, qkv, gate_up"  # 14, 9 and 6 of 36
+    assert found.best.format.id == PLAIN
+
+
+def test_where_every_native_plan_loses_too_much_there_is_none():
+    bench = both(loss={8: 0.06, 4: 0.02, 2: 0.4, 16: 0.0})
+    found, _ = search(bench, names=(NATIVE8,), max_kld=0.05)
+    assert found.left_out["auto_mix_native-recipe"] == "KL of 0.06 at least is foreseen, over the limit"
+    stuck = both(mix_kld=lambda fmt: 1.0)
+    found, _ = search(stuck, names=(NATIVE, NATIVE2), max_kld=0.06)
+    assert found.left_out["auto_mix_native-recipe"] == "KL 1, over the limit; no step back"
+
+
+def test_a_native_mix_is_kept_as_a_recipe_that_decodes_natively(tmp_path):
+    bench = both(steps={NATIVE: 0.150}, mix_step=0.140)
+    found, _ = search(bench, names=(NATIVE, NATIVE2), max_kld=0.06)
+    document = selection.document_of(found, "auto_h200", 0.06)
+    path = tmp_path / "auto_h200.json"
+    path.write_text(json.dumps(document))
+    chosen = selection.Selection(found.best.format, path, document)
+    assert " (native, 140.000 ms per token, KL 0.0" in chosen.sentence
+    assert f"; next {NATIVE}, native, 150.000 ms); again with --recipe {path}" in chosen.sentence
+    assert {one["format"]: one["step_ms"] for one in document["found"]["finalists"]}[NATIVE] == pytest.approx(150)
+    assert set(document["found"]["options_kld_ms"]) == {"native", "reduce-overhead"}
+    again = recipes.read(path, FORMATS)
+    assert (again.parts, again.dtypes, again.modes) == (found.best.format.parts, ("fp16",), found.best.format.modes)
+    assert native.step_unmet(again, gpu(9, 0), config(num_hidden_layers=5)) is None
+    assert has_mode(again, "native")
+
+
+def test_probes_of_native_parts_keep_the_others_in_fp16():
+    probes = []
+
+    class Watching(FakeBench):
+        def kld(self, fmt):
+            probes.append(fmt)
+            return super().kld(fmt)
+
+    search(Watching(grounds=[OURS, COMPILED]), names=(NATIVE,))
+    probes = [fmt for fmt in probes if fmt.name == "auto_probe"]
+    assert len(probes) == len(rows.NATIVE_GROUPS)
+    assert all(fmt.dtypes == ("fp16",) and set(fmt.parts.values()) <= {NATIVE, "fp16-torch"} for fmt in probes)
 
 
 def test_a_choice_reads_as_groups_by_format():
@@ -382,7 +484,7 @@ def test_a_search_is_chosen_measured_recorded_and_replayed(folder, source, short
     assert 0 <= found["kld"] <= 1.0
     measured = [one["step_ms"] for one in found["finalists"] if one["step_ms"] is not None]
     assert found["step_ms"] == min(measured)
-    assert set(found["options_kld_ms"]) == set(rows.GROUPS)
+    assert {mode: set(groups) for mode, groups in found["options_kld_ms"].items()} == {"eager": set(rows.GROUPS)}
 
     # recorded under the row's own name, with the choice
     assert (record.format, record.outcome) == (AUTO.id, "measured")
@@ -437,11 +539,13 @@ def test_a_bench_says_in_which_mode_a_format_decodes(folder, source):
     lab = make_lab(folder, source)
     bench = LabBench(lab)
     assert bench.layers == 3
-    assert bench.dtype == "bf16"
+    (ground,) = bench.grounds
+    assert (ground.dtype, ground.groups, ground.whole) == ("bf16", rows.GROUPS, False)
     assert bench.mode(FORMATS[NATIVE]) == "eager"  # its own kernels need a GPU
-    assert bench.mode(FORMATS[INT8]) == bench.mix_mode
-    assert bench.mixes(FORMATS[INT8])
-    assert bench.mixes(FORMATS["fp16-torch"]) is False  # another base dtype
+    assert bench.mode(FORMATS[INT8]) == ground.mode
+    assert bench.rank(FORMATS[INT8]) < bench.rank(FORMATS[NATIVE]) < bench.rank(FORMATS["a16w8-gemlite"])
+    assert bench.mixes(FORMATS[INT8], ground)
+    assert bench.mixes(FORMATS["fp16-torch"], ground) is False  # another base dtype
     with pytest.raises(LowbitError, match="capability: needs cuda, this is cpu"):
         bench.mode(FORMATS["a16w8-gemlite"])
     lab.close()
@@ -456,11 +560,63 @@ def test_native_rows_decode_natively_where_that_runs(folder, source, monkeypatch
 
     monkeypatch.setattr(lab, "unmet", unmet)
     bench = LabBench(lab)
+    ours, compiled = bench.grounds
     assert bench.mode(FORMATS[NATIVE]) == "native"
-    assert bench.mode(FORMATS[INT8]) == "reduce-overhead"
-    assert bench.mixes(FORMATS[NATIVE]) is False
+    assert bench.mode(FORMATS[INT8]) == compiled.mode == "reduce-overhead"
+    assert (ours.mode, ours.dtype, ours.groups, ours.whole) == ("native", "fp16", rows.NATIVE_GROUPS, True)
+    assert bench.mixes(FORMATS[NATIVE], ours)
+    assert bench.mixes(FORMATS[NATIVE], compiled) is False
+    assert bench.mixes(FORMATS["bf16-lowbit"], ours) is False  # activations in bf16
+    assert bench.mixes(FORMATS[INT8], ours) is False
+    assert bench.rank(FORMATS[NATIVE]) < bench.rank(FORMATS[INT8])
     monkeypatch.setattr(lab, "unmet", lambda case: None)  # a GPU of Triton kernels
-    assert bench.mixes(FORMATS[NATIVE])
+    assert bench.mixes(FORMATS[NATIVE], compiled)
+    lab.close()
+
+
+class FakeStep:
+    """In the place of lowbit's kernels: steps by the eager model, and the plan of launches that is timed."""
+
+    def __init__(self, model, cache, token, position, progress=None, pick=None):
+        self.model, self.cache, self.token, self.position = model, cache, token, position
+        self.history, self.pick = torch.zeros(512, dtype=torch.int64), None
+        self.shape = SimpleNamespace(dtype=torch.float16)
+        names = (*runner.PRODUCTS.values(), "embed_kernel", "attention_kernel<1>")
+        self.plan = [SimpleNamespace(kernel=name, launch=None) for name in names]
+
+    def launch(self):
+        self.logits = generate.decode_logits(self.model, self.token, self.position, self.cache).flatten()
+        self.token.copy_(self.logits.argmax().view(1, 1))
+        self.position.add_(1)
+
+    __call__ = launch
+
+    def capture(self):
+        pass
+
+
+def test_native_candidates_are_timed_in_the_whole_model(folder, source, monkeypatch):
+    """One build gives the products' seconds by kernel and the step's, both by the model that decodes."""
+    lab = make_lab(folder, source)
+    monkeypatch.setattr(lab, "unmet", lambda case: None)
+    monkeypatch.setattr(bench_module, "MAX_ROUNDS", 1)
+    monkeypatch.setattr("lowbit.generate.decoder.NativeStep", FakeStep)
+    monkeypatch.setattr(native_times, "_bytes_read", lambda model: {})
+    seconds = iter([10.0, 20.0, 40.0, 80.0, 160.0, 1.0, 2.0])  # µs: qkv, o, gate_up, down, head, embedding, attention
+    monkeypatch.setattr(native_times, "_time", lambda calls, step: next(seconds))
+    built = []
+    make = lab.make
+    monkeypatch.setattr(lab, "make", lambda host, fmt: (built.append(fmt.id), make(host, fmt))[1])
+    bench = LabBench(lab)
+    bench.workload = Workload("b1_c0", "decode", 1, 5, 20, "small")
+    timed = bench.timed(FORMATS[NATIVE], bench.grounds[0])
+    assert built == [NATIVE]
+    heads = lab.host.config.num_attention_heads / lab.host.config.num_key_value_heads
+    parts = {"q_proj": heads, "k_proj": 1, "v_proj": 1}  # one matrix: its seconds by rows
+    want = {name: 10e-6 * part / (heads + 2) for name, part in parts.items()}
+    want |= {"o_proj": 20e-6, "gate_proj": 20e-6, "up_proj": 20e-6, "down_proj": 80e-6, "lm_head": 160e-6}
+    assert timed.product_s == pytest.approx(want)
+    assert timed.step_s > 0
     lab.close()
 
 

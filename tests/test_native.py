@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -11,11 +12,14 @@ from torch import nn
 
 from lowbit import backends
 from lowbit.backends import coverage, native
+from lowbit.device import Device
 from lowbit.errors import LowbitError
-from lowbit.formats import FORMATS, LINEARS
-from lowbit.kernels import WEIGHT_FORMATS, dispatch, modules, weights
+from lowbit.formats import FORMATS, LINEARS, recipes
+from lowbit.hostmodel import HostModel
+from lowbit.kernels import WEIGHT_FORMATS, dispatch, modules, runner, weights
 from lowbit.kernels.modules import NativeEmbedding, NativeLinear
 from lowbit.kernels.stream_modules import StreamLinear
+from lowbit.quantized import build
 
 ROWS = [row for row in FORMATS.values() if row.backend == "lowbit"]
 INT4 = FORMATS["a16w4_g128-lowbit"]
@@ -220,3 +224,74 @@ def test_linears_in_one_stream_are_counted_each_with_its_own_rows(monkeypatch, n
     assert got.bits_per_weight == pytest.approx(want.bits_per_weight, rel=0.02)
     assert got.weight_bytes == pytest.approx(want.weight_bytes, rel=0.02)
     assert "NVRTC unpack" in got.kernels
+
+
+# -- what mode native decodes ------------------------------------------------------------------------------------------
+
+H200 = gpu(9, 0)
+INT2 = "a16w2_g128-lowbit"
+
+
+def mixed(parts, **fields):
+    return recipes.make(recipes.Recipe("mine", parts, **fields), FORMATS)
+
+
+NATIVE_MIX = {
+    "layers.0.*": INT8.id,
+    "*.self_attn.*": INT4.id,
+    "*.down_proj": INT2,
+    "layers.*": INT4.id,
+    "lm_head": INT8.id,
+}
+
+
+def test_a_recipe_of_lowbits_rows_decodes_natively():
+    fmt = mixed(NATIVE_MIX)
+    assert fmt.modes == ("eager", "reduce-overhead", "native")
+    assert native.step_unmet(fmt, H200, config()) is None
+    assert native.step_unmet(INT4, H200, config()) is None
+    assert str(native.step_unmet(fmt, gpu(8, 0), config())).startswith("capability: needs SM90")
+    assert str(native.step_unmet(fmt, H200, config(), batch=8)).startswith("shape: the native step decodes one")
+
+
+@pytest.mark.parametrize(
+    ("parts", "fields", "reason"),
+    [
+        ({"layers.*": INT4.id}, {}, "this recipe gives lm_head none of them"),
+        ({"*.q_proj": "a16w8-torchao", "*": INT4.id}, {}, r"gives model.layers.0.self_attn.q_proj none of them"),
+        ({"*.q_proj": INT8.id, "*": INT4.id}, {}, r"q_proj, k_proj, v_proj share .*self_attn gets int4_g128 and int8"),
+        ({"*.up_proj": INT8.id, "*": INT4.id}, {}, r"gate_proj, up_proj share a stream, which has one format"),
+        ({"*": INT4.id}, {"dtype": "bf16"}, "want activations in float16 for these rows, the recipe's are in bf16"),
+        ({"lm_head": "bf16-lowbit", "*": INT4.id}, {}, "want activations in bfloat16 and float16"),
+        ({"*": "a16w3_g128-lowbit"}, {}, "no decode kernel streams int3_g128"),
+        ({"*": INT4.id}, {"kv": "int8"}, "keep their KV cache in 16 bits, this recipe's is int8"),
+    ],
+)  # fmt: skip
+def test_what_mode_native_can_not_decode_of_a_recipe_is_said(parts, fields, reason):
+    unmet = native.step_unmet(mixed(parts, **fields), H200, config())
+    assert unmet.kind == "capability"
+    assert re.search(reason, unmet.reason), unmet.reason
+
+
+def test_other_libraries_rows_take_mode_native_from_a_recipe():
+    assert mixed({"lm_head": INT8.id, "layers.*": "a16w8-torchao"}).modes == ("eager", "reduce-overhead")
+    assert mixed({"*": "a16w8-torchao"}).modes == ()
+
+
+@pytest.mark.parametrize("parts", [NATIVE_MIX, {"*.q_proj": INT8.id, "*": INT4.id}, {"*.q_proj": INT8.id}])
+@torch.no_grad()
+def test_a_recipe_is_streamed_where_the_decode_kernels_run(monkeypatch, parts):
+    """As on SM90: linears that share an x, in one format, become one stream; the others stay packed linears."""
+    fmt, made = mixed(parts, dtype="fp16"), model(torch.float16)
+    host = HostModel("tiny", "auto", made.config, made, [], 0)
+    here = Device("cpu", 0, "a CPU", "a-cpu", None, None, 1, None, None)
+    packed = build(host, fmt, here).model
+    monkeypatch.setattr(native, "streams", lambda device: True)
+    found = build(host, fmt, here)
+    assert found.coverage.linears == found.coverage.expected
+    able = native.step_unmet(fmt, H200, made.config) is None
+    assert (runner.unstreamed(found.model) is None) == able
+    attention = found.model.model.layers[1].self_attn
+    assert isinstance(attention.q_proj, StreamLinear if able else NativeLinear)
+    for path, module in modules.packed_modules(packed).items():
+        assert torch.equal(native.dequantize(found.model.get_submodule(path)), native.dequantize(module)), path

@@ -9,7 +9,7 @@ import torch
 from test_runner import FakeStep, streamed
 from tiny import model
 
-from lowbit import __main__, generate, native_step
+from lowbit import __main__, generate, native_step, native_times
 from lowbit.errors import LowbitError
 from lowbit.kernels import runner
 
@@ -66,11 +66,11 @@ def test_each_kind_of_kernel_is_timed_over_all_its_calls(monkeypatch):
     launched = []
     fake = type("Fake", (), {"launch": lambda self, kernel, *args, **kwargs: launched.append(kernel)})()
     monkeypatch.setattr(runner, "load", lambda shape, device, progress=None: fake)
-    monkeypatch.setattr(native_step, "_time", lambda calls, step: float(len([call() for call in calls])) * 2)
+    monkeypatch.setattr(native_times, "_time", lambda calls, step: float(len([call() for call in calls])) * 2)
     made, dtype = streamed("int8")
     decoder = generate.Decoder(made, 1, 160, dtype)
     step = runner.NativeStep(made, decoder.cache, decoder.token, decoder.position)
-    found = native_step.operations(step, made)
+    found = native_times.operations(step, made)
     assert {name: calls for name, (calls, _, _) in found.items()} == {
         "embed": 1,
         "qkv": 2,

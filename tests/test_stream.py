@@ -156,11 +156,15 @@ def test_a_tile_of_gate_and_up_holds_8_rows_of_each():
         stream.interleave(gate, packed("int8", 48, 256))
 
 
-def test_a_half_quantized_group_is_refused():
+def test_a_half_quantized_group_stays_linears_of_their_own():
     layer = native_layer("int8", torch.float16)
     skipped = layer.self_attn.k_proj
-    with pytest.raises(LowbitError, match=r"q_proj, k_proj, v_proj share a stream.*got 2"):
-        stream_modules.attach(layer, lambda m: m.packed if isinstance(m, NativeLinear) and m is not skipped else None)
+    left = stream_modules.attach(
+        layer, lambda m: m.packed if isinstance(m, NativeLinear) and m is not skipped else None
+    )
+    assert left == 4
+    assert all(isinstance(getattr(layer.self_attn, name), NativeLinear) for name in ("q_proj", "k_proj", "v_proj"))
+    assert isinstance(layer.self_attn.o_proj, StreamLinear)
 
 
 def test_one_product_has_one_format():

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from lowbit import calibration, compilers, measure, models, quality, texts, workloads
+import torch
+
+from lowbit import calibration, compilers, generate, measure, models, native_times, quality, texts, workloads
 from lowbit.auto.chain import product_s
+from lowbit.auto.ground import Ground, Timed
 from lowbit.cases import ON_REQUEST, Case
 from lowbit.device import Device
 from lowbit.errors import LowbitError
-from lowbit.formats import Format, Unmet
+from lowbit.formats import FORMATS, Format, Unmet, auto
 from lowbit.metrics import Measurement
-from lowbit.quantized import Quantized
+from lowbit.quantized import TORCH_DTYPES, Quantized
 from lowbit.scoring import Scorer, base_format
 from lowbit.spent import Spent
 from lowbit.timing import Stopwatch, prompt
@@ -26,6 +29,9 @@ MODES = ("native", "reduce-overhead", "regional", "eager")
 """Compile modes to decode in, the first that a format has and that runs here: by what an H200 has shown."""
 
 MAX_ROUNDS = 5
+
+NATIVE_LENGTH = 256
+"""Of the cache beside which single kernels are timed."""
 
 
 def has_mode(fmt: Format, mode: str) -> bool:
@@ -65,9 +71,13 @@ class LabBench:
     def __init__(self, lab: Workplace) -> None:
         self.lab = lab
         self.layers = int(lab.host_config.num_hidden_layers)
-        self.dtype = lab.device.dtype_for(base_format(lab.device)) or "fp16"
         self.workload = workloads.select("decode", "quick", lab.choice.parameters)[0]
-        self.mix_mode = self.mode(base_format(lab.device))
+        base = base_format(lab.device)
+        compiled = Ground(self.mode(base), lab.device.dtype_for(base) or "fp16", auto.GROUPS)
+        native = Ground("native", "fp16", auto.NATIVE_GROUPS, whole=True)
+        rows = [row for row in FORMATS.values() if row.backend == "lowbit" and row.quantized]
+        able = any(self.mixes(row, native) for row in rows)
+        self.grounds: Sequence[Ground] = (native, compiled) if able else (compiled,)
         self._scorer: Scorer | None = None
 
     def clock(self) -> float:
@@ -88,10 +98,17 @@ class LabBench:
             reasons.append(str(reason))
         raise LowbitError("; ".join(dict.fromkeys(reasons)) or f"runs under {', '.join(fmt.modes)} alone")
 
-    def mixes(self, fmt: Format) -> bool:
-        """Whether the row has the mode and the base dtype of a mix."""
-        able = has_mode(fmt, self.mix_mode) and self.dtype in fmt.dtypes
-        return able and self.lab.unmet(self._case(fmt, self.mix_mode)) is None
+    def rank(self, fmt: Format) -> int:
+        """The place of the format's mode among MODES: what is measured soonest and was fastest first."""
+        try:
+            return MODES.index(self.mode(fmt))
+        except LowbitError:
+            return len(MODES)
+
+    def mixes(self, fmt: Format, ground: Ground) -> bool:
+        """Whether the row has the ground's mode and base dtype."""
+        able = has_mode(fmt, ground.mode) and ground.dtype in fmt.dtypes
+        return able and self.lab.unmet(self._case(fmt, ground.mode)) is None
 
     def kld(self, fmt: Format) -> float:
         """On the calibration text, of the model that quality is scored with."""
@@ -107,25 +124,41 @@ class LabBench:
         assert scored.kld is not None
         return scored.kld
 
-    def product_s(self, fmt: Format) -> Mapping[str, float]:
-        """By lowbit.auto.chain, compiled as the mix would be."""
+    def timed(self, fmt: Format, ground: Ground) -> Timed:
+        """By lowbit.auto.chain, compiled as the mix would be; lowbit's own kernels one by one, in the whole model."""
+        if ground.mode == "native":
+            return self._timed_natively(fmt)
         with self.lab.spent.on("measure"):
-            found = product_s(fmt, self.dtype, self.mix_mode, self.lab.device, self.lab.host_config)
+            found = product_s(fmt, ground.dtype, ground.mode, self.lab.device, self.lab.host_config)
             self.lab.vram.release()
-        return found
+        return Timed(found)
+
+    def _timed_natively(self, fmt: Format) -> Timed:
+        lab = self.lab
+        made = lab.make(lab.host, fmt)
+        step_s = self._decoded_s(fmt, made)
+        length = min(NATIVE_LENGTH, lab.host_config.max_position_embeddings)
+        decoder = generate.Decoder(made.model, 1, length, TORCH_DTYPES[made.dtype])
+        with lab.spent.on("measure"), compilers.preserved_state():
+            decoder.run_natively(self._prompt(), fmt.id, lab.progress)
+            found = native_times.operations(decoder.native, made.model)
+        return Timed(native_times.product_s(found, fmt, lab.host_config), step_s)
 
     def step_s(self, fmt: Format) -> float:
         """As a decode case measures it: the median of a few rounds, over its tokens."""
+        return self._decoded_s(fmt, self.lab.make(self.lab.host, fmt))
+
+    def _prompt(self) -> torch.Tensor:
+        return prompt(self.lab.host_config.vocab_size, 1, self.workload.prompt_tokens, self.lab.device)
+
+    def _decoded_s(self, fmt: Format, made: Quantized) -> float:
         lab = self.lab
-        case = self._case(fmt, self.mode(fmt))
-        made = lab.make(lab.host, fmt)
         watch = Stopwatch(lab.device, None, lab.vram, lab.spent, lab.progress)
         taken = Measurement(
             "decode", batch=1, prompt_tokens=self.workload.prompt_tokens, new_tokens=self.workload.new_tokens
         )
-        ids = prompt(lab.host_config.vocab_size, 1, self.workload.prompt_tokens, lab.device)
         with compilers.preserved_state(), measure.cpu_threads(lab.device):
-            watch.time_decode(case, made, ids, taken, _few_rounds)
+            watch.time_decode(self._case(fmt, self.mode(fmt)), made, self._prompt(), taken, _few_rounds)
         return statistics.median(taken.decode_s) / self.workload.new_tokens
 
     def close(self) -> None:

@@ -50,20 +50,20 @@ def _undominated(items: Iterable[T]) -> list[T]:
     return kept
 
 
-def fastest(plans: Iterable[Plan], max_kld: float) -> Plan:
-    """The fastest plan within ``max_kld``, which the plan without loss always is."""
-    return min((plan for plan in plans if plan.kld <= max_kld), key=lambda plan: plan.seconds)
+def fastest(plans: Iterable[Plan], max_kld: float) -> Plan | None:
+    """The fastest plan within ``max_kld``, as a plan without loss is always; None where there is none."""
+    return min((plan for plan in plans if plan.kld <= max_kld), key=lambda plan: plan.seconds, default=None)
 
 
 STEP = 0.9
 """Of the sum that turned out to be too much: how far one step back goes at least."""
 
 
-def step_back(plans: Iterable[Plan], tried: Plan, measured_kld: float, max_kld: float) -> Plan:
+def step_back(plans: Iterable[Plan], tried: Plan, measured_kld: float, max_kld: float) -> Plan | None:
     """The plan to try after ``tried``, whose KL was measured to be ``measured_kld`` > ``max_kld``.
 
     The sums are taken to be wrong by the same factor everywhere; each step goes back by a tenth at least, so that the
-    steps end, at the plan without loss.
+    steps end: at the plan without loss, or None where every plan has some.
     """
     limit = tried.kld * min(max_kld / measured_kld, STEP)
     return fastest(plans, limit)

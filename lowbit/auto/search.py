@@ -1,10 +1,14 @@
 """The search behind ``auto``: measure candidates part by part, mix the fastest within the limit, check it.
 
+Formats mix on a ground: a compile mode and base dtype that they share. There are two at most: lowbit's own kernels,
+whose whole step is one graph (mode native), and the compiled step of all the others.
+
 1. Screen: each candidate's KL on the calibration text as a whole model and per group of linears, and the seconds of one
-   product of each shape. Half of the time is for this; what it has no time for is named.
-2. Mix: the plan whose sums are the fastest within the limit (lowbit/auto/plan.py); its real KL is measured, with steps
-   back while it is over.
-3. Settle: the decode step of the mix is measured, and that of every single format within the limit that was not
+   product of each shape. Half of the time is for this; what it has no time for is named. On the native ground the
+   products are timed in the whole model, and so is its step.
+2. Mix, on each ground: the plan whose sums are the fastest within the limit (lowbit/auto/plan.py); its real KL is
+   measured, with steps back while it is over.
+3. Settle: the decode step of the mixes is measured, and that of every single format within the limit that was not
    foreseen to be slower by more than MARGIN. The fastest is taken: no such single format beats the choice here.
 
 Knows its device only as a Bench, so it is tested with made-up figures.
@@ -17,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from lowbit.auto import plan
+from lowbit.auto.ground import Ground, Side, Timed, describe
 from lowbit.auto.plan import Option, Plan
 from lowbit.errors import LowbitError
 from lowbit.faults import is_device_fault
@@ -26,7 +31,8 @@ SCREENING = 0.5
 """Share of the time after which no further candidate is screened."""
 
 MARGIN = 1.25
-"""Seconds of all products over the least ones: beyond, a single format is not measured as a whole."""
+"""Seconds of all products over the least ones on the same ground, or over the best step measured: beyond, what is
+foreseen to be so slow is not measured as a whole."""
 
 NEGLIGIBLE = 0.01
 """Of the limit: a format whose whole model loses less is not scored group by group; each group counts the whole."""
@@ -38,8 +44,8 @@ class Bench(Protocol):
     """What measures for a search, on one device and one model."""
 
     layers: int
-    dtype: str
-    """The base dtype of a mix."""
+    grounds: Sequence[Ground]
+    """One of them is not ``whole``: its base dtype is what KL is taken from."""
 
     def clock(self) -> float:
         """Seconds, from any beginning."""
@@ -47,14 +53,14 @@ class Bench(Protocol):
     def mode(self, fmt: Format) -> str:
         """The compile mode that a format decodes in here. Raises LowbitError with the reason where it can't run."""
 
-    def mixes(self, fmt: Format) -> bool:
-        """Whether a format runs beside others: in the mode and base dtype of a mix."""
+    def mixes(self, fmt: Format, ground: Ground) -> bool:
+        """Whether a format runs beside others there."""
 
     def kld(self, fmt: Format) -> float:
         """Mean KL divergence from the base dtype on the calibration text, in nats."""
 
-    def product_s(self, fmt: Format) -> Mapping[str, float]:
-        """Seconds of one product at batch 1 in the base dtype of a mix, by the linear's name (head included)."""
+    def timed(self, fmt: Format, ground: Ground) -> Timed:
+        """What its products cost there."""
 
     def step_s(self, fmt: Format) -> float:
         """Seconds of one decoded token in ``mode(fmt)``, batch 1, empty context."""
@@ -62,7 +68,7 @@ class Bench(Protocol):
 
 @dataclass
 class Finalist:
-    """What may be chosen: a single format, or the mix. ``foreseen_s`` are all its products, ``step_s`` a real step."""
+    """What may be chosen: a single format, or a mix. ``foreseen_s`` are all its products, ``step_s`` a real step."""
 
     format: Format
     kld: float
@@ -73,12 +79,12 @@ class Finalist:
 
 @dataclass
 class Outcome:
-    """What a search found. ``finalists`` are the formats within the limit; ``options`` what was known of each group;
-    ``left_out`` the formats that dropped out, with the reason."""
+    """What a search found. ``finalists`` are the formats within the limit; ``options`` what was known of each group, by
+    the ground's mode; ``left_out`` the formats that dropped out, with the reason."""
 
     best: Finalist
     finalists: list[Finalist]
-    options: dict[str, list[Option]]
+    options: dict[str, dict[str, list[Option]]]
     left_out: dict[str, str] = field(default_factory=dict)
     took_s: float = 0.0
 
@@ -99,11 +105,11 @@ class Search:
         self.bench, self.rows, self.known = bench, rows, known
         self.max_kld, self.seconds, self.progress = max_kld, seconds, progress
         self.started = bench.clock()
-        self.counts = {group: auto.counts(group, bench.layers) for group in auto.groups(bench.layers)}
-        self.options: dict[str, list[Option]] = {group: [] for group in self.counts}
+        self.sides = [Side(ground, bench.layers) for ground in bench.grounds]
         self.finalists: list[Finalist] = []
         self.left_out: dict[str, str] = {}
-        self.plain = known[auto.PLAIN[bench.dtype]]
+        self.base = next(side for side in self.sides if not side.ground.whole)
+        self.plain = known[auto.PLAIN[self.base.ground.dtype]]
 
     def run(self) -> Outcome:
         """Raises LowbitError if not even the base dtype can be measured here."""
@@ -114,11 +120,13 @@ class Search:
                 continue
             self.progress(f"auto: {number} of {len(self.rows)} candidates: {row.id}")
             self._attempt(row, lambda row=row: self._screen(row))  # type: ignore[misc]
-        self._mix()
+        for side in self.sides:
+            self._mix(side)
         self._settle()
         measured = [one for one in self.finalists if one.step_s is not None]
         best = min(measured, key=lambda one: one.step_s or 0.0)
-        return Outcome(best, self.finalists, self.options, self.left_out, self._elapsed())
+        options = {side.ground.mode: side.options for side in self.sides}
+        return Outcome(best, self.finalists, options, self.left_out, self._elapsed())
 
     def _elapsed(self) -> float:
         return self.bench.clock() - self.started
@@ -137,90 +145,88 @@ class Search:
     # -- 1. screen ----------------------------------------------------------------------------------------------------
 
     def _screen_plain(self) -> None:
-        times = self.bench.product_s(self.plain)
-        self._offer(self.plain, dict.fromkeys(self.counts, 0.0), times)
-        self.finalists.append(Finalist(self.plain, 0.0, self.bench.mode(self.plain), self._whole(self.plain, times)))
+        times = self.bench.timed(self.plain, self.base.ground).product_s
+        self.base.offer(self.plain, dict.fromkeys(self.base.counts, 0.0), times)
+        whole = self.base.whole_s(self.plain, times)
+        self.finalists.append(Finalist(self.plain, 0.0, self.bench.mode(self.plain), whole))
 
     def _screen(self, row: Format) -> None:
         mode = self.bench.mode(row)
         kld = self.bench.kld(row)
-        mixes = self.bench.mixes(row)
-        losses = self._losses(row, kld) if mixes else {}
-        times = self.bench.product_s(row) if losses else {}
-        self._offer(row, losses, times)
+        side = next((side for side in self.sides if self.bench.mixes(row, side.ground)), None)
+        losses = self._losses(row, kld, side) if side else {}
+        one = Finalist(row, kld, mode)
+        if side and losses:
+            timed = self.bench.timed(row, side.ground)
+            side.offer(row, losses, timed.product_s)
+            one.foreseen_s, one.step_s = side.whole_s(row, timed.product_s), timed.step_s
         if kld <= self.max_kld:
-            self.finalists.append(Finalist(row, kld, mode, self._whole(row, times) if times else None))
+            self.finalists.append(one)
         elif not losses:
-            self.left_out[row.id] = f"KL {kld:.4g}, over the limit" + (" in every group of linears" if mixes else "")
+            self.left_out[row.id] = f"KL {kld:.4g}, over the limit" + (" in every group of linears" if side else "")
 
-    def _losses(self, row: Format, whole: float) -> dict[str, float]:
+    def _losses(self, row: Format, whole: float, side: Side) -> dict[str, float]:
         """KL of each group alone in this format, where it is within the limit."""
         if whole <= NEGLIGIBLE * self.max_kld:
-            return dict.fromkeys(self.counts, whole)
-        found = {
-            group: self.bench.kld(auto.mix("auto_probe", {group: row.id}, self.bench.dtype, self.known))
-            for group in self.counts
-        }
+            return dict.fromkeys(side.counts, whole)
+        found = {group: self.bench.kld(side.probe(group, row, self.known)) for group in side.counts}
         return {group: kld for group, kld in found.items() if kld <= self.max_kld}
-
-    def _offer(self, row: Format, losses: Mapping[str, float], times: Mapping[str, float]) -> None:
-        for group, kld in losses.items():
-            seconds = sum(count * times[name] for name, count in self.counts[group].items())
-            self.options[group].append(Option(row.id, kld, seconds))
-
-    def _whole(self, row: Format, times: Mapping[str, float]) -> float:
-        """Seconds of all products of a model in this format; what it does not quantize is plain."""
-        plain = {option.format: option.seconds for option in self.options["head"]}[self.plain.id]
-        return sum(
-            plain if name == "lm_head" and name not in row.targets else count * times[name]
-            for counted in self.counts.values()
-            for name, count in counted.items()
-        )
 
     # -- 2. mix -------------------------------------------------------------------------------------------------------
 
-    def _mix(self) -> None:
-        plans = plan.front(self.options)
+    def _mix(self, side: Side) -> None:
+        name = f"{side.ground.mix}-recipe"
+        if missing := [group for group, options in side.options.items() if not options]:
+            self.left_out[name] = f"no format measured is within the limit for {', '.join(missing)}"
+            return
+        plans = plan.front(side.options)
         tried = plan.fastest(plans, self.max_kld)
-        while set(tried.formats.values()) != {self.plain.id}:
-            fmt = self._recipe(tried)
-            if fmt is None:
-                return
-            self.progress(f"auto: KL of the mix, foreseen {tried.kld:.4g}: {describe(tried.formats)}")
-            kld = self._attempt(fmt, lambda fmt=fmt: self.bench.kld(fmt))  # type: ignore[misc]
-            if kld is None:
-                return
-            if kld <= self.max_kld:
-                self.finalists.insert(0, Finalist(fmt, kld, self.bench.mode(fmt), tried.seconds))
+        while tried is not None and not self._is_single(tried, side):
+            kld = self._tried_kld(tried, side)
+            if kld is None or kld <= self.max_kld:
                 return
             following = plan.step_back(plans, tried, kld, self.max_kld)
-            if following == tried or self._elapsed() > self.seconds:
-                self.left_out[fmt.id] = (
-                    f"KL {kld:.4g}, over the limit; {'no time for' if following != tried else 'no'} step back"
-                )
+            if following in (None, tried) or self._elapsed() > self.seconds:
+                ended = "no" if following in (None, tried) else "no time for"
+                self.left_out[name] = f"KL {kld:.4g}, over the limit; {ended} step back"
                 return
             tried = following
+        if tried is None:
+            self.left_out[name] = f"KL of {min(one.kld for one in plans):.4g} at least is foreseen, over the limit"
 
-    def _recipe(self, tried: Plan) -> Format | None:
+    def _is_single(self, tried: Plan, side: Side) -> bool:
+        """Whether the plan is a row that is among the finalists anyway."""
+        names = set(tried.formats.values())
+        if not side.ground.whole:
+            return names == {self.plain.id}
+        return len(names) == 1 and any(one.format.id in names for one in self.finalists)
+
+    def _tried_kld(self, tried: Plan, side: Side) -> float | None:
+        """The real KL of a plan, which is a finalist now if that is within the limit; None where it can't be had."""
         try:
-            return auto.mix("auto_mix", tried.formats, self.bench.dtype, self.known, note=describe(tried.formats))
-        except LowbitError as error:  # two libraries that want different values of one Inductor flag
-            self.left_out["auto_mix-recipe"] = str(error)
+            fmt = side.recipe(tried, self.known)
+        except LowbitError as error:
+            self.left_out[f"{side.ground.mix}-recipe"] = str(error)
             return None
+        self.progress(f"auto: KL of the mix, foreseen {tried.kld:.4g}: {describe(tried.formats)}")
+        kld = self._attempt(fmt, lambda: self.bench.kld(fmt))
+        if kld is not None and kld <= self.max_kld:
+            self.finalists.insert(0, Finalist(fmt, kld, self.bench.mode(fmt), tried.seconds))
+        return kld
 
     # -- 3. settle ----------------------------------------------------------------------------------------------------
 
     def _settle(self) -> None:
-        """Measure steps: of the mix, the single format foreseen to be the fastest, those not foreseen, the others."""
-        foreseen = [one.foreseen_s for one in self.finalists if one.foreseen_s is not None]
-        least = min(foreseen)
+        """Measure steps: of the mixes, the single format foreseen to be the fastest, those not foreseen, the others."""
         singles = [one for one in self.finalists if not one.format.parts]
         singles.sort(key=lambda one: (one.foreseen_s is None, one.foreseen_s or 0.0))
         first, rest = singles[:1], sorted(singles[1:], key=lambda one: (one.foreseen_s or 0.0, one.format.weight_bits))
-        mixes = [one for one in self.finalists if one.format.parts]
+        mixes = sorted((one for one in self.finalists if one.format.parts), key=lambda one: one.foreseen_s or 0.0)
         for number, one in enumerate((*mixes, *first, *rest)):
-            if one.foreseen_s is not None and one.foreseen_s > MARGIN * least and one not in first:
-                self.left_out[one.format.id] = f"foreseen {one.foreseen_s / least:.2f} × the fastest's products"
+            if one.step_s is not None:
+                continue
+            if one not in first and (slow := self._slow(one)):
+                self.left_out[one.format.id] = slow
             elif number >= len(mixes) + len(first) and self._elapsed() > self.seconds:
                 self.left_out[one.format.id] = f"within the limit, but {self.seconds:g} s were over"
             else:
@@ -230,10 +236,14 @@ class Search:
             plain = next(one for one in self.finalists if one.format is self.plain)
             plain.step_s = self.bench.step_s(self.plain)
 
-
-def describe(formats: Mapping[str, str]) -> str:
-    """``q, kv, o a16w4_g128-torchao; ends bf16-torch``: groups by format."""
-    named: dict[str, list[str]] = {}
-    for group, name in formats.items():
-        named.setdefault(name, []).append(group)
-    return "; ".join(f"{', '.join(members)} {name}" for name, members in named.items())
+    def _slow(self, one: Finalist) -> str | None:
+        """Why a finalist need not be measured as a whole, or None."""
+        if one.foreseen_s is None:
+            return None
+        alike = [other.foreseen_s for other in self.finalists if other.mode == one.mode and other.foreseen_s]
+        if one.foreseen_s > MARGIN * min(alike, default=one.foreseen_s):
+            return f"foreseen {one.foreseen_s / min(alike):.2f} × the fastest's products"
+        steps = [other.step_s for other in self.finalists if other.step_s is not None]
+        if steps and one.foreseen_s > MARGIN * min(steps):
+            return f"its products alone are foreseen to take {one.foreseen_s / min(steps):.2f} × the best whole step"
+        return None

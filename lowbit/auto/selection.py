@@ -82,6 +82,7 @@ def _stored(path: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _search(lab: Workplace, ask: Ask, rows: list[Format], name: str) -> dict[str, Any]:
     bench = LabBench(lab)
+    rows = sorted(rows, key=bench.rank)
     search = Search(bench, rows, FORMATS, max_kld=ask.max_kld, seconds=ask.seconds, progress=lab.progress)
     try:
         return document_of(search.run(), name, ask.max_kld)
@@ -108,8 +109,11 @@ def document_of(outcome: Outcome, name: str, max_kld: float) -> dict[str, Any]:
             "against": _against(outcome),
             "finalists": [_row(one) for one in outcome.finalists],
             "options_kld_ms": {
-                group: {option.format: [option.kld, _ms(option.seconds)] for option in options}
-                for group, options in outcome.options.items()
+                mode: {
+                    group: {option.format: [option.kld, _ms(option.seconds)] for option in options}
+                    for group, options in groups.items()
+                }
+                for mode, groups in outcome.options.items()
             },
             "left_out": outcome.left_out,
             "took_s": outcome.took_s,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from lowbit.backends import shapes, targets
 from lowbit.errors import LowbitError
-from lowbit.formats import Format, Unmet
+from lowbit.formats import Format, Unmet, find
+from lowbit.formats.recipes import assignment, matrices
 from lowbit.kernels import dispatch, geometry, nvrtc, stream, stream_modules, weights
 from lowbit.kernels.modules import NativeEmbedding, NativeLinear, PackedModule, packed_modules
 from lowbit.kernels.stream_modules import StreamLinear
@@ -38,6 +39,54 @@ def requirement(fmt: Format, device: Device, config: Any) -> Unmet | None:
             row.check(shape.n, shape.k, shape.name)
         except LowbitError as error:
             return Unmet("shape", str(error))
+    return None
+
+
+def step_unmet(fmt: Format, device: Device, config: Any, batch: int = 1) -> Unmet | None:
+    """Why mode ``native`` can't decode a model in this row, or recipe of such rows, here; None if it can.
+
+    Every linear must be streamed, those that are multiplied with one x in one weight format, and all of them want
+    activations of one dtype, which is the row's.
+    """
+    for scheme in dict.fromkeys(scheme for _, scheme in _streams(fmt, config) if scheme is not None):
+        why = geometry.unmet(config, scheme, device.capability, batch)
+        if why is not None:
+            return Unmet(*why)
+    if fmt.parts and (mixed := _unmixable(fmt, device, config)) is not None:
+        return Unmet("capability", mixed)
+    return None
+
+
+def _streams(fmt: Format, config: Any) -> Iterator[tuple[str, str | None]]:
+    """(path, weight format) of every linear of the model; None for one that no row of lowbit's gets."""
+    if not fmt.parts:
+        yield "", fmt.scheme
+        return
+    given = {path: find(part) for path, _, part in assignment(fmt, config.num_hidden_layers)}
+    for path, name in matrices(config.num_hidden_layers):
+        if name != "embed_tokens":
+            row = given.get(path)
+            yield path, row.scheme if row is not None and row.backend == "lowbit" else None
+
+
+def _unmixable(fmt: Format, device: Device, config: Any) -> str | None:
+    schemes = dict(_streams(fmt, config))
+    plain = [path for path, scheme in schemes.items() if scheme is None]
+    if plain:
+        return f"mode native multiplies with lowbit's own rows alone, and this recipe gives {plain[0]} none of them"
+    if fmt.kv:
+        return f"the decode kernels keep their KV cache in 16 bits, this recipe's is {fmt.kv}"
+    wanted = {geometry.Geometry.of(config, scheme).dtype for scheme in schemes.values() if scheme is not None}
+    has = device.dtype_for(fmt)
+    if wanted != {torch.bfloat16 if has == "bf16" else torch.float16}:
+        names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in wanted))
+        return f"the decode kernels want activations in {names} for these rows, the recipe's are in {has}"
+    for path in schemes:
+        owner, _, first = path.rpartition(".")
+        for shared in (names for names in stream_modules.SHARED if names[0] == first):
+            held = sorted({str(schemes[f"{owner}.{name}"]) for name in shared})
+            if len(held) > 1:
+                return f"{', '.join(shared)} share a stream, which has one format; {owner} gets {' and '.join(held)}"
     return None
 
 

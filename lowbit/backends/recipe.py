@@ -66,6 +66,7 @@ def _quantize_children(parent: Any, prefix: str, fmt: Format, layers: int, dtype
         row = replace(find(part), targets=tuple(names))
         if row.quantized or names != ["embed_tokens"]:
             backends.get(row.backend).quantize(parent, row, dtype)
+    for part, names in parts.items():  # after the last: linears of several parts may have become one stream
         for name in names:
             setattr(getattr(parent, name), MARK, part)
 

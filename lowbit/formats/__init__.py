@@ -42,6 +42,11 @@ def find(format_id: str) -> Format:
         raise unknown("format", format_id, FORMATS) from None
 
 
+def rows_of(fmt: Format) -> list[Format]:
+    """The rows that a recipe mixes, each once; any other row itself."""
+    return [find(part) for part in dict.fromkeys(fmt.parts.values())] or [fmt]
+
+
 def register(row: Format) -> Format:
     """Add a row to this process's table, last in order. Raises LowbitError if its id is taken by another row."""
     if FORMATS.setdefault(row.id, row) != row:

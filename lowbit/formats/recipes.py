@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lowbit.errors import LowbitError, unknown
-from lowbit.formats.row import KV_FORMATS, LINEARS, TABLE_PATHS, TABLES, Format
+from lowbit.formats.row import EVERY_MODE, KV_FORMATS, LINEARS, TABLE_PATHS, TABLES, Format
 
 INT4, INT8, NF4 = "a16w4_g128-torchao", "a16w8-torchao", "a16w4_nf4_dq-bitsandbytes"
 TABLE8, TABLE4 = "a16w8-tables", "a16w4_g64-tables"
 REST = "layers.*"
+ANY_ROWS_MODES = set(EVERY_MODE) - {"native"}
+"""The compile modes of a row that names none: lowbit's own kernels run lowbit's own rows alone."""
 
 
 class Recipe(NamedTuple):
@@ -128,9 +130,8 @@ def make(recipe: Recipe, known: Mapping[str, Format]) -> Format:
         name for name in first.dtypes if all(name in member.dtypes for member in members) and recipe.dtype in ("", name)
     )
     devices = tuple(name for name in first.devices if all(name in member.devices for member in members))
-    modes = [set(member.modes) for member in members if member.modes]
-    shared = tuple(sorted(set.intersection(*modes))) if modes else ()
-    if not dtypes or not devices or (modes and not shared):
+    shared = _shared_modes(members)
+    if not dtypes or not devices or shared is None:
         told = "; ".join(f"{m.id}: {', '.join((*m.dtypes, *m.devices, *m.modes))}" for m in members)
         asked = f" within its dtype {recipe.dtype}" if recipe.dtype else ""
         raise LowbitError(
@@ -156,6 +157,15 @@ def make(recipe: Recipe, known: Mapping[str, Format]) -> Format:
         parts=dict(recipe.parts),
         kv=recipe.kv,
     )
+
+
+def _shared_modes(members: Iterable[Format]) -> tuple[str, ...] | None:
+    """The compile modes that all have, () for those of any row; None: they share none."""
+    named = [set(member.modes or ANY_ROWS_MODES) for member in members]
+    shared = set.intersection(*named)
+    if shared == ANY_ROWS_MODES:
+        return ()
+    return tuple(mode for mode in EVERY_MODE if mode in shared) or None
 
 
 def _check_reach(recipe: str, pattern: str, part: Format) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.errors import LowbitError
 from lowbit.kernels.stream import TILE, Stream, concatenate, interleave, pack_stream, unpack_stream
 from lowbit.kernels.weights import Packed
+
+SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Linears that are multiplied with the same x, and share a stream."""
 
 
 @dataclass(eq=False)
@@ -69,26 +71,19 @@ class StreamLinear(nn.Module):
 def attach(module: nn.Module, packed: Callable[[nn.Module], Packed | None]) -> int:
     """Put streams in the place of the packed linears inside ``module``: one for q, k and v, one for gate and up.
 
-    ``packed`` gives the matrix of a linear, or None for one that is to stay. Returns how many linears were replaced.
+    ``packed`` gives the matrix of a linear, or None for one that is to stay; then those that would share its stream
+    stay too, as do such of several formats. Returns how many linears were replaced.
     """
     replaced = 0
     for parent in list(module.modules()):
-        for names in (
-            ("q_proj", "k_proj", "v_proj"),
-            ("gate_proj", "up_proj"),
-            ("o_proj",),
-            ("down_proj",),
-            ("lm_head",),
-        ):
+        for names in (*SHARED, ("o_proj",), ("down_proj",), ("lm_head",)):
             linears = [parent._modules.get(name) for name in names]
             found = [packed(linear) for linear in linears if linear is not None]
             parts = [part for part in found if part is not None]
             if not parts:
                 continue
-            if len({part.format for part in parts}) > 1:
+            if len(parts) != len(names) or len({part.format for part in parts}) > 1:
                 continue  # a recipe that mixes them: each stays a linear of its own
-            if len(parts) != len(names):
-                raise LowbitError(f"{', '.join(names)} share a stream: expected all of them packed, got {len(parts)}")
             replaced += _replace(parent, names, parts)
     return replaced
 

@@ -1,0 +1,78 @@
+"""What each kernel of a native decode step takes by itself, on the GPU that the step runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from lowbit import backends
+from lowbit.ceilings import event_seconds
+from lowbit.formats import Format
+from lowbit.kernels import runner
+
+POSITION, REPLAYS = 128, 20
+"""Where in the cache the step stands, and graph replays per timing. The head's kernel counts positions on: a cache
+must reach REPLAYS + 1 beyond."""
+
+LINEARS = {
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "o": ("o_proj",),
+    "gate_up": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+    "head": ("lm_head",),
+}
+"""The linears of each product kernel."""
+
+
+def operations(step: Any, model: Any) -> dict[str, tuple[int, float, float]]:
+    """Each kind of kernel by itself, all its calls of a token one behind the other in a graph: calls, µs per call and
+    GB/s of weights (0: it reads none)."""
+    names = {kernel: name for name, kernel in runner.PRODUCTS.items()}
+    read = _bytes_read(model)
+    found = {}
+    for kernel in dict.fromkeys(one.kernel for one in step.plan):
+        calls = [one for one in step.plan if one.kernel == kernel]
+        us = _time([one.launch for one in calls], step) / len(calls)
+        name = names.get(kernel, kernel.split("_kernel")[0])
+        found[name] = len(calls), us, read.get(name, 0) / len(calls) / us / 1e3
+    return found
+
+
+def product_s(found: Mapping[str, tuple[int, float, float]], fmt: Format, config: Any) -> dict[str, float]:
+    """Seconds per linear, by its name, of what ``operations`` found; a shared kernel's are split by rows."""
+    rows = {shape.name: shape.n for shape in backends.shapes(fmt, config)}
+    return {
+        name: found[kernel][1] * 1e-6 * rows[name] / sum(rows[other] for other in names)
+        for kernel, names in LINEARS.items()
+        for name in names
+    }
+
+
+def _bytes_read(model: Any) -> dict[str, int]:
+    layers = model.model.layers
+    parts = {
+        "qkv": [layer.self_attn.q_proj for layer in layers],
+        "o": [layer.self_attn.o_proj for layer in layers],
+        "gate_up": [layer.mlp.gate_proj for layer in layers],
+        "down": [layer.mlp.down_proj for layer in layers],
+        "head": [model.lm_head],
+    }
+    return {name: sum(linear.part.stream.data.numel() for linear in linears) for name, linears in parts.items()}
+
+
+def _time(calls: list[Callable[[], None]], step: Any) -> float:
+    """µs of all calls, in one graph."""
+    step.position.fill_(POSITION)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+
+    def replays() -> None:
+        for _ in range(REPLAYS):
+            graph.replay()
+
+    return event_seconds(replays) * 1e6 / REPLAYS
