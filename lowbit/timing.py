@@ -12,6 +12,7 @@ import torch
 from lowbit import compilers, energy, generate, kvcache, measure
 from lowbit.cases import Case
 from lowbit.device import Device
+from lowbit.generate import native
 from lowbit.metrics import Measurement
 from lowbit.nvml import Nvml, NvmlUnavailable
 from lowbit.profiling import STEPS, Profiler
@@ -98,8 +99,12 @@ class Stopwatch:
         """Rounds of one forward pass over ids [B, S] up to the first token."""
         decoder = self._decoder(case, quantized, ids)
         with self.spent.on(_warming(case)):
-            decoder.compile_prefill(self._compiler(case, quantized))
-            m.compile_s = self._warm_up(lambda: decoder.prefill(ids), case)
+            native_s = 0.0
+            if case.mode == "native" and native.takes(quantized.model, ids.shape[0]):
+                native_s = self._time_once(lambda: decoder.run_natively(ids, case.name, self.progress))
+            else:
+                decoder.compile_prefill(self._compiler(case, quantized))
+            m.compile_s = native_s + self._warm_up(lambda: decoder.prefill(ids), case)
             estimate = self._time_once(lambda: decoder.prefill(ids))
 
         def setup() -> None:

@@ -12,6 +12,7 @@ from lowbit.kernels import nvrtc
 
 HEADER = Path(__file__).parent / "emulator" / "cuda_on_cpu.h"
 ARGUMENTS = {"product": "Product", "attention": "Attention", "embed": "Embed", "unpack": "Unpack"}
+ARGUMENTS |= {"norm": "Norm", "rope": "Rope", "silu": "Silu"}
 CLUSTERS = 8
 """Of 16 blocks that the emulated device holds at once, as an H200 does."""
 

@@ -10,7 +10,7 @@ from tiny import model
 from torch import nn
 
 from lowbit import generate
-from lowbit.kernels import runner, stream_modules, unpacking, weights
+from lowbit.kernels import prefill, runner, stream_modules, unpacking, weights
 from lowbit.kernels.geometry import Geometry
 from lowbit.kernels.modules import NativeEmbedding, NativeLinear
 from lowbit.kernels.quantizer import quantize
@@ -21,17 +21,22 @@ FORMATS = [name for name in LAYOUTS if name != "int4_sym_g128"]
 LENGTH = 96
 
 
-@pytest.fixture
-def emulate(monkeypatch, tmp_path):
-    """The runner's kernels, by the emulator."""
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Compiles kernels once for all tests here: that is most of their time."""
     made = {}
 
     def compiled(key, sources, kernels, macros):
         if key not in made:
-            folder = tmp_path / str(len(made))
-            folder.mkdir()
-            made[key] = EmulatedModule(folder, sources, kernels, macros)
+            made[key] = EmulatedModule(tmp_path_factory.mktemp("kernels"), sources, kernels, macros)
         return made[key]
+
+    return compiled
+
+
+@pytest.fixture
+def emulate(monkeypatch, compiled):
+    """The runner's kernels, by the emulator."""
 
     def load(shape, device, progress=None):
         return compiled(shape, ("common", "product", "attention", "embedding"), runner.KERNELS, shape.macros())
@@ -40,7 +45,11 @@ def emulate(monkeypatch, tmp_path):
         macros = Geometry(name, **unpacking._ANY_SHAPE).macros()
         return compiled((name, ku), ("common", "unpack"), (f"unpack_kernel<{ku}>",), macros)
 
+    def load_prefill(shape, device, progress=None):
+        return compiled((shape, "prefill"), ("common", "prefill"), prefill.KERNELS, shape.macros())
+
     monkeypatch.setattr(runner, "load", load)
+    monkeypatch.setattr(prefill, "load", load_prefill)
     monkeypatch.setattr(unpacking, "_unpacker", unpacker)
 
 
@@ -100,6 +109,28 @@ def test_streams_are_dequantized_exactly(emulate, name):
         want = exact.get_submodule(path).weight
         for dtype in (torch.float16, torch.bfloat16):
             assert torch.equal(streamed.get_submodule(path).dequantize(dtype), want.to(dtype)), path
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@torch.no_grad()
+def test_a_prompt_gives_the_logits_and_the_cache_of_the_same_weights(emulate, name):
+    """Matrices whole, and in pieces of 256 rows; the step that follows finds the prompt in the cache."""
+    streamed, exact, decoder, step = build(name, LENGTH)
+    tokens = torch.arange(24) * 31 % 512
+    want = exact(tokens.unsqueeze(0), use_cache=False).logits[0]
+    bound = 2e-2 if name == "bf16" else 2e-3
+    for chunk_rows, prompt in ((0, 1), (256, 17)):
+        run = prefill.NativePrefill(step, streamed, decoder.cache, chunk_rows=chunk_rows)
+        for layer in decoder.cache.layers:
+            layer.keys.fill_(torch.nan), layer.values.fill_(torch.nan)
+        run(tokens[:prompt].unsqueeze(0))
+        for place in range(prompt - 1, prompt + 1):
+            error = float((step.logits - want[place]).norm() / want[place].norm())
+            assert error < bound, (prompt, place, error)
+            assert int(decoder.position) == place + 1
+            assert int(decoder.token) == int(step.logits.argmax()) == int(step.history[place + 1])
+            decoder.token.fill_(int(tokens[place + 1]))
+            step.launch()
 
 
 @pytest.mark.parametrize(

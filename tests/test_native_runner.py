@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_runner import FakeStep
+from test_runner import FakeStep, fake_kernels
 from tiny import model
 
 from lowbit.errors import LowbitError
@@ -35,7 +35,7 @@ class PickingStep(FakeStep):
 
 @pytest.fixture
 def generator(monkeypatch):
-    monkeypatch.setattr("lowbit.generate.decoder.NativeStep", PickingStep)
+    fake_kernels(monkeypatch, PickingStep)
     monkeypatch.setattr(PickingStep, "recorded", 0)
     monkeypatch.setattr("lowbit.generate.generator.make_runner", lambda made, batch, length: NativeRunner(made, length))
     return Generator(model(torch.float16), context=64)

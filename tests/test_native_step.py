@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from test_runner import FakeStep, streamed
+from test_runner import FakeStep, fake_kernels, streamed
 from tiny import model
 
 from lowbit import __main__, generate, native_step, native_times
@@ -54,7 +54,7 @@ def test_runs_that_differ_in_a_bit_are_counted(monkeypatch, noise, want):
 
         __call__ = launch
 
-    monkeypatch.setattr("lowbit.generate.decoder.NativeStep", Noisy)
+    fake_kernels(monkeypatch, Noisy)
     made = model(torch.float16)
     decoder = generate.Decoder(made, 1, 64, torch.float16)
     prompt = torch.arange(8).unsqueeze(0)

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from lowbit.errors import LowbitError
-from lowbit.kernels import arguments, nvrtc, runner
+from lowbit.kernels import arguments, nvrtc, prefill, runner
 from lowbit.kernels.geometry import Geometry
 from lowbit.kernels.stream import LAYOUTS
 
@@ -25,12 +25,15 @@ CASES = [
     ("int8", LLAMA_3B),
     ("bf16", SMALL),
 ]
-SOURCE = nvrtc.read_sources("ptx", "common", "product", "attention", "embedding", "unpack")
+SOURCE = nvrtc.read_sources("ptx", "common", "product", "attention", "embedding", "unpack", "prefill")
 STRUCTURES = {
     "Product": arguments.Product,
     "Embed": arguments.Embed,
     "Attention": arguments.Attention,
     "Unpack": arguments.Unpack,
+    "Norm": arguments.Norm,
+    "Rope": arguments.Rope,
+    "Silu": arguments.Silu,
 }
 
 
@@ -58,7 +61,7 @@ def test_arguments_have_the_kernels_fields_in_their_order(name):
 def test_the_decode_kernels_compile_for_sm90_without_spills(name, shape):
     geometry = Geometry(name, **shape)
     ku = 1024 if LAYOUTS[name].widest == 1024 and shape is LLAMA_8B else 256
-    kernels = (*runner.KERNELS, f"unpack_kernel<{ku}>")
+    kernels = (*runner.KERNELS, *prefill.KERNELS, f"unpack_kernel<{ku}>")
     binary = nvrtc.compile_source(f"{SOURCE}\n{layout_checks()}", kernels, geometry.macros(), "sm_90a")
     assert set(binary.names) == set(kernels)
     found = binary.resources()

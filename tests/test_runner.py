@@ -261,15 +261,49 @@ class FakeStep:
     __call__ = launch
 
 
+class FakePrefill:
+    """A native prefill that does what the eager one does, ``wrong`` by a factor, and counts its prompts."""
+
+    wrong = 1.0
+
+    def __init__(self, step, made, cache, progress=None):
+        self.step, self.model, self.cache = step, made, cache
+        self.prompts, self.forgotten = [], 0
+
+    @staticmethod
+    def takes(cache, dtype):
+        return cache.layers[0].keys.dtype == dtype
+
+    def __call__(self, ids):
+        self.prompts.append(ids.shape[1])
+        for layer in self.cache.layers:
+            layer.cumulative_length.zero_()
+        found = generate.decoder.prefill_logits(self.model, self.cache, ids)
+        self.step.logits = found.flatten().float() * self.wrong
+        self.step.token.copy_((self.step.pick or generate.decoder.greedy)(found))
+        self.step.position.fill_(ids.shape[1])
+
+    def forget(self):
+        self.forgotten += 1
+
+
+def fake_kernels(monkeypatch, step=FakeStep):
+    """Let decoders run natively here."""
+    monkeypatch.setattr("lowbit.generate.decoder.NativeStep", step)
+    monkeypatch.setattr("lowbit.generate.decoder.NativePrefill", FakePrefill)
+
+
 def test_native_tokens_are_the_eager_ones_and_the_count_is_checked(monkeypatch):
-    monkeypatch.setattr("lowbit.generate.decoder.NativeStep", FakeStep)
+    fake_kernels(monkeypatch)
     made = model(torch.float16)
     ids = torch.arange(8).unsqueeze(0)
     eager = decoder_of(made, torch.float16).generate(ids, 12)
     native = decoder_of(made, torch.float16)
     native.run_natively(ids, "a case")
     seen = []
+    assert native.native_prefill.prompts == [8]  # the proof
     first = native.prefill(ids).clone()
+    assert native.native_prefill.prompts == [8, 8]
     tokens = native.decode(12, on_step=lambda: seen.append(1))
     assert torch.equal(torch.cat([first.view(1, 1), tokens], 1), eager)
     assert len(seen) == 12
@@ -279,9 +313,36 @@ def test_native_tokens_are_the_eager_ones_and_the_count_is_checked(monkeypatch):
         native.check_length("a case")
 
 
-def test_a_native_step_that_computes_something_else_is_an_error(monkeypatch):
-    monkeypatch.setattr("lowbit.generate.decoder.NativeStep", FakeStep)
-    monkeypatch.setattr(FakeStep, "wrong", 1.05)
+@pytest.mark.parametrize(("kind", "what"), [(FakeStep, "step"), (FakePrefill, "prefill")])
+def test_native_kernels_that_compute_something_else_are_an_error(monkeypatch, kind, what):
+    fake_kernels(monkeypatch)
+    monkeypatch.setattr(kind, "wrong", 1.05)
     native = decoder_of(model(torch.float16), torch.float16)
-    with pytest.raises(LowbitError, match=r"a case: the native step's logits .* differ by 5.00e-02"):
+    with pytest.raises(LowbitError, match=rf"a case: the native {what}'s logits .* differ by 5.00e-02"):
         native.run_natively(torch.arange(8).unsqueeze(0), "a case")
+    assert native.native is None
+
+
+def test_over_a_cache_of_codes_the_modules_prefill(monkeypatch):
+    fake_kernels(monkeypatch)
+    monkeypatch.setattr(FakePrefill, "takes", lambda cache, dtype: False)
+    native = decoder_of(model(torch.float16), torch.float16)
+    native.run_natively(torch.arange(8).unsqueeze(0), "a case")
+    assert native.native is not None
+    assert native.native_prefill is None
+    assert int(native.prefill(torch.arange(8).unsqueeze(0))) >= 0
+
+
+def test_a_prompt_longer_than_the_cache_is_refused_and_one_that_follows_a_longer_one_starts_anew(monkeypatch):
+    fake_kernels(monkeypatch)
+    native = decoder_of(model(torch.float16), torch.float16, length=32)
+    native.run_natively(torch.arange(8).unsqueeze(0), "a case")
+    with pytest.raises(LowbitError, match="the KV cache holds 32 tokens"):
+        native.prefill(torch.arange(33).unsqueeze(0))
+    for count in (20, 5):
+        native.prefill(torch.arange(count).unsqueeze(0))
+        assert [int(layer.cumulative_length) for layer in native.cache.layers] == [count, count]
+        native.decode(3)
+        native.check_length("a case")
+    native.pick_natively(greedily=False)
+    assert native.native_prefill.forgotten == 1  # its graph holds the pick

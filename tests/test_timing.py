@@ -1,15 +1,19 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
+from test_runner import fake_kernels
+from tiny import model
 
 from lowbit import compilers, timing
 from lowbit.cases import Case
 from lowbit.device import Device
 from lowbit.formats import FORMATS
-from lowbit.workloads import WORKLOADS
+from lowbit.spent import Spent
+from lowbit.workloads import WORKLOADS, Workload
 
 CPU = Device("cpu", 0, "a test's CPU", "cpu-test", None, 100_000.0, 2, driver=None, cuda=None)
 CARD = dataclasses.replace(CPU, kind="cuda", capability=(9, 0))
@@ -47,3 +51,36 @@ def test_cuda_graphs_given_up_are_counted_where_a_mode_has_them(monkeypatch, mod
     case = Case("decode", FORMATS["bf16-torch"], mode, WORKLOADS[2])
     assert timing.cudagraph_skips(case, device) == skips
     assert timing.cudagraph_skips(Case("quality", FORMATS["bf16-torch"]), CARD) is None
+
+
+class Vram:
+    """A meter that measures nothing."""
+
+    def trim(self): ...
+
+    def reset_peak(self): ...
+
+
+@pytest.mark.parametrize(("taken", "prompts"), [(True, [24] * 9), (False, None)])
+def test_a_native_prefill_is_that_of_our_kernels_where_they_take_the_model(monkeypatch, taken, prompts):
+    """The proof, three of the warm-up, an estimate, one untimed and three rounds; else the modules, as one graph."""
+    fake_kernels(monkeypatch)
+    monkeypatch.setattr(timing.native, "takes", lambda model, batch: taken)
+    captured, decoders = [], []
+    monkeypatch.setattr(compilers, "compile_call", lambda call, mode, *args: captured.append(mode) or call)
+    made = timing.Stopwatch._decoder
+    monkeypatch.setattr(timing.Stopwatch, "_decoder", lambda *args: decoders.append(made(*args)) or decoders[-1])
+    watch = timing.Stopwatch(CPU, None, Vram(), Spent(), lambda text: None)
+    case = Case("prefill", FORMATS["a16w4_g128-lowbit"], "native", Workload("p24", "prefill", 1, 24, 0, "small"))
+    quantized = SimpleNamespace(model=model(torch.float16), dtype="fp16")
+    found = SimpleNamespace(prefill_s=[], compile_s=None, yardstick_s=[])
+    ids = timing.prompt(512, 1, 24, CPU)
+    watch.time_prefill(case, quantized, ids, found, lambda timer, setup, rounds: [timer() for _ in range(3)])
+    assert len(found.prefill_s) == 3
+    (decoder,) = decoders
+    if taken:
+        assert decoder.native_prefill.prompts == prompts
+        assert not captured
+    else:
+        assert decoder.native_prefill is None
+        assert captured == ["native"]

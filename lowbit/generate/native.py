@@ -1,4 +1,4 @@
-"""The runner of lowbit's own CUDA kernels: a whole step, sampling included, is one CUDA graph."""
+"""The runner of lowbit's own CUDA kernels: a whole step, sampling included, is one CUDA graph, and so is a prompt."""
 
 from __future__ import annotations
 
@@ -61,14 +61,17 @@ class NativeRunner:
         return self._decoder.decode(1)
 
 
-def offer(model: Any, batch: int, length: int) -> NativeRunner | None:
-    """For ``make_runner``: one sequence, streamed weights, a device that the kernels are written for."""
+def takes(model: Any, batch: int) -> bool:
+    """Whether the kernels run this model: one sequence, streamed weights, a device that they are written for."""
     head = model.lm_head
     if batch != 1 or not isinstance(head, StreamLinear) or runner.unstreamed(model) is not None:
-        return None
+        return False
     device = head.part.stream.data.device
     if not native.streams(device):
-        return None
-    if geometry.unmet(model.config, head.format, torch.cuda.get_device_capability(device)) is not None:
-        return None
-    return NativeRunner(model, length)
+        return False
+    return geometry.unmet(model.config, head.format, torch.cuda.get_device_capability(device)) is None
+
+
+def offer(model: Any, batch: int, length: int) -> NativeRunner | None:
+    """For ``make_runner``: a runner of a model that the kernels take."""
+    return NativeRunner(model, length) if takes(model, batch) else None

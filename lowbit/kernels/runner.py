@@ -261,7 +261,15 @@ class NativeStep:
 
     def launch(self) -> None:
         """The step's kernels, one by one, on the current stream; then ``pick``, if it is not greedy."""
-        for one in self.plan:
+        self._launch_from(0)
+
+    def finish(self) -> None:
+        """What a step does behind its last attention: ``attended`` and ``residual`` become the next token."""
+        last = max(place for place, one in enumerate(self.plan) if one.kernel.startswith("attention"))
+        self._launch_from(last + 1)
+
+    def _launch_from(self, first: int) -> None:
+        for one in self.plan[first:]:
             one.launch()
         if self.pick is not None:  # the head has put its arg max there, and advanced the position
             self.token.copy_(self.pick(self.logits.view(1, 1, -1)))

@@ -31,10 +31,19 @@ def _unpacker(format: str, ku: int, device: int) -> Module:
 
 def unpack(part: StreamPart, dtype: torch.dtype) -> Tensor:
     """The rows of a stream that one linear owns, dequantized: [rows, k] fp16 or bf16 on the stream's device."""
+    out = torch.empty(part.rows, part.stream.k, dtype=dtype, device=part.stream.data.device)
+    return unpack_into(part, out)
+
+
+def unpack_into(part: StreamPart, out: Tensor) -> Tensor:
+    """The same into ``out`` [rows, k], contiguous fp16 or bf16; one launch, nothing allocated. Returns ``out``."""
     stream = part.stream
-    if dtype not in (torch.float16, torch.bfloat16):
-        raise LowbitError(f"streams are dequantized to fp16 or bf16, not to {dtype}")
-    out = torch.empty(part.rows, stream.k, dtype=dtype, device=stream.data.device)
+    if out.dtype not in (torch.float16, torch.bfloat16):
+        raise LowbitError(f"streams are dequantized to fp16 or bf16, not to {out.dtype}")
+    if out.shape != (part.rows, stream.k) or not out.is_contiguous():
+        raise LowbitError(
+            f"expected a contiguous matrix [{part.rows}, {stream.k}] to dequantize to, got {list(out.shape)}"
+        )
     argument = fill(
         Unpack,
         weights=stream.data,
@@ -44,7 +53,7 @@ def unpack(part: StreamPart, dtype: torch.dtype) -> Tensor:
         rows=part.rows,
         k=stream.k,
         half=part.half,
-        bf16_out=int(dtype is torch.bfloat16),
+        bf16_out=int(out.dtype is torch.bfloat16),
     )
     module = _unpacker(stream.format, stream.ku, stream.data.device.index or 0)
     tiles = -(-(part.row0 % TILE + part.rows) // (TILE // 2 if part.half else TILE))

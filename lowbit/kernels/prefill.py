@@ -1,0 +1,290 @@
+"""A prompt through a Llama with streamed weights: dequantize a matrix, multiply by cuBLAS, our own kernels between.
+
+    layers x [ RMSNorm, qkv, RoPE + KV append, attention, o, residual + RMSNorm, gate_up, SiLU, down, residual ]
+
+Matrices that share x are unpacked by one launch and multiplied by one product, into memory that all layers share; gate
+and up stay woven by 8 rows, as their stream is, and SiLU reads them so. Only the last position goes beyond the last
+layer's attention: the decode step's own kernels take it from there to the token, with the weights as they are packed.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lowbit.errors import LowbitError
+from lowbit.kernels import nvrtc, unpacking
+from lowbit.kernels.arguments import Norm, Rope, Silu, fill
+from lowbit.kernels.geometry import Geometry
+from lowbit.kernels.launch import Module
+from lowbit.kernels.runner import NativeStep
+from lowbit.kernels.stream import TILE, Stream
+from lowbit.kernels.stream_modules import StreamPart
+
+KERNELS = ("norm_kernel", "rope_kernel", "silu_kernel")
+THREADS = 256
+"""Of a block of theirs; cuda/prefill.cu says the same."""
+NORM_SHARED_BYTES = 128
+KEPT_GRAPHS = 8
+ROOM = 256
+"""Buffers are made for a multiple of this many tokens."""
+
+_loaded: dict[tuple[Geometry, int], Module] = {}
+
+
+def load(shape: Geometry, device: int, progress: Callable[[str], None] | None = None) -> Module:
+    """The kernels for this shape, compiled or from the cache, on this device; once per process."""
+    if (shape, device) not in _loaded:
+        major, minor = torch.cuda.get_device_capability(device)
+        with torch.cuda.device(device):
+            binary = nvrtc.compile_source(
+                nvrtc.read_sources("ptx", "common", "prefill"),
+                KERNELS,
+                shape.macros(),
+                f"sm_{major}{minor}a",
+                folder=nvrtc.cache_folder(),
+                progress=progress,
+            )
+            _loaded[shape, device] = Module(binary)
+    return _loaded[shape, device]
+
+
+class Work(NamedTuple):
+    """One piece of a prefill: ``kind`` is unpack, gemm, norm, rope, attention, silu or last; ``of`` names the matrix."""
+
+    kind: str
+    of: str
+    call: Callable[[], object]
+
+
+class RecordedRuns:
+    """A function of one number, replayed as a CUDA graph: a number's first call runs, its second records.
+
+    The ``most`` graphs that were used last are kept. They share one memory pool: only one runs at a time, and what
+    they leave lies outside of it.
+    """
+
+    def __init__(self, run: Callable[[int], None], most: int = KEPT_GRAPHS) -> None:
+        self._run, self._most = run, most
+        self._graphs: OrderedDict[int, torch.cuda.CUDAGraph | None] = OrderedDict()
+        self._pool: Any = None
+
+    def __call__(self, number: int) -> None:
+        if number not in self._graphs:
+            self._graphs[number] = None
+            self._run(number)
+        else:
+            graph = self._graphs[number]
+            if graph is None:
+                graph = self._graphs[number] = self._record(number)
+            graph.replay()
+        self._graphs.move_to_end(number)
+        if len(self._graphs) > self._most:
+            self._graphs.popitem(last=False)
+
+    def _record(self, number: int) -> torch.cuda.CUDAGraph:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            self._run(number)
+        return graph
+
+    @property
+    def recorded(self) -> list[int]:
+        """What would be replayed, the latest last."""
+        return [number for number, graph in self._graphs.items() if graph is not None]
+
+    def forget(self) -> None:
+        """Run and record everything anew."""
+        self._graphs.clear()
+
+
+class NativePrefill:
+    """Takes a prompt into the cache of a NativeStep, whose token, position, logits and history it leaves as steps do.
+
+    ``prefill(ids)`` with ids [1, S]; the cache's length bounds S. The second prompt of a length is recorded as a CUDA
+    graph, and replayed from then on. ``chunk_rows``: matrices with more rows are unpacked and multiplied in pieces of
+    so many, so that a piece (rows · k · 2 bytes) can still be in the L2 cache when it is multiplied; 0: whole.
+    """
+
+    def __init__(
+        self,
+        step: NativeStep,
+        model: Any,
+        cache: Any,
+        *,
+        chunk_rows: int = 0,
+        progress: Callable[[str], None] | None = None,
+    ) -> None:
+        if chunk_rows % TILE:
+            raise LowbitError(f"chunk_rows: expected whole tiles of {TILE} rows, got {chunk_rows}")
+        self.step, self.shape, self.chunk_rows = step, step.shape, chunk_rows
+        self._body, self._layers = model.model, cache.layers
+        self._device = step.token.device
+        self._module = load(step.shape, self._device.index or 0, progress)
+        self._runs = RecordedRuns(self.launch)
+        self.room = 0
+        self._attended = torch.empty(0)
+        self._scratch = torch.empty(0)
+
+    @staticmethod
+    def takes(cache: Any, dtype: torch.dtype) -> bool:
+        """Whether this cache holds keys and values as the kernels write them, not codes with scales."""
+        return all(layer.keys.dtype == dtype for layer in cache.layers)
+
+    def _streams(self, layer: Any) -> dict[str, Stream]:
+        linears = {
+            "qkv": layer.self_attn.q_proj,
+            "o": layer.self_attn.o_proj,
+            "gate_up": layer.mlp.gate_proj,
+            "down": layer.mlp.down_proj,
+        }
+        return {name: linear.part.stream for name, linear in linears.items()}
+
+    def _rows(self, stream: Stream) -> int:
+        """Of the largest piece of this matrix that is unpacked at a time."""
+        return min(stream.rows, self.chunk_rows or stream.rows)
+
+    def _make_room(self, tokens: int) -> None:
+        """Memory for prompts of so many tokens: activations of one layer, and the largest unpacked piece."""
+        shape, room = self.shape, -(-tokens // ROOM) * ROOM
+        self._runs.forget()  # they read the memory that goes
+
+        def empty(*size: int, dtype: torch.dtype = shape.dtype) -> Tensor:
+            return torch.empty(*size, dtype=dtype, device=self._device)
+
+        self.residual = self.normed = self.projected = self.qkv = self.both = self.activated = torch.empty(0)
+        self.residual = empty(room, shape.hidden, dtype=torch.float32)
+        self.normed, self.projected = empty(room, shape.hidden), empty(room, shape.hidden)
+        self.qkv = empty(room, (shape.heads + 2 * shape.kv_heads) * shape.head_dim)
+        self.both, self.activated = empty(room, 2 * shape.inter), empty(room, shape.inter)
+        if not self.room:
+            streams = [stream for layer in self._body.layers for stream in self._streams(layer).values()]
+            self._scratch = empty(max(self._rows(stream) * stream.k for stream in streams))
+        self.room = room
+
+    @torch.no_grad()
+    def __call__(self, ids: Tensor) -> None:
+        """ids [1, S] on the device. Raises LowbitError if they are not one sequence that the cache has room for."""
+        if ids.dim() != 2 or ids.shape[0] != 1 or not 1 <= ids.shape[1] <= self.step.length:
+            raise LowbitError(
+                f"the native prefill takes one prompt of 1 to {self.step.length} tokens (the KV cache's length), "
+                f"got {list(ids.shape)}"
+            )
+        tokens = ids.shape[1]
+        if tokens > self.room:
+            self._make_room(tokens)
+        self.residual[:tokens].copy_(self._body.embed_tokens(ids)[0])
+        self._runs(tokens)
+
+    def forget(self) -> None:
+        """Record anew: after the step's ``pick`` was changed."""
+        self._runs.forget()
+
+    @property
+    def recorded(self) -> list[int]:
+        """Lengths of prompts that are replayed from a graph."""
+        return self._runs.recorded
+
+    def launch(self, tokens: int) -> None:
+        """The works of a prompt, one by one, on the current stream; its embedded tokens are in ``residual``."""
+        for work in self.plan(tokens):
+            work.call()
+
+    def plan(self, tokens: int) -> Iterator[Work]:
+        """What is done for a prompt of so many tokens, in order."""
+        layers = list(self._body.layers)
+        for index, layer in enumerate(layers):
+            streams = self._streams(layer)
+            yield self._norm(layer.input_layernorm, tokens, adds=index > 0)
+            yield from self._product("qkv", streams, lambda: self.normed, self.qkv, tokens)
+            yield self._rope(self._layers[index], tokens)
+            if index + 1 == len(layers):
+                yield Work("attention", "the last token", lambda: self._attend(layers[-1].self_attn, tokens, 1))
+                break
+            yield Work("attention", "", self._attending(layer.self_attn, tokens))
+            yield from self._product("o", streams, lambda: self._attended, self.projected, tokens)
+            yield self._norm(layer.post_attention_layernorm, tokens, adds=True)
+            yield from self._product("gate_up", streams, lambda: self.normed, self.both, tokens)
+            yield self._silu(tokens)
+            yield from self._product("down", streams, lambda: self.activated, self.projected, tokens)
+        yield Work("last", "the last token", lambda: self._finish(tokens))
+
+    def _launching(self, kernel: str, blocks: int, argument: Any, shared_bytes: int = 0) -> Callable[[], None]:
+        def call() -> None:
+            self._module.launch(kernel, (blocks, 1), THREADS, argument, shared_bytes=shared_bytes)
+
+        return call
+
+    def _norm(self, norm: Any, tokens: int, *, adds: bool) -> Work:
+        added = self.projected if adds else None
+        argument = fill(Norm, residual=self.residual, added=added, weight=norm.weight, out=self.normed)
+        return Work("norm", "", self._launching("norm_kernel", tokens, argument, NORM_SHARED_BYTES))
+
+    def _rope(self, layer: Any, tokens: int) -> Work:
+        argument = fill(
+            Rope, qkv=self.qkv, keys=layer.keys, values=layer.values, rope=self.step.rope, length=self.step.length
+        )
+        rotate = self._launching("rope_kernel", tokens, argument)
+
+        def call() -> None:
+            rotate()
+            self._keys, self._values = layer.keys[:, :, :tokens], layer.values[:, :, :tokens]
+
+        return Work("rope", "", call)
+
+    def _silu(self, tokens: int) -> Work:
+        pieces = tokens * self.shape.inter // 8
+        argument = fill(Silu, both=self.both, out=self.activated, pieces=pieces)
+        return Work("silu", "", self._launching("silu_kernel", -(-pieces // THREADS), argument))
+
+    def _product(
+        self, name: str, streams: dict[str, Stream], x: Callable[[], Tensor], out: Tensor, tokens: int
+    ) -> Iterator[Work]:
+        """Unpack a matrix [rows, k], multiply x [tokens, k] by it into out [tokens, rows]; in pieces, if so wished."""
+        stream = streams[name]
+        pieces = -(-stream.rows // self._rows(stream))
+        rows = -(-stream.rows // pieces // TILE) * TILE if pieces > 1 else stream.rows
+        for first in range(0, stream.rows, rows):
+            part = StreamPart(stream, min(rows, stream.rows - first), row0=first)
+            weight = self._scratch[: part.rows * stream.k].view(part.rows, stream.k)
+            columns = out[:tokens, first : first + part.rows]
+
+            def unpack(part: StreamPart = part, weight: Tensor = weight) -> None:
+                unpacking.unpack_into(part, weight)
+
+            def multiply(weight: Tensor = weight, columns: Tensor = columns) -> None:
+                torch.mm(x()[:tokens], weight.t(), out=columns)
+
+            yield Work("unpack", name, unpack)
+            yield Work("gemm", name, multiply)
+
+    def _attending(self, attention: Any, tokens: int) -> Callable[[], None]:
+        return lambda: self._attend(attention, tokens, tokens)
+
+    def _attend(self, attention: Any, tokens: int, last: int) -> None:
+        """The ``last`` queries over all keys of the prompt: -> self._attended [last, heads · head_dim]."""
+        shape = self.shape
+        width = shape.heads * shape.head_dim
+        queries = self.qkv[tokens - last : tokens, :width].view(1, last, shape.heads, shape.head_dim).transpose(1, 2)
+        found = functional.scaled_dot_product_attention(
+            queries,
+            self._keys,
+            self._values,
+            is_causal=last > 1,
+            scale=attention.scaling,
+            enable_gqa=shape.heads != shape.kv_heads,
+        )
+        self._attended = found.transpose(1, 2).reshape(last, width)
+
+    def _finish(self, tokens: int) -> None:
+        self.step.residual.copy_(self.residual[tokens - 1])
+        self.step.attended.copy_(self._attended[-1])
+        self.step.position.fill_(tokens - 1)  # last: the kernel behind it is launched early, behind a kernel, not a copy
+        self.step.finish()
