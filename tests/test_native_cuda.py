@@ -7,6 +7,7 @@ import torch
 from streaming import build
 
 from lowbit.kernels import geometry, nvrtc
+from lowbit.kernels.prefill import NativePrefill
 from lowbit.kernels.stream import LAYOUTS
 
 CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
@@ -58,3 +59,22 @@ def test_the_same_prompt_gives_the_same_bits_every_time(made):
             step()
         runs.append((step.history.clone(), step.logits.clone()))
     assert all(torch.equal(history, runs[0][0]) and torch.equal(logits, runs[0][1]) for history, logits in runs)
+
+
+@torch.no_grad()
+def test_a_prompt_gives_the_same_bits_with_and_without_its_graph(made):
+    plain, exact, decoder, step = made
+    run = NativePrefill(step, plain, decoder.cache)
+    bound = 2e-2 if step.shape.dtype is torch.bfloat16 else 5e-3
+    for count in (24, 130, 1):
+        ids = torch.arange(count, device="cuda").unsqueeze(0) * 31 % 512
+        want = exact(ids, use_cache=False).logits[0, -1]
+        found = []
+        for _ in range(30):
+            run(ids)
+            keys = torch.stack([layer.keys[:, :, :count] for layer in decoder.cache.layers])
+            found.append((step.logits.clone(), keys))
+        assert (found[0][0] - want).norm() / want.norm() < bound
+        assert int(decoder.token) == int(step.logits.argmax())
+        assert all(torch.equal(logits, found[0][0]) and torch.equal(keys, found[0][1]) for logits, keys in found)
+    assert run.recorded == [24, 130, 1]

@@ -7,7 +7,6 @@ from lowbit.generate.decoder import (
     Decoder,
     PrefillStep,
     Step,
-    check_finite,
     decode,
     decode_logits,
     decode_one_token,
@@ -15,6 +14,7 @@ from lowbit.generate.decoder import (
     prefill,
 )
 from lowbit.generate.generator import Generator, Token
+from lowbit.generate.proof import check_finite
 from lowbit.generate.runner import Runner, make_runner, register_runner
 
 __all__ = [

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lowbit import kvcache, roofline
 from lowbit.errors import LowbitError
-from lowbit.generate.proof import prove
+from lowbit.generate.proof import check_finite, prove
 from lowbit.kernels.prefill import NativePrefill
 from lowbit.kernels.runner import NativeStep
 from lowbit.quiet import quiet_import
@@ -115,17 +115,6 @@ def decode(
         if on_step is not None:
             on_step()
     return tokens
-
-
-def check_finite(values: Tensor, source: str) -> None:
-    """Raise LowbitError unless all ``values`` (logits, or what follows from them) are finite. Waits for the device."""
-    bad = int((~torch.isfinite(values)).sum())
-    if bad:
-        raise LowbitError(
-            f"NaN/Inf logits from {source}: expected finite values, got {bad} of {values.numel()} that are not; "
-            "the format overflows in this dtype or its kernel is broken here: leave it out with -k, or try another "
-            "base dtype or library version"
-        )
 
 
 class Decoder:

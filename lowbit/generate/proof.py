@@ -1,4 +1,4 @@
-"""What lets the native kernels run a model: logits that are those of the model's own modules."""
+"""What a decoder proves before it is timed: finite logits; native kernels whose logits are those of the modules."""
 
 from __future__ import annotations
 
@@ -25,4 +25,15 @@ def prove(native: NativeStep, expected: Tensor, source: str, what: str) -> None:
             f"{source}: the native {what}'s logits should be those of the eager {what} within {bound:g}, they differ "
             f"by {error:.2e} (||difference|| / ||logits||): its kernels are wrong on this device; use mode eager "
             "and report it"
+        )
+
+
+def check_finite(values: Tensor, source: str) -> None:
+    """Raise LowbitError unless all ``values`` (logits, or what follows from them) are finite. Waits for the device."""
+    bad = int((~torch.isfinite(values)).sum())
+    if bad:
+        raise LowbitError(
+            f"NaN/Inf logits from {source}: expected finite values, got {bad} of {values.numel()} that are not; "
+            "the format overflows in this dtype or its kernel is broken here: leave it out with -k, or try another "
+            "base dtype or library version"
         )

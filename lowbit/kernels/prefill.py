@@ -55,7 +55,7 @@ def load(shape: Geometry, device: int, progress: Callable[[str], None] | None = 
 
 
 class Work(NamedTuple):
-    """One piece of a prefill: ``kind`` is unpack, gemm, norm, rope, attention, silu or last; ``of`` names the matrix."""
+    """One piece of a prefill: ``kind`` is unpack, gemm, norm, rope, attention, silu or last; ``of`` the matrix."""
 
     kind: str
     of: str
@@ -286,5 +286,6 @@ class NativePrefill:
     def _finish(self, tokens: int) -> None:
         self.step.residual.copy_(self.residual[tokens - 1])
         self.step.attended.copy_(self._attended[-1])
-        self.step.position.fill_(tokens - 1)  # last: the kernel behind it is launched early, behind a kernel, not a copy
+        # behind the copies: what follows is launched early, which it may be behind a kernel alone
+        self.step.position.fill_(tokens - 1)
         self.step.finish()
