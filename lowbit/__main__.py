@@ -74,7 +74,7 @@ def list_formats(options: argparse.Namespace) -> int:
     if formats_page.is_asked_for(options):
         return formats_page.write(options)
     from lowbit import backends, device, models
-    from lowbit.report.layout import Heading, lay_out
+    from lowbit.report.layout import Heading, beside, fill, lay_out
 
     here = device.detect()
     choice = models.choose(options.model, "auto", here)
@@ -84,21 +84,22 @@ def list_formats(options: argparse.Namespace) -> int:
         return OK
     runs = [fmt for fmt, unmet in rows if unmet is None]
     print(f"{here.name}, {choice.name}: {len(runs)} of {len(rows)} formats run here\n")
-    titles = ("format", "bits", "group", "dtype", "kernel", "suite", "needs", "select with -k")
+    titles = ("format", "group", "dtype", "kernel", "suite", "needs")
     table = [
         [
             fmt.id,
-            f"A{fmt.activation_bits:g}W{fmt.weight_bits:g}",
             str(fmt.group_size or ""),
             here.dtype_for(fmt) or "",
             "fast" if fmt.fast else "reference",
             fmt.suite,
             backends.needs(fmt),
-            ", ".join(dict.fromkeys(fmt.keywords)),
         ]
         for fmt in runs
     ]
-    print("\n".join(lay_out([Heading(title, right=title == "group") for title in titles], table, shorten=False)))
+    lines = lay_out([Heading(title, right=title == "group") for title in titles], table, shorten=False)
+    # a word of the id selects by itself: only the others need telling
+    words = [", ".join(word for word in dict.fromkeys(fmt.keywords) if word not in fmt.id) for fmt in runs]
+    print("\n".join(beside(lines, ["also with -k", *words])))
     groups: dict[str, list[str]] = {}
     for fmt, unmet in rows:
         if unmet is not None:
@@ -106,7 +107,7 @@ def list_formats(options: argparse.Namespace) -> int:
     if groups:
         print("\nnot here:")
     for reason, ids in groups.items():
-        print(f"  {', '.join(ids)}\n    {reason}")
+        print(fill(", ".join(ids), "  ") + "\n" + fill(reason, "    "))
     return OK
 
 

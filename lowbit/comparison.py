@@ -22,7 +22,8 @@ Side = Run | Baseline
 @dataclass(frozen=True)
 class Comparison:
     """NEW against OLD. ``lost`` are cases measured in OLD without a measurement in NEW, each with the reason;
-    ``new`` those of NEW alone; ``void`` those disturbed in NEW, which are not judged; ``environment`` what changed."""
+    ``new`` those of NEW alone; ``void`` those disturbed in NEW, which are not judged; ``environment`` what changed;
+    ``left_out`` how many of OLD's cases NEW's own -k or -m did not select."""
 
     device: str
     verdicts: list[tuple[str, list[Verdict]]] = field(default_factory=list)
@@ -30,6 +31,7 @@ class Comparison:
     new: list[str] = field(default_factory=list)
     void: list[str] = field(default_factory=list)
     environment: list[str] = field(default_factory=list)
+    left_out: int = 0
 
     @property
     def failed(self) -> bool:
@@ -100,11 +102,13 @@ def compare(old: Side, new: Side) -> Comparison:
     kind = "cpu" if device.startswith("cpu") else "cuda"
     rows, records = rows_of(old), records_of(new)
     spreads = pool_spread(rows.values()) if isinstance(old, Baseline) else Spreads()
-    result = Comparison(device, environment=baselines.differing(old.header.environment, new.header.environment))
+    left_out = sum(case not in records for case in rows) if any(new.header.selection.values()) else 0
+    changed = baselines.differing(old.header.environment, new.header.environment)
+    result = Comparison(device, environment=changed, left_out=left_out)
     for case, row in rows.items():
         record = records.get(case)
         if record is None:
-            if not any(new.header.selection.values()):
+            if not left_out:
                 result.lost[case] = _skip_in(new, case) or "not in the new run"
         elif record.outcome == "measured":
             result.verdicts.append((case, judge(record, row, spreads, kind)))
@@ -123,5 +127,9 @@ def _skip_in(side: Side, case: str) -> str | None:
 
 
 def compare_runs(old: Path, new: Path) -> Comparison:
-    """``compare`` of two files. Raises LowbitError naming the one that can't be read."""
-    return compare(read(old), read(new))
+    """``compare`` of two files. Raises LowbitError naming the one that can't be read, and for two with no case in
+    common: exit code 0 would say that nothing got worse."""
+    result = compare(read(old), read(new))
+    if not (result.verdicts or result.lost or result.void):
+        raise LowbitError(f"{old} and {new} have no measured case in common: nothing to compare")
+    return result

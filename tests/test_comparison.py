@@ -11,6 +11,7 @@ from lowbit import baselines, comparison, runs
 from lowbit.errors import LowbitError
 from lowbit.formats import Unmet
 from lowbit.record import Record
+from lowbit.report.difference import difference
 from lowbit.runs import Header
 
 STATS = {"min": 1.0, "max": 1.2, "mean": 1.1, "stddev": 0.1, "rounds": 2, "median": 1.1}
@@ -74,7 +75,12 @@ def test_lost_cases_fail_unless_they_were_left_out(tmp_path: Path) -> None:
     assert result.new == [record("e", 0).case]
     assert result.failed
     selected = keep(tmp_path, record("b", 1.0), selection={"-k": "b"})
-    assert not comparison.compare_runs(old, selected).failed
+    result = comparison.compare_runs(old, selected)
+    assert (result.failed, result.left_out) == (False, 3)
+    assert "0 failures in 1 case, 1 gated metric; 3 cases of OLD not selected in NEW" in difference(result)
+    other = keep(tmp_path, record("e", 1.0), selection={"-k": "e"})
+    with pytest.raises(LowbitError, match="no measured case in common: nothing to compare"):
+        comparison.compare_runs(old, other)
     unselected = keep(tmp_path, record("b", 1.0), selection={"-k": ""})
     assert len(comparison.compare_runs(old, unselected).lost) == 3
 

@@ -101,18 +101,29 @@ def test_compare_refuses_another_device(kept_run, capsys):
     assert "nvidia-a100" in err
 
 
+def test_compare_refuses_runs_without_a_case_in_common(kept_run, capsys):
+    code, _, err = compare(capsys, kept_run("old", **{"bf16-torch": 180.0}), kept_run("new", **{"fp16-torch": 1.0}))
+    assert code == 1  # what NEW was free to measure and did not is lost
+    empty = kept_run("empty")
+    code, out, err = compare(capsys, empty, kept_run("other", **OLD))
+    assert (code, out) == (2, "")
+    assert "no measured case in common: nothing to compare" in err
+
+
 def test_formats_lists_every_row_as_running_or_with_its_reason(capsys):
     assert main(["formats", "--model", "embedded"]) == 0
     out = capsys.readouterr().out
     for name in FORMATS:
         assert name in out
+    assert max(map(len, out.splitlines())) <= 100
+    flat = " ".join(out.split())
     assert main(["formats", "--model", "embedded", "--json"]) == 0
     rows = {row["id"]: row for row in json.loads(capsys.readouterr().out)}
     assert list(rows) == list(FORMATS)
     for name, row in rows.items():
         assert row["runs"] == (row["reason"] is None)
         if not row["runs"]:
-            assert f"{row['kind']}: {row['reason']}" in out, name
+            assert f"{row['kind']}: {row['reason']}" in flat, name
     assert rows["bf16-torch"]["runs"]
     assert "W4A16" in rows["a16w4_g128-torchao"]["selectors"]
 

@@ -54,7 +54,7 @@ def test_a_run_prints_the_table_and_the_answer_and_is_kept(bench):
     assert f"run kept in {run}" in text
     assert len(json.loads((run / "run.json").read_text())["benchmarks"]) == CASES
     assert not (bench.root / "benches" / "baselines").exists()
-    assert "lowbit: 10 cases, about 0 min (by the last kept runs)" in bench.run().stdout.str()
+    assert "lowbit: 10 cases, less than a minute (by the last kept runs)" in bench.run().stdout.str()
 
 
 def test_the_kept_run_says_what_made_it(bench):

@@ -180,6 +180,8 @@ def test_ctrl_c_keeps_what_is_finished_and_resume_continues(bench):
     result = bench.run()
     assert result.ret == pytest.ExitCode.INTERRUPTED
     assert "run kept in" in result.stdout.str()
+    assert f"it has 2 of {CASES} cases; the rest: the same command with --resume" in result.stdout.str()
+    assert "--update-baselines" not in result.stdout.str()
     (run,) = bench.runs()
     assert [line["type"] for line in bench.journal()] == ["header", "case", "case", "end"]
     bench.plan(tok_s={"prefill": 1})

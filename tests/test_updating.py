@@ -28,7 +28,7 @@ def test_update_takes_kept_runs_and_measures_nothing_more(bench):
     kept = bench.runs()
     result = bench.run("--update-baselines", "--baseline-runs", "1")
     assert result.ret == 0
-    assert "nothing to measure: 1 kept runs have them" in result.stdout.str()
+    assert "nothing to measure: to be accepted from 1 kept run" in result.stdout.str()
     assert f"baseline written: {bench.baseline}" in result.stdout.str()
     assert bench.runs() == kept
     assert json.loads(bench.baseline.read_text())["lowbit"]["runs"] == 1
@@ -39,7 +39,7 @@ def test_a_controller_with_enough_kept_runs_measures_nothing_more(bench):
     kept = bench.runs()
     result = bench.run("-n", "1", "--update-baselines", "--baseline-runs", "1", "-k", "test_quality", processes=True)
     assert result.ret == 0
-    assert "lowbit: 2 cases, nothing to measure: 1 kept runs have them" in result.stdout.str()
+    assert "lowbit: 2 cases, nothing to measure: to be accepted from 1 kept run" in result.stdout.str()
     assert f"baseline written: {bench.baseline}" in result.stdout.str()
     assert bench.runs() == kept
     assert len(bench.rows()) == 2
@@ -157,6 +157,7 @@ def test_noise_that_blinds_the_gate_is_named(bench):
     result = bench.run("--update-baselines", "--baseline-runs", "2", "-k", f"test_decode[{DECODE}]")
     assert f"too noisy to be gated well: decode[{DECODE}]: decode_tok_s limit " in result.stdout.str()
     assert "its runs gave" in result.stdout.str()
+    assert "what helps: a quieter machine, more runs (--baseline-runs), or more cases" in result.stdout.str()
 
 
 def test_an_unwritable_baselines_folder_is_a_usage_error_and_the_run_is_kept(bench):

@@ -172,6 +172,14 @@ class Settings:
             raise pytest.UsageError(f"--baseline-runs: expected at least 1, got {option.baseline_runs}")
         if option.text is not None and not option.text.is_file():
             raise pytest.UsageError(f"--text: no such file: {option.text}")
+        if option.text is not None and option.text.stat().st_size == 0:
+            raise pytest.UsageError(f"--text: {option.text} is empty; quality needs at least one window of text")
+        if option.baselines_dir is not None and option.baselines_dir.is_file():
+            raise pytest.UsageError(f"--baselines-dir: expected a folder, {option.baselines_dir} is a file")
+        for name in ("max_kld", "max_vram"):
+            limit = getattr(option, name)
+            if limit is not None and not limit >= 0:  # NaN too: no case is within it
+                raise pytest.UsageError(f"--{name.replace('_', '-')}: expected 0 or more, got {limit:g}")
         if option.recipe is not None:
             try:
                 register(recipes.read(option.recipe, FORMATS))

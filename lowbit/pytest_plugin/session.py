@@ -27,6 +27,7 @@ from lowbit.record import Record
 from lowbit.regression import Verdict
 from lowbit.report.progress import Progress
 from lowbit.report.terminal import first_line
+from lowbit.spent import Spent
 from lowbit.spread import Spreads, pool_spread
 
 
@@ -37,7 +38,9 @@ class BenchSession:
         self.config, self.settings, self.progress = config, settings, progress
         self.started = time.perf_counter()
         self.device: Device = detect(settings.device_index)
-        self.choice = models.choose(settings.model, settings.load_format, self.device)
+        spent = Spent()
+        with spent.on("imports"):  # of transformers, whose configurations describe every model
+            self.choice = models.choose(settings.model, settings.load_format, self.device)
         self.source = texts.choose_source(
             self.choice.name, self.choice.load_format, self.choice.config.max_position_embeddings, settings.text
         )
@@ -69,6 +72,7 @@ class BenchSession:
             self.choice,
             self.source,
             progress,
+            spent,
             own_pids=children.own_pids,
             profiler=profiler,
             tasks=settings.tasks,
@@ -218,6 +222,11 @@ class BenchSession:
             if self.poisoned is None or not is_device_fault(error):
                 raise
             # Nothing can be freed after a CUDA fault; the device takes it all back when this process ends.
+
+    @property
+    def unreached(self) -> int:
+        """How many selected cases have no result: left by Ctrl-C, ``-x`` or an error that ended the run."""
+        return len(set(self.selected) - set(self.records))
 
     @property
     def regressed(self) -> bool:

@@ -13,6 +13,7 @@ from lowbit import runs
 from lowbit.pytest_plugin import collection, gate, updating
 from lowbit.record import Record
 from lowbit.report import evaluation, kernels, recommendation, terminal
+from lowbit.report.layout import count
 from lowbit.report.progress import Progress
 from lowbit.spent import host_peak_mib
 
@@ -60,12 +61,16 @@ def header_lines(bench: BenchSession) -> list[str]:
 def expectation_lines(bench: BenchSession, nodeids: Sequence[str], *, workers: int | None = None) -> list[str]:
     """How many cases and minutes a run will be; with enough kept runs to accept, none."""
     if updating.nothing_to_measure(bench):
-        return [f"lowbit: {len(nodeids)} cases, nothing to measure: {bench.settings.baseline_runs} kept runs have them"]
+        kept = count(bench.settings.baseline_runs, "kept run")
+        return [f"lowbit: {count(len(nodeids), 'case')}, nothing to measure: to be accepted from {kept}"]
+    if not nodeids:
+        return ["lowbit: 0 cases, nothing to measure"]
     measured = runs.wall_seconds(bench.settings.runs_dir, bench.header())
     minutes = collection.expected_minutes(nodeids, measured, bench.device.kind) / (workers or 1)
     basis = "by the last kept runs" if measured else "a guess until a run is kept"
-    processes = f" × {bench.settings.baseline_runs} runs" if bench.settings.update_baselines else ""
-    return [f"lowbit: {len(nodeids)} cases, about {minutes:.0f} min{processes} ({basis})"]
+    processes = f" × {count(bench.settings.baseline_runs, 'run')}" if bench.settings.update_baselines else ""
+    duration = f"about {minutes:.0f} min" if minutes >= 1 else "less than a minute"
+    return [f"lowbit: {count(len(nodeids), 'case')}, {duration}{processes} ({basis})"]
 
 
 def announce_workers_run(bench: BenchSession, nodeids: list[str]) -> bool:
@@ -137,13 +142,18 @@ def _consequences(bench: BenchSession) -> list[str]:
     lines = []
     if bench.writer is not None:
         lines.append(f"run kept in {bench.writer.path}")
+        if bench.unreached and not bench.refused:
+            reached = f"{len(bench.selected) - bench.unreached} of {count(len(bench.selected), 'case')}"
+            lines.append(f"it has {reached}; the rest: the same command with --resume")
     lines += bench.told
     lines += [bench.patched] if bench.patched else []
     if bench.accepted is not None:
         lines.append(f"baseline written: {bench.accepted}")
-        lines += [f"too noisy to be gated well: {line}; measure again on a quieter machine" for line in bench.warnings]
+        lines += [f"too noisy to be gated well: {line}" for line in bench.warnings]
+        if bench.warnings:
+            lines.append("what helps: a quieter machine, more runs (--baseline-runs), or more cases at once")
     elif bench.settings.profile:
         lines.append("profiled: nothing was kept or compared; measure without --profile for figures")
-    elif bench.records and bench.baseline is None and not bench.settings.update_baselines:
+    elif bench.records and bench.baseline is None and not (bench.settings.update_baselines or bench.unreached):
         lines.append(f"not compared with a baseline; accept this machine's figures with: {bench.accept_command()}")
     return lines

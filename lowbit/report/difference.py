@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from lowbit import regression
 from lowbit.comparison import Comparison
 from lowbit.regression import Verdict
-from lowbit.report.layout import NONE, WIDTH, Heading, divergence, lay_out, number
+from lowbit.report.layout import NONE, WIDTH, Heading, count, divergence, lay_out, number
 
 HEADLINES = ("decode_tok_s", "ttft_ms", "kld", "ppl")
 """The metric that stands for a case in the table: the first of these that it has."""
@@ -41,9 +41,11 @@ def difference(comparison: Comparison, *, color: bool = False) -> str:
     failures += [f"{regression.short_name(case)}: lost: {reason}" for case, reason in comparison.lost.items()]
     lines += ["", *map(_item, failures)] if failures else []
     judged = sum(verdict.status != "ungated" for _, verdicts in comparison.verdicts for verdict in verdicts)
-    return "\n".join(
-        [*lines, "", f"{len(failures)} failures in {len(comparison.verdicts)} cases, {judged} gated metrics"]
-    )
+    cases = count(len(comparison.verdicts), "case")
+    total = f"{count(len(failures), 'failure')} in {cases}, {count(judged, 'gated metric')}"
+    if comparison.left_out:
+        total += f"; {count(comparison.left_out, 'case')} of OLD not selected in NEW"
+    return "\n".join([*lines, "", total])
 
 
 def word(verdicts: Sequence[Verdict]) -> str:

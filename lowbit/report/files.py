@@ -35,4 +35,4 @@ def write_summary(path: Path, text: str) -> None:
 
 
 def _refused(path: Path, error: OSError) -> LowbitError:
-    return LowbitError(f"can't write {path}: {error.strerror or error}; the run itself is kept, choose another place")
+    return LowbitError(f"can't write {path}: {error.strerror or error}; choose another place")

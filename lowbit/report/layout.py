@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -46,6 +47,23 @@ def lay_out(
         head = [paint(line, BOLD) for line in head]
         body = [paint(line, COLORS.get(row[-1])) for line, row in zip(body, rows, strict=True)]
     return [*head, *body]
+
+
+def beside(lines: Sequence[str], notes: Sequence[str]) -> list[str]:
+    """A last column of free text behind a table's lines; what passes WIDTH goes on below, in the same column."""
+    column = max(map(len, lines)) + 1
+    told: list[str] = []
+    for line, note in zip(lines, notes, strict=True):
+        first, *more = textwrap.wrap(note, max(12, WIDTH - column), break_long_words=False) or [""]
+        told += [f"{line.ljust(column)}{first}".rstrip(), *(" " * column + rest for rest in more)]
+    return told
+
+
+def fill(text: str, indent: str) -> str:
+    """Paragraph within WIDTH, every line indented; names are not broken."""
+    return textwrap.fill(
+        text, WIDTH, initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _pad(headings: Sequence[Heading], rows: Sequence[Sequence[str]]) -> list[str]:

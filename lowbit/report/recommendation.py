@@ -50,7 +50,7 @@ def recommendation(
         missed = "; ".join(text for text, _ in closest.misses)
         return _fill(
             f"recommendation: no measured case has {limits}. Closest: {_name(closest)} at "
-            f"{closest.decode_tok_s:.1f} tok/s: {missed}. Raise --max-kld or --max-vram, or measure more formats."
+            f"{closest.decode_tok_s:.1f} tok/s: {missed}. {_advice(closest)}"
         )
     facts = [f"{best.decode_tok_s:.1f} tok/s{_against_bf16(best, candidates)}", _divergence(best.row)]
     if best.memory_mib is not None:
@@ -106,6 +106,12 @@ def _candidate(row: Row, record: Record, memory: str, max_kld: float, max_vram_m
         over = used - max_vram_mib
         misses.append((f"it takes {used:,.0f} MiB, {over:,.0f} too many", over / max(max_vram_mib, 1e-9)))
     return Candidate(row, record, row.decode_tok_s or 0.0, used, tuple(misses))
+
+
+def _advice(closest: Candidate) -> str:
+    if closest.row.kld is None and closest.row.quality is None:
+        return f'Run its test_quality too: -k "{closest.row.format}"'
+    return "Raise --max-kld or --max-vram, or measure more formats."
 
 
 def _why_no_kld(row: Row) -> str:

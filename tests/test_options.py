@@ -1,0 +1,32 @@
+"""Options whose values can't serve are refused in one line, before anything is measured."""
+
+from __future__ import annotations
+
+import pytest
+from fakes import Bench
+
+pytest_plugins = ["pytester"]
+
+
+@pytest.fixture
+def bench(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    return Bench(pytester, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--max-kld", "-1", "expected 0 or more, got -1"),
+        ("--max-kld", "nan", "expected 0 or more, got nan"),
+        ("--max-vram", "-1", "expected 0 or more, got -1"),
+        ("--text", "empty.txt", "empty.txt is empty; quality needs at least one window of text"),
+        ("--text", "none.txt", "no such file: none.txt"),
+        ("--baselines-dir", "empty.txt", "expected a folder, empty.txt is a file"),
+    ],
+)
+def test_a_value_that_can_not_serve_is_refused(bench, option, value, message):
+    (bench.root / "empty.txt").touch()
+    result = bench.run(f"{option}={value}")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"ERROR: {option}: {message}"])
+    assert bench.runs() == []
