@@ -1,6 +1,6 @@
-"""``python -m lowbit step``: the native decode step alone. How many tokens a second at which context, what each of its
-kernels takes, and whether the same prompt gives the same bits every time. For whoever works on the kernels: the benches
-measure the same step among all other formats, with the gate.
+"""``python -m lowbit step``: the native kernels alone. How many tokens a second at which context, what each kernel of a
+step takes, whether the same prompt gives the same bits every time, how long a prompt takes beside bf16's. For whoever
+works on the kernels: the benches measure the same step among all other formats, with the gate.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit import device, generate, models
+from lowbit import device, generate, models, prefill_times
 from lowbit.errors import LowbitError
 from lowbit.kernels import geometry, nvrtc, stream_modules
 from lowbit.kernels.geometry import Geometry
@@ -39,6 +39,7 @@ def _numbers(text: str, option: str) -> list[int]:
 def main(options: Any) -> int:
     """Measure and print; ``options`` as step_command parses them. Raises LowbitError where the step can't run."""
     contexts, tokens = _numbers(options.contexts, "--contexts"), _numbers(options.tokens, "--tokens")
+    prompts = _numbers(options.prefill, "--prefill") if options.prefill else []
     here = device.detect()
     choice = models.choose(options.model, options.load_format, here)
     names = options.formats.split(",") if options.formats else list(LAYOUTS)
@@ -48,10 +49,20 @@ def main(options: Any) -> int:
             raise LowbitError(f"step: {name} can't run here: {why[1]}")
     if (missing := nvrtc.available()) is not None:
         raise LowbitError(f"step: {missing}")
+    prefill_times.check(prompts, choice.config)
     host = models.load(choice, pin=True)
+    against: dict[int, float] = {}
+
+    def tell(found: dict[str, Any]) -> None:
+        print(json.dumps(found) if options.json else _line(found), flush=True)
+
+    if prompts:
+        for found in prefill_times.reference(host, here, prompts, options.prefill_compiled):
+            against[found["tokens"]] = prefill_times.fastest(found)
+            tell(found)
     for name in names:
-        for found in _measure(host, name, here.torch, contexts, tokens, options.repeats):
-            print(json.dumps(found) if options.json else _line(found), flush=True)
+        for found in _measure(host, name, here.torch, contexts, tokens, options.repeats, against):
+            tell(found)
     return 0
 
 
@@ -61,12 +72,18 @@ def _line(found: dict[str, Any]) -> str:
 
 
 def _measure(
-    host: Any, name: str, where: torch.device, contexts: list[int], tokens: list[int], repeats: int
+    host: Any,
+    name: str,
+    where: torch.device,
+    contexts: list[int],
+    tokens: list[int],
+    repeats: int,
+    against: dict[int, float],
 ) -> Iterator[dict[str, Any]]:
     dtype = Geometry.of(host.config, name).dtype
     started = time.perf_counter()
     model = host.build(where, dtype, lambda module: attach(module, name), tables=["lm_head"])
-    _wait(where)
+    prefill_times.wait(where)
     quantized_s = time.perf_counter() - started
     limit = host.config.max_position_embeddings
     length = min(limit, max(contexts) + max(tokens))
@@ -89,6 +106,8 @@ def _measure(
     yield {"format": name, "what": "repeats", "runs": repeats, "differ": differ}
     for kernel, (calls, us, gb_s) in operations(step, model).items():
         yield {"format": name, "what": "kernel", "us": round(us, 2), "calls": calls, "gb_s": round(gb_s), "of": kernel}
+    del decoder, step  # their cache goes before the prompts bring their own
+    yield from prefill_times.of_format(model, name, dtype, where, against)
 
 
 def attach(module: nn.Module, name: str) -> None:
@@ -100,11 +119,6 @@ def attach(module: nn.Module, name: str) -> None:
     stream_modules.attach(module, packed)
 
 
-def _wait(where: torch.device) -> None:
-    if where.type == "cuda":
-        torch.cuda.synchronize(where)
-
-
 @torch.no_grad()
 def rate(step: Any, context: int, count: int, where: torch.device) -> float:
     """Tokens per second of ``count`` dependent steps from ``context`` on. The cache holds what it holds: it costs the
@@ -112,11 +126,11 @@ def rate(step: Any, context: int, count: int, where: torch.device) -> float:
 
     def once() -> float:
         step.position.fill_(context)
-        _wait(where)
+        prefill_times.wait(where)
         started = time.perf_counter()
         for _ in range(count):
             step()
-        _wait(where)
+        prefill_times.wait(where)
         return time.perf_counter() - started
 
     once()

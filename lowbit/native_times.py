@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,14 +65,20 @@ def _bytes_read(model: Any) -> dict[str, int]:
 def _time(calls: list[Callable[[], None]], step: Any) -> float:
     """µs of all calls, in one graph."""
     step.position.fill_(POSITION)
+    return replayed_us(calls, REPLAYS)
+
+
+@torch.no_grad()
+def replayed_us(calls: Sequence[Callable[[], object]], replays: int) -> float:
+    """µs of all calls together, in one graph that is replayed so often."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for call in calls:
             call()
     graph.replay()
 
-    def replays() -> None:
-        for _ in range(REPLAYS):
+    def run() -> None:
+        for _ in range(replays):
             graph.replay()
 
-    return event_seconds(replays) * 1e6 / REPLAYS
+    return event_seconds(run) * 1e6 / replays

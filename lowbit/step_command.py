@@ -7,12 +7,16 @@ from typing import Any
 
 def add_parser(commands: Any) -> None:
     """The sub-command. ``commands`` is what ``ArgumentParser.add_subparsers`` gave."""
-    parser = commands.add_parser("step", help="lowbit's own decode step alone: speed, time per kernel, repeatability")
+    parser = commands.add_parser(
+        "step", help="lowbit's own kernels alone: decode, prefill, time per kernel, equal bits"
+    )
     parser.add_argument("--model", default="llama-3.1-8b", help="as in `pytest benches --model` (llama-3.1-8b)")
     parser.add_argument("--load-format", choices=("auto", "dummy"), default="dummy", help="dummy weights, or real ones")
     parser.add_argument("--formats", default="", metavar="LIST", help="weight formats, by commas (all that it streams)")
     parser.add_argument("--contexts", default="128,8192", metavar="LIST", help="tokens in the KV cache (128,8192)")
     parser.add_argument("--tokens", default="128,512", metavar="LIST", help="tokens decoded from there (128,512)")
+    parser.add_argument("--prefill", default="512,2048", metavar="LIST", help="tokens of timed prompts; '' for none")
+    parser.add_argument("--prefill-compiled", action="store_true", help="bf16's prompts compiled too: a minute more")
     parser.add_argument("--repeats", type=int, default=10, metavar="N", help="runs that must agree in every bit (10)")
     parser.add_argument("--json", action="store_true", help="one object per line")
     parser.set_defaults(run=run)

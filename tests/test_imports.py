@@ -45,7 +45,7 @@ STAGES = (
     {"measure", "quality"},
     {"texts", "streamed", "quantized", "kernel_times"},
     {"profiling", "evaluation", "energy"},
-    {"timing", "scoring", "calibration", "products"},
+    {"timing", "scoring", "calibration", "products", "prefill_times"},
     {"auto"},
     {"lab"},
     {"runs"},

@@ -23,6 +23,11 @@ def test_it_says_what_it_needs(capsys):
     assert "bf16 can't run here: needs a CUDA device" in capsys.readouterr().err
 
 
+def test_prompts_are_numbers_too(capsys):
+    assert __main__.main(["step", "--model", "embedded", "--prefill", "512,x"]) == __main__.UNUSABLE
+    assert "--prefill: expected whole numbers of 1 or more, separated by commas, got '512,x'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["", "12,x", "0", "-3"])
 def test_numbers_are_numbers(text):
     with pytest.raises(LowbitError, match="--tokens: expected whole numbers"):

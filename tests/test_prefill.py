@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import contextmanager
 
+import noted
 import pytest
 import torch
-from test_runner import Recorder, step_of, streamed
+from test_runner import step_of, streamed
 
 from lowbit.errors import LowbitError
-from lowbit.kernels import prefill, runner, unpacking
 from lowbit.kernels.prefill import NativePrefill, RecordedRuns
 from lowbit.kernels.stream import unpack_stream
 from lowbit.kernels.weights import dequantize
@@ -21,12 +20,12 @@ LAYER = ["norm", "unpack qkv", "gemm qkv", "rope", "attention", "unpack o", "gem
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Every launch of a kernel of ours, as (kernel, grid, threads, argument, shared bytes, overlap)."""
-    found = Recorder()
-    monkeypatch.setattr(runner, "load", lambda shape, device, progress=None: found)
-    monkeypatch.setattr(prefill, "load", lambda shape, device, progress=None: found)
-    monkeypatch.setattr(unpacking, "_unpacker", lambda format, ku, device: found)
-    return found.launched
+    return noted.launches(monkeypatch)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    return noted.graphs(monkeypatch)
 
 
 def ready(name="int4_g128", chunk_rows=0, **changes):
@@ -155,28 +154,7 @@ def test_a_longer_prompt_makes_room_and_what_was_recorded_goes(launched, graphs)
     assert run.both.shape == (512, 1536)
 
 
-# -- graphs, with a stand-in that replays what was recorded ------------------------------------------------------------
-
-
-@pytest.fixture
-def graphs(monkeypatch):
-    """What was recorded into which pool; a replay is noted with its graph's number."""
-    noted = []
-
-    class Graph:
-        def replay(self):
-            noted.append(("replay", self.number))
-
-    @contextmanager
-    def record(graph, pool):
-        graph.number = sum(kind == "record" for kind, _ in noted)
-        noted.append(("record", pool))
-        yield
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", record)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "a pool")
-    return noted
+# -- graphs, which replay nothing here ---------------------------------------------------------------------------------
 
 
 def test_a_length_runs_then_is_recorded_then_replayed(graphs):

@@ -82,6 +82,9 @@ class Recorder:
     def __init__(self):
         self.launched = []
 
+    def function(self, kernel):
+        return kernel
+
     fitting = 8
 
     def clusters(self, kernel, grid, threads, *, shared_bytes, cluster):

@@ -55,11 +55,16 @@ def load(shape: Geometry, device: int, progress: Callable[[str], None] | None = 
 
 
 class Work(NamedTuple):
-    """One piece of a prefill: ``kind`` is unpack, gemm, norm, rope, attention, silu or last; ``of`` the matrix."""
+    """One piece of a prefill: ``kind`` is unpack, gemm, norm, rope, attention, silu or last; ``of`` the matrix.
+
+    ``moved``: bytes that an unpacking reads and writes; ``operations``: of a product, 2 per multiplication.
+    """
 
     kind: str
     of: str
     call: Callable[[], object]
+    moved: int = 0
+    operations: int = 0
 
 
 class RecordedRuns:
@@ -262,8 +267,9 @@ class NativePrefill:
             def multiply(weight: Tensor = weight, columns: Tensor = columns) -> None:
                 torch.mm(x()[:tokens], weight.t(), out=columns)
 
-            yield Work("unpack", name, unpack)
-            yield Work("gemm", name, multiply)
+            share = part.rows / (stream.tiles * TILE)
+            yield Work("unpack", name, unpack, moved=int(share * stream.data.numel()) + weight.nbytes)
+            yield Work("gemm", name, multiply, operations=2 * tokens * weight.numel())
 
     def _attending(self, attention: Any, tokens: int) -> Callable[[], None]:
         return lambda: self._attend(attention, tokens, tokens)
