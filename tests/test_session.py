@@ -15,7 +15,6 @@ import torch
 from fakes import Bench
 from toy_benches import GUARD_S
 
-from lowbit import runs
 from lowbit.pytest_plugin.session import is_device_fault, is_out_of_memory
 
 pytest_plugins = ["pytester"]
@@ -150,7 +149,7 @@ def test_an_unwritable_folder_is_a_usage_error_before_anything_is_measured(bench
 
 
 def test_a_full_disk_ends_the_run_and_what_was_kept_can_be_resumed(bench):
-    write, lines = runs.os.write, 0
+    write, lines = os.write, 0
 
     def fill_up(descriptor, data):
         nonlocal lines
@@ -162,7 +161,7 @@ def test_a_full_disk_ends_the_run_and_what_was_kept_can_be_resumed(bench):
         return write(descriptor, data)
 
     with bench.monkeypatch.context() as patch:
-        patch.setattr(runs.os, "write", fill_up)
+        patch.setattr(os, "write", fill_up)
         result = bench.run()
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     assert "No space left on device; 3 finished cases are in" in result.stdout.str()
