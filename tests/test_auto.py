@@ -8,6 +8,7 @@ import pytest
 import tiny_llama
 import torch
 from test_lab import CPU, SHAPE, WORDS, make_lab, take
+from test_runner import fake_kernels
 from tiny import CPU as FAKE_CPU
 from tiny import config, gpu, model
 
@@ -600,7 +601,7 @@ def test_native_candidates_are_timed_in_the_whole_model(folder, source, monkeypa
     lab = make_lab(folder, source)
     monkeypatch.setattr(lab, "unmet", lambda case: None)
     monkeypatch.setattr(bench_module, "MAX_ROUNDS", 1)
-    monkeypatch.setattr("lowbit.generate.decoder.NativeStep", FakeStep)
+    fake_kernels(monkeypatch, FakeStep)
     monkeypatch.setattr(native_times, "_bytes_read", lambda model: {})
     seconds = iter([10.0, 20.0, 40.0, 80.0, 160.0, 1.0, 2.0])  # µs: qkv, o, gate_up, down, head, embedding, attention
     monkeypatch.setattr(native_times, "_time", lambda calls, step: next(seconds))
