@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lowbit import backends, calibration, compilers, measure, metrics, models, quantized, roofline, texts
+from lowbit import backends, calibration, compilers, measure, metrics, models, process_state, quantized, roofline, texts
 from lowbit.auto.selection import Chooser
 from lowbit.backends import native
 from lowbit.card import CardState, disturbed
@@ -272,12 +272,12 @@ class Lab:
         self.vram.release()
         self.vram.start_case()
         profiled = self.profiler.recording(case, record) if self.profiler else nullcontext()
-        with compilers.preserved_state(), measure.cpu_threads(self.device), profiled:
+        with process_state.preserved_state(), measure.cpu_threads(self.device), profiled:
             take = self._stopwatch.time_decode if case.kind == "decode" else self._stopwatch.time_prefill
             take(case, made, ids, m, rounds)
             m.vram_peak_mib = self.vram.case_peak_mib()
             m.vram_alloc_peak_mib = self.vram.alloc_peak_mib()
-            m.graph_breaks, m.recompiles = compilers.counters()
+            m.graph_breaks, m.recompiles = process_state.counters()
             skips = cudagraph_skips(case, self.device)
             if skips is not None:
                 record.info["cudagraph_skips"] = skips

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from lowbit import backends, compilers, truth
+from lowbit import backends, compilers, process_state, truth
 from lowbit.backends import NoTruth, Shape
 from lowbit.backends.coverage import storage_bytes, tensors_of
 from lowbit.ceilings import event_seconds, wall_seconds
@@ -147,7 +147,7 @@ def measure(
     ``read_gb_s`` is the read bandwidth that ``share`` is taken of. ``rounds`` (pytest-benchmark's pedantic) is
     given the round of batch 1 too. Raises LowbitError if a product is wrong.
     """
-    with torch.no_grad(), compilers.preserved_state(), cpu_threads(device):
+    with torch.no_grad(), process_state.preserved_state(), cpu_threads(device):
         prepared = Prepared(contender, shape, device)
         found = [_measure(prepared, batch, read_gb_s) for batch in BATCHES]
         if rounds is not None:

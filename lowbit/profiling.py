@@ -54,7 +54,7 @@ class Profiler:
     def recording(self, case: Case, record: Record) -> Iterator[None]:
         """From before the case's first call: allocations and compiles. What ``take`` found goes into ``record.info``.
 
-        To be used inside ``compilers.preserved_state``, which gives Inductor's settings back.
+        To be used inside ``process_state.preserved_state``, which gives Inductor's settings back.
         """
         folder = self.folder(case)
         folder.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from lowbit import backends, compilers, measure, quality, quantized, streamed, texts, truth
+from lowbit import backends, measure, process_state, quality, quantized, streamed, texts, truth
 from lowbit.cases import Case
 from lowbit.device import MIB, Device
 from lowbit.formats import FORMATS, Format
@@ -125,7 +125,7 @@ class Scorer:
         """
         self.progress(f"{made.format.id}: kernels against the product with their own weights")
         try:
-            with compilers.preserved_state(), measure.cpu_threads(self.device):
+            with process_state.preserved_state(), measure.cpu_threads(self.device):
                 found = truth.prove(made.model, made.format, TORCH_DTYPES[made.dtype], host.master)
         except backends.NoTruth as reason:
             record.unavailable["kernel_rel_error"] = str(reason)
@@ -143,7 +143,7 @@ class Scorer:
         scored: list[Quality] = []
 
         def target() -> None:
-            with compilers.preserved_state(), measure.cpu_threads(self.device):
+            with process_state.preserved_state(), measure.cpu_threads(self.device):
                 for text, reference in asked:
                     scored.append(quality.score(made.model, text, reference, source=name, kv=made.format.kv))
 

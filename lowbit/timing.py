@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lowbit import compilers, energy, generate, kvcache, measure
+from lowbit import compilers, energy, generate, kvcache, measure, process_state
 from lowbit.cases import Case
 from lowbit.device import Device
 from lowbit.generate import native
@@ -158,7 +158,7 @@ def cudagraph_skips(case: Case, device: Device) -> int | None:
     """How often this case's compiles gave up their CUDA graphs, which Inductor only logs; None in modes without."""
     if device.kind != "cuda" or case.mode is None or not compilers.find(case.mode).cuda_graph:
         return None
-    return compilers.cudagraph_skips()
+    return process_state.cudagraph_skips()
 
 
 def _warming(case: Case) -> str:

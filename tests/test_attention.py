@@ -7,7 +7,7 @@ import torch
 from test_recipes import device, host
 from tiny import CPU, config, gpu, model
 
-from lowbit import attention, backends, compilers, generate, kvcache, quality, quantized
+from lowbit import attention, backends, compilers, generate, kvcache, process_state, quality, quantized
 from lowbit.formats import FORMATS
 from lowbit.generate import Decoder, make_cache
 from lowbit.quality import Reference, Text
@@ -129,12 +129,12 @@ def test_a_step_after_a_prefill_is_a_longer_prefill():
 def test_the_compiled_step_gives_the_eager_tokens():
     made = installed()
     expected = Decoder(made, 1, 40, kv="fp8_attn").generate(prompt(12), 6)
-    with compilers.preserved_state():
+    with process_state.preserved_state():
         decoder = Decoder(made, 1, 40, kv="fp8_attn")
         decoder.compile(lambda step: compilers.compile_call(step, "regional", CPU, {}, list(made.model.layers)))
         with torch.no_grad():
             assert torch.equal(decoder.generate(prompt(12), 6), expected)
-        assert compilers.counters() == (0, 0)
+        assert process_state.counters() == (0, 0)
         decoder.check_length("a test")
 
 

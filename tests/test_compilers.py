@@ -2,15 +2,12 @@ from __future__ import annotations
 
 import re
 import stat
-import sys
-import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import CPU, gpu, model
 
-from lowbit import backends, compilers
+from lowbit import backends, compilers, process_state
 from lowbit.device import Device
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS
@@ -22,9 +19,6 @@ LLM_INT8 = FORMATS["a8w8_llmint8-bitsandbytes"]
 
 def double(x):
     return x + x
-
-
-# -- modes -------------------------------------------------------------------------------------------------------------
 
 
 def test_the_modes_are_there():
@@ -97,97 +91,6 @@ def test_without_a_place_for_caches_it_says_so(tmp_path):
         assert compilers.configure_caches({"XDG_CACHE_HOME": str(blocked)}) == {"TRITON_CACHE_AUTOTUNING": "1"}
 
 
-# -- process-wide state ------------------------------------------------------------------------------------------------
-
-
-def process_state():
-    import torch._functorch.config
-
-    configs = (torch._inductor.config, torch._dynamo.config, torch._functorch.config)
-    return (
-        [config.get_config_copy() for config in configs],
-        torch.get_default_dtype(),
-        torch.get_float32_matmul_precision(),
-        torch.are_deterministic_algorithms_enabled(),
-        torch.backends.cudnn.benchmark,
-        torch.backends.cuda.matmul.fp32_precision,
-        torch.backends.mkldnn.matmul.fp32_precision,
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
-        list(warnings.filters),
-    )
-
-
-def flip_everything():
-    quantization = pytest.importorskip("torchao.quantization.utils")
-    quantization.recommended_inductor_config_setter()
-    torch._inductor.config.triton.cudagraphs = True
-    torch._dynamo.config.recompile_limit = 3
-    torch._functorch.config.donated_buffer = not torch._functorch.config.donated_buffer
-    torch.set_default_dtype(torch.float16)
-    torch.set_float32_matmul_precision("high")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-
-
-def test_every_setting_comes_back():
-    before = process_state()
-    with compilers.preserved_state():
-        flip_everything()
-        changed = process_state()
-    assert process_state() == before
-    assert all(then != now for then, now in zip(before, changed, strict=True))
-
-
-def test_settings_come_back_after_a_failure():
-    def fail():
-        flip_everything()
-        raise RuntimeError("out of memory")
-
-    before = process_state()
-    with pytest.raises(RuntimeError, match="out of memory"), compilers.preserved_state():
-        fail()
-    assert process_state() == before
-
-
-def test_a_precision_set_by_its_new_name_comes_back():
-    matmul = torch.backends.cuda.matmul
-    with compilers.preserved_state():
-        matmul.fp32_precision = "tf32"
-        with compilers.preserved_state():
-            matmul.fp32_precision = "ieee"
-        assert matmul.fp32_precision == "tf32"
-    assert matmul.fp32_precision == "none"
-    assert torch.get_float32_matmul_precision() == "highest"
-
-
-def test_gemlites_settings_come_back(monkeypatch):
-    autotune = type("AUTOTUNE", (), {"GEMV": "fast", "USE_CUDA_GRAPH": False})
-    config = SimpleNamespace(AUTOTUNE=autotune, KERNEL_CACHE=SimpleNamespace(ENABLE=False), WARP_SPECIALIZE=False)
-    linear = type("GemLiteLinearTriton", (), {"PACKING_BITWIDTH": 32})
-    core = SimpleNamespace(
-        GEMLITE_TRITON_CONFIG_CACHE={"GEMV": 1}, GEMLITE_ACC_DTYPE={1: 2}, GemLiteLinearTriton=linear
-    )
-    monkeypatch.setitem(sys.modules, "gemlite.core", core)
-    monkeypatch.setitem(sys.modules, "gemlite.triton_kernels.config", config)
-    quantizers = SimpleNamespace(GEMLITE_ENABLE_PTX_FP4_PACK=True)
-    monkeypatch.setitem(sys.modules, "gemlite.quant_utils", quantizers)
-    with compilers.preserved_state():
-        autotune.GEMV, autotune.USE_CUDA_GRAPH = "max", True
-        config.KERNEL_CACHE.ENABLE = True
-        core.GEMLITE_ACC_DTYPE[1] = 3
-        core.GEMLITE_TRITON_CONFIG_CACHE = {}
-        linear.PACKING_BITWIDTH = 8
-        quantizers.GEMLITE_ENABLE_PTX_FP4_PACK = False
-    assert quantizers.GEMLITE_ENABLE_PTX_FP4_PACK
-    assert (autotune.GEMV, autotune.USE_CUDA_GRAPH, config.KERNEL_CACHE.ENABLE) == ("fast", False, False)
-    assert (core.GEMLITE_ACC_DTYPE, core.GEMLITE_TRITON_CONFIG_CACHE) == ({1: 2}, {"GEMV": 1})
-    assert linear.PACKING_BITWIDTH == 32
-
-
-# -- compiling ---------------------------------------------------------------------------------------------------------
-
-
 def test_eager_is_the_function_itself():
     assert compilers.compile_call(double, "eager", CPU, {"coordinate_descent_tuning": True}) is double
 
@@ -202,7 +105,7 @@ def test_flags_of_mode_and_format_reach_the_compile_alone(monkeypatch, mode):
         return graph.forward
 
     monkeypatch.setattr(compile_fx, "compile_fx", spy)
-    with compilers.preserved_state():
+    with process_state.preserved_state():
         before = torch._inductor.config.get_config_copy()
         compiled = compilers.compile_call(double, mode, CPU, {"force_fuse_int_mm_with_mul": True})
         assert seen == []
@@ -255,43 +158,17 @@ def test_an_unknown_flag_is_refused():
         compilers.compile_call(double, "default", CPU, {"no_such_flag": True})
 
 
-def test_recompiles_and_graph_breaks_are_counted(monkeypatch):
-    compile_fx = quiet_import("torch._inductor.compile_fx")
-    monkeypatch.setattr(compile_fx, "compile_fx", lambda graph, inputs, **kwargs: graph.forward)
-
-    def breaking(x):
-        torch._dynamo.graph_break()
-        return x + 1
-
-    with compilers.preserved_state():
-        compiled = compilers.compile_call(double, "default", CPU, {})
-        compiled(torch.ones(2))
-        compiled(torch.ones(2))
-        assert compilers.counters() == (0, 0)
-        compiled(torch.ones(3))
-        compiled(torch.ones(4))
-        assert compilers.counters() == (0, 2)
-        assert compilers.compiled_graphs() == 3
-        with pytest.raises(torch._dynamo.exc.Unsupported):
-            compilers.compile_call(breaking, "default", CPU, {})(torch.ones(2))
-        torch.compile(breaking, backend="eager")(torch.ones(2))
-        assert compilers.counters().graph_breaks == 1
-        compilers.reset_counters()
-        assert compilers.counters() == (0, 0)
-        assert compilers.cudagraph_skips() == 0
-
-
 @pytest.mark.parametrize("name", ["a16w8-torchao", "a16w4_g128-torchao", "a16w4_nf4_dq-bitsandbytes"])
 def test_a_quantized_layer_compiles_whole(name):
     fmt = FORMATS[name]
     layer = model(num_hidden_layers=1, hidden_size=128, intermediate_size=256, num_attention_heads=4).model.layers[0]
     backends.get(fmt.backend).quantize(layer, fmt, torch.bfloat16)
     x = torch.randn(1, 1, 128, dtype=torch.bfloat16)
-    with torch.no_grad(), compilers.preserved_state():
+    with torch.no_grad(), process_state.preserved_state():
         want = layer.mlp(x)
         got = compilers.compile_call(lambda x: layer.mlp(x), "default", CPU, fmt.inductor)(x)
-        assert compilers.counters() == (0, 0)
-        assert compilers.compiled_graphs() == 1
+        assert process_state.counters() == (0, 0)
+        assert process_state.compiled_graphs() == 1
     assert ((got - want).float().norm() / want.float().norm()).item() < 0.02
 
 

@@ -40,7 +40,7 @@ STAGES = (
     {"hub", "loading"},
     {"models", "reference"},
     {"backends"},
-    {"regional", "logits_store", "kvcache", "truth", "packed_file", "contenders", "native_times"},
+    {"process_state", "regional", "logits_store", "kvcache", "truth", "packed_file", "contenders", "native_times"},
     {"compilers", "generate", "attention"},
     {"measure", "quality"},
     {"texts", "streamed", "quantized", "kernel_times"},

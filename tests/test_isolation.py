@@ -11,7 +11,7 @@ import pytest
 import tiny_llama
 import torch
 
-from lowbit import backends, compilers, models, quantized
+from lowbit import backends, models, process_state, quantized
 from lowbit.device import Device
 from lowbit.formats import FORMATS
 
@@ -41,7 +41,7 @@ def host(tmp_path_factory):
 def settings():
     """Everything global that a library might turn: Inductor's and Dynamo's flags, dtypes, determinism, precision."""
     return {
-        "compilers": [dict(config.get_config_copy()) for config in compilers._configs()],
+        "compilers": [dict(config.get_config_copy()) for config in process_state.configs()],
         "dtype": torch.get_default_dtype(),
         "threads": torch.get_num_threads(),
         "grad": torch.is_grad_enabled(),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import CPU, config, gpu, model
 
-from lowbit import backends, compilers, generate, kvcache, quality, quantized, roofline
+from lowbit import backends, compilers, generate, kvcache, process_state, quality, quantized, roofline
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS, recipes
 from lowbit.formats.row import KV_FORMATS
@@ -157,12 +157,12 @@ def test_rounds_begin_anew():
 def test_the_compiled_step_gives_the_eager_tokens(name, mode):
     made, device = model(torch.float32), CPU
     expected = Decoder(made, 1, 40, kv=name).generate(prompt(), 6)
-    with compilers.preserved_state():
+    with process_state.preserved_state():
         decoder = Decoder(made, 1, 40, kv=name)
         decoder.compile(lambda step: compilers.compile_call(step, mode, device, {}, list(made.model.layers)))
         with torch.no_grad():
             assert torch.equal(decoder.generate(prompt(), 6), expected)
-        counted = compilers.counters()
+        counted = process_state.counters()
         decoder.check_length("a test")
     assert counted == (0, 0)
 

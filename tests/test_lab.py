@@ -14,7 +14,7 @@ import tiny_llama
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from lowbit import compilers, lab, measure, metrics, models, scoring, texts
+from lowbit import lab, measure, metrics, models, process_state, scoring, texts
 from lowbit.backends import coverage
 from lowbit.backends.torchao import unpacking
 from lowbit.cases import Case
@@ -212,7 +212,7 @@ def test_the_master_is_untouched_by_every_format(bench, fmt):
 
 
 def settings():
-    configs = [dict(config.get_config_copy()) for config in compilers._configs()]
+    configs = [dict(config.get_config_copy()) for config in process_state.configs()]
     return *configs, torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled()
 
 

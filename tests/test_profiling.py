@@ -17,7 +17,7 @@ import tiny_llama
 import torch
 from test_lab import CPU, DECODE, PREFILL, SHAPE, decode, make_lab, take
 
-from lowbit import compilers, profiling, texts
+from lowbit import compilers, process_state, profiling, texts
 from lowbit.cases import Case
 from lowbit.formats import FORMATS
 from lowbit.profiling import Profiler
@@ -91,7 +91,7 @@ def test_a_compiled_case_leaves_what_inductor_wrote_even_where_its_caches_are_wa
         for path in folder.rglob("output_code.py"):
             path.unlink()
         record = case.record("x", "m", "auto")
-        with compilers.preserved_state(), torch.no_grad(), profiler.recording(case, record):
+        with process_state.preserved_state(), torch.no_grad(), profiler.recording(case, record):
             compiled = compilers.compile_call(step, "default", CPU, {})
             compiled(torch.ones(1, 64))
             profiler.take(case, linear, partial(repeat, compiled), 1)
@@ -108,7 +108,7 @@ def test_inductors_settings_are_given_back(tmp_path):
 
     profiler = Profiler(CPU, tmp_path)
     case = decode(mode="default")
-    with compilers.preserved_state(), profiler.recording(case, case.record("x", "m", "auto")):
+    with process_state.preserved_state(), profiler.recording(case, case.record("x", "m", "auto")):
         assert not inductor.fx_graph_cache
         assert inductor.trace.enabled
         assert inductor.cpp.enable_kernel_profile
@@ -130,7 +130,7 @@ def test_a_gpus_case_has_a_snapshot_also_when_it_fails(tmp_path, monkeypatch):
     record = case.record("x", "m", "auto")
 
     def fail():
-        with compilers.preserved_state(), profiler.recording(case, record):
+        with process_state.preserved_state(), profiler.recording(case, record):
             assert inductor.benchmark_kernel  # Inductor then notes its kernels' bytes
             raise RuntimeError("of a test")
 

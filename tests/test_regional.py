@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import CPU, model
 
-from lowbit import backends, compilers, generate, regional
+from lowbit import backends, compilers, generate, process_state, regional
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS
 
@@ -28,12 +28,12 @@ def test_one_compile_serves_every_layer(name):
     layers = made.model.layers
     for layer in layers:
         backends.get(fmt.backend).quantize(layer, fmt, torch.bfloat16)
-    with torch.inference_mode(), compilers.preserved_state():
+    with torch.inference_mode(), process_state.preserved_state():
         want = logits_after_prefill(made, lambda step: step)
-        assert compilers.compiled_graphs() == 0
+        assert process_state.compiled_graphs() == 0
         got = logits_after_prefill(made, lambda step: compilers.compile_call(step, "regional", CPU, {}, layers=layers))
-        assert compilers.compiled_graphs() == 1
-        assert compilers.counters() == (0, 0)
+        assert process_state.compiled_graphs() == 1
+        assert process_state.counters() == (0, 0)
     assert ((got - want).float().norm() / want.float().norm()).item() < 0.02
     assert [layer.self_attn.layer_idx for layer in layers] == [0, 1, 2]
     assert not any("forward" in vars(layer) for layer in layers)
@@ -46,7 +46,7 @@ def test_layers_are_given_back_after_a_failure():
         assert "forward" in vars(made.model.layers[0])
         raise RuntimeError("no kernel image")
 
-    with pytest.raises(RuntimeError, match="no kernel image"), compilers.preserved_state():
+    with pytest.raises(RuntimeError, match="no kernel image"), process_state.preserved_state():
         regional.compile_layers(broken, made.model.layers, {}, graph=False)()
     assert [layer.self_attn.layer_idx for layer in made.model.layers] == [0, 1]
     assert not any("forward" in vars(layer) for layer in made.model.layers)
@@ -64,7 +64,7 @@ def test_a_cache_without_memory_is_refused():
     made = model()
     lazy = StaticCache(made.config, max_cache_len=16)
     step = regional.compile_layers(lambda ids: made(ids, past_key_values=lazy), made.model.layers, {}, graph=False)
-    with pytest.raises(LowbitError, match="expects a KV cache with memory"), compilers.preserved_state():
+    with pytest.raises(LowbitError, match="expects a KV cache with memory"), process_state.preserved_state():
         step(IDS)
 
 

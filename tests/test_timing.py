@@ -8,7 +8,7 @@ import torch
 from test_runner import fake_kernels
 from tiny import model
 
-from lowbit import compilers, timing
+from lowbit import compilers, process_state, timing
 from lowbit.cases import Case
 from lowbit.device import Device
 from lowbit.formats import FORMATS
@@ -47,7 +47,7 @@ def test_a_round_timer_keeps_one_figure_a_round():
     [("reduce-overhead", CARD, 3), ("max-autotune", CARD, 3), ("default", CARD, None), ("reduce-overhead", CPU, None)],
 )
 def test_cuda_graphs_given_up_are_counted_where_a_mode_has_them(monkeypatch, mode, device, skips):
-    monkeypatch.setattr(compilers, "cudagraph_skips", lambda: 3)
+    monkeypatch.setattr(process_state, "cudagraph_skips", lambda: 3)
     case = Case("decode", FORMATS["bf16-torch"], mode, WORKLOADS[2])
     assert timing.cudagraph_skips(case, device) == skips
     assert timing.cudagraph_skips(Case("quality", FORMATS["bf16-torch"]), CARD) is None

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from lowbit import calibration, compilers, generate, measure, models, native_times, quality, texts, workloads
+from lowbit import calibration, generate, measure, models, native_times, process_state, quality, texts, workloads
 from lowbit.auto.chain import product_s
 from lowbit.auto.ground import Ground, Timed
 from lowbit.cases import ON_REQUEST, Case
@@ -119,7 +119,7 @@ class LabBench:
             self._scorer = Scorer(lab.device, held, lab.vram, lab.progress)  # type: ignore[arg-type]
         reference = self._scorer.reference(host)
         made = lab.make(host, fmt)
-        with lab.spent.on("quality"), compilers.preserved_state(), measure.cpu_threads(lab.device):
+        with lab.spent.on("quality"), process_state.preserved_state(), measure.cpu_threads(lab.device):
             scored = quality.score(made.model, self._scorer.text(host), reference, source=fmt.id)
         assert scored.kld is not None
         return scored.kld
@@ -139,7 +139,7 @@ class LabBench:
         step_s = self._decoded_s(fmt, made)
         length = min(NATIVE_LENGTH, lab.host_config.max_position_embeddings)
         decoder = generate.Decoder(made.model, 1, length, TORCH_DTYPES[made.dtype])
-        with lab.spent.on("measure"), compilers.preserved_state():
+        with lab.spent.on("measure"), process_state.preserved_state():
             decoder.run_natively(self._prompt(), fmt.id, lab.progress)
             found = native_times.operations(decoder.native, made.model)
         return Timed(native_times.product_s(found, fmt, lab.host_config), step_s)
@@ -157,7 +157,7 @@ class LabBench:
         taken = Measurement(
             "decode", batch=1, prompt_tokens=self.workload.prompt_tokens, new_tokens=self.workload.new_tokens
         )
-        with compilers.preserved_state(), measure.cpu_threads(lab.device):
+        with process_state.preserved_state(), measure.cpu_threads(lab.device):
             watch.time_decode(self._case(fmt, self.mode(fmt)), made, self._prompt(), taken, _few_rounds)
         return statistics.median(taken.decode_s) / self.workload.new_tokens
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit import backends, compilers, measure
+from lowbit import backends, compilers, measure, process_state
 from lowbit.device import Device
 from lowbit.formats import Format
 from lowbit.formats.row import LINEARS
@@ -59,7 +59,7 @@ def _chain_s(fmt: Format, shape: backends.Shape, copies: int, dtype: str, mode: 
     chain = make_chain(fmt, shape, copies, TORCH_DTYPES[dtype], device)
     x = torch.randn(1, 1, shape.k, generator=torch.Generator().manual_seed(0)).to(device.torch, TORCH_DTYPES[dtype])
     torch._dynamo.mark_static_address(x)
-    with compilers.preserved_state(), measure.cpu_threads(device):
+    with process_state.preserved_state(), measure.cpu_threads(device):
         call = compilers.compile_call(run_chain, mode, device, fmt.inductor)
         return time_call(lambda: call(chain, x), device) / copies
 
