@@ -24,6 +24,7 @@ def graphs(monkeypatch):
     """Graphs that replay nothing; events that say 7 ms; one round."""
     monkeypatch.setattr(native_times, "event_seconds", lambda call: [call(), 7e-3][1])
     monkeypatch.setattr(prefill_times, "ROUNDS", 1)
+    noted.streams(monkeypatch)
     return noted.graphs(monkeypatch)
 
 
@@ -80,17 +81,15 @@ def modules(monkeypatch):
 def test_a_format_is_timed_by_modules_launches_and_graphs_and_in_parts(launched, modules, monkeypatch):
     pieces = []
     made = prefill.NativePrefill
-    monkeypatch.setattr(
-        prefill_times, "NativePrefill", lambda *args, **kw: [pieces.append(kw["chunk_rows"]), made(*args, **kw)][1]
-    )
+    monkeypatch.setattr(prefill_times, "NativePrefill", lambda *args, **kw: [pieces.append(kw), made(*args, **kw)][1])
     lines = of_format(monkeypatch, {12: 1e9, 40: 1e-9})
     short, long = (line for line in lines if line["what"] == "prefill")
-    ways = ["modules_ms", "launched_ms", "graph_ms", "differ", "pieces_ms", "times_bf16"]
+    ways = ["modules_ms", "launched_ms", "graph_ms", "pieces_ms", "overlapped_ms", "differ", "times_bf16"]
     assert list(short) == ["format", "what", "tokens", *ways]
     assert (short["tokens"], long["tokens"], short["differ"]) == (12, 40, 0)
     assert short["times_bf16"] == 0
     assert long["times_bf16"] > 1e6
-    assert pieces == [4096, 4096]
+    assert pieces == [{"chunk_rows": 4096}, {"buffers": 2}] * 2
     parts = {line["of"]: line for line in lines if line["what"] == "part" and line["tokens"] == 40}
     assert list(parts)[:3] == ["norm", "unpack qkv", "gemm qkv"]
     assert {"attention", "attention the last token", "last the last token", "silu", "unpack gate_up"} < set(parts)
@@ -117,7 +116,7 @@ def test_an_unpacking_moves_the_codes_and_the_matrix(launched):
 def test_replays_that_differ_from_the_launches_are_counted(launched, modules, monkeypatch):
     monkeypatch.setattr(prefill_times, "ROUNDS", 4)
     monkeypatch.setattr(prefill_times, "_logits", lambda native, ids: native.step.logits + 1)
-    assert of_format(monkeypatch, {12: 1.0})[0]["differ"] == 4
+    assert of_format(monkeypatch, {12: 1.0})[0]["differ"] == 8
 
 
 def test_prompts_must_fit_the_model():

@@ -9,9 +9,9 @@ layer's attention: the decode step's own kernels take it from there to the token
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import itertools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from lowbit.kernels import nvrtc, unpacking
 from lowbit.kernels.arguments import Norm, Rope, Silu, fill
 from lowbit.kernels.geometry import Geometry
 from lowbit.kernels.launch import Module
+from lowbit.kernels.recorded import RecordedRuns, Work, run_overlapped
 from lowbit.kernels.runner import NativeStep
 from lowbit.kernels.stream import TILE, Stream
 from lowbit.kernels.stream_modules import StreamPart
@@ -30,7 +31,8 @@ KERNELS = ("norm_kernel", "rope_kernel", "silu_kernel")
 THREADS = 256
 """Of a block of theirs; cuda/prefill.cu says the same."""
 NORM_SHARED_BYTES = 128
-KEPT_GRAPHS = 8
+LOW, HIGH = 0, -1
+"""Priorities of streams; torch's own have the low one."""
 ROOM = 256
 """Buffers are made for a multiple of this many tokens."""
 
@@ -54,68 +56,14 @@ def load(shape: Geometry, device: int, progress: Callable[[str], None] | None = 
     return _loaded[shape, device]
 
 
-class Work(NamedTuple):
-    """One piece of a prefill: ``kind`` is unpack, gemm, norm, rope, attention, silu or last; ``of`` the matrix.
-
-    ``moved``: bytes that an unpacking reads and writes; ``operations``: of a product, 2 per multiplication.
-    """
-
-    kind: str
-    of: str
-    call: Callable[[], object]
-    moved: int = 0
-    operations: int = 0
-
-
-class RecordedRuns:
-    """A function of one number, replayed as a CUDA graph: a number's first call runs, its second records.
-
-    The ``most`` graphs that were used last are kept. They share one memory pool: only one runs at a time, and what
-    they leave lies outside of it.
-    """
-
-    def __init__(self, run: Callable[[int], None], most: int = KEPT_GRAPHS) -> None:
-        self._run, self._most = run, most
-        self._graphs: OrderedDict[int, torch.cuda.CUDAGraph | None] = OrderedDict()
-        self._pool: Any = None
-
-    def __call__(self, number: int) -> None:
-        if number not in self._graphs:
-            self._graphs[number] = None
-            self._run(number)
-        else:
-            graph = self._graphs[number]
-            if graph is None:
-                graph = self._graphs[number] = self._record(number)
-            graph.replay()
-        self._graphs.move_to_end(number)
-        if len(self._graphs) > self._most:
-            self._graphs.popitem(last=False)
-
-    def _record(self, number: int) -> torch.cuda.CUDAGraph:
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            self._run(number)
-        return graph
-
-    @property
-    def recorded(self) -> list[int]:
-        """What would be replayed, the latest last."""
-        return [number for number, graph in self._graphs.items() if graph is not None]
-
-    def forget(self) -> None:
-        """Run and record everything anew."""
-        self._graphs.clear()
-
-
 class NativePrefill:
     """Takes a prompt into the cache of a NativeStep, whose token, position, logits and history it leaves as steps do.
 
     ``prefill(ids)`` with ids [1, S]; the cache's length bounds S. The second prompt of a length is recorded as a CUDA
     graph, and replayed from then on. ``chunk_rows``: matrices with more rows are unpacked and multiplied in pieces of
     so many, so that a piece (rows · k · 2 bytes) can still be in the L2 cache when it is multiplied; 0: whole.
+    ``buffers``: with 2, a matrix is unpacked while the one before it is multiplied, as far as the multiplication leaves
+    multiprocessors idle; it has the higher priority.
     """
 
     def __init__(
@@ -125,6 +73,7 @@ class NativePrefill:
         cache: Any,
         *,
         chunk_rows: int = 0,
+        buffers: int = 1,
         progress: Callable[[str], None] | None = None,
     ) -> None:
         if chunk_rows % TILE:
@@ -133,10 +82,14 @@ class NativePrefill:
         self._body, self._layers = model.model, cache.layers
         self._device = step.token.device
         self._module = load(step.shape, self._device.index or 0, progress)
-        self._runs = RecordedRuns(self.launch)
-        self.room = 0
+        self._side = self._stream(LOW) if buffers > 1 else None
+        self._runs = RecordedRuns(self.launch, stream=self._stream(HIGH) if buffers > 1 else None)
+        self.room, self.buffers = 0, buffers
         self._attended = torch.empty(0)
-        self._scratch = torch.empty(0)
+        self._scratch: list[Tensor] = []
+
+    def _stream(self, priority: int) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self._device, priority=priority)  # type: ignore[no-untyped-call]
 
     @staticmethod
     def takes(cache: Any, dtype: torch.dtype) -> bool:
@@ -171,7 +124,8 @@ class NativePrefill:
         self.both, self.activated = empty(room, 2 * shape.inter), empty(room, shape.inter)
         if not self.room:
             streams = [stream for layer in self._body.layers for stream in self._streams(layer).values()]
-            self._scratch = empty(max(self._rows(stream) * stream.k for stream in streams))
+            largest = max(self._rows(stream) * stream.k for stream in streams)
+            self._scratch = [empty(largest) for _ in range(self.buffers)]
         self.room = room
 
     @torch.no_grad()
@@ -198,27 +152,30 @@ class NativePrefill:
         return self._runs.recorded
 
     def launch(self, tokens: int) -> None:
-        """The works of a prompt, one by one, on the current stream; its embedded tokens are in ``residual``."""
+        """The works of a prompt on the current stream; its embedded tokens are in ``residual``."""
+        if self._side is not None:
+            run_overlapped(self.plan(tokens), self._side, self.buffers)
+            return
         for work in self.plan(tokens):
             work.call()
 
     def plan(self, tokens: int) -> Iterator[Work]:
         """What is done for a prompt of so many tokens, in order."""
-        layers = list(self._body.layers)
+        layers, memory = list(self._body.layers), itertools.cycle(self._scratch)
         for index, layer in enumerate(layers):
             streams = self._streams(layer)
             yield self._norm(layer.input_layernorm, tokens, adds=index > 0)
-            yield from self._product("qkv", streams, lambda: self.normed, self.qkv, tokens)
+            yield from self._product("qkv", streams, lambda: self.normed, self.qkv[:tokens], memory)
             yield self._rope(self._layers[index], tokens)
             if index + 1 == len(layers):
                 yield Work("attention", "the last token", lambda: self._attend(layers[-1].self_attn, tokens, 1))
                 break
             yield Work("attention", "", self._attending(layer.self_attn, tokens))
-            yield from self._product("o", streams, lambda: self._attended, self.projected, tokens)
+            yield from self._product("o", streams, lambda: self._attended, self.projected[:tokens], memory)
             yield self._norm(layer.post_attention_layernorm, tokens, adds=True)
-            yield from self._product("gate_up", streams, lambda: self.normed, self.both, tokens)
+            yield from self._product("gate_up", streams, lambda: self.normed, self.both[:tokens], memory)
             yield self._silu(tokens)
-            yield from self._product("down", streams, lambda: self.activated, self.projected, tokens)
+            yield from self._product("down", streams, lambda: self.activated, self.projected[:tokens], memory)
         yield Work("last", "the last token", lambda: self._finish(tokens))
 
     def _launching(self, kernel: str, blocks: int, argument: Any, shared_bytes: int = 0) -> Callable[[], None]:
@@ -250,16 +207,16 @@ class NativePrefill:
         return Work("silu", "", self._launching("silu_kernel", -(-pieces // THREADS), argument))
 
     def _product(
-        self, name: str, streams: dict[str, Stream], x: Callable[[], Tensor], out: Tensor, tokens: int
+        self, name: str, streams: dict[str, Stream], x: Callable[[], Tensor], out: Tensor, memory: Iterator[Tensor]
     ) -> Iterator[Work]:
         """Unpack a matrix [rows, k], multiply x [tokens, k] by it into out [tokens, rows]; in pieces, if so wished."""
-        stream = streams[name]
+        stream, tokens = streams[name], out.shape[0]
         pieces = -(-stream.rows // self._rows(stream))
         rows = -(-stream.rows // pieces // TILE) * TILE if pieces > 1 else stream.rows
         for first in range(0, stream.rows, rows):
             part = StreamPart(stream, min(rows, stream.rows - first), row0=first)
-            weight = self._scratch[: part.rows * stream.k].view(part.rows, stream.k)
-            columns = out[:tokens, first : first + part.rows]
+            weight = next(memory)[: part.rows * stream.k].view(part.rows, stream.k)
+            columns = out[:, first : first + part.rows]
 
             def unpack(part: StreamPart = part, weight: Tensor = weight) -> None:
                 unpacking.unpack_into(part, weight)
