@@ -21,12 +21,13 @@ from lowbit.formats import (
     tables,
     torch,
     torchao,
+    torchao_reference,
 )
 from lowbit.formats.row import LINEARS, Format, Suite, Unmet, UnmetKind
 
 __all__ = ["FORMATS", "LINEARS", "Format", "Suite", "Unmet", "UnmetKind", "find", "register"]
 
-LIBRARIES = (torch, torchao, gemlite, bitsandbytes, hqq, native, calibrated, reference, tables, kv)
+LIBRARIES = (torch, torchao, torchao_reference, gemlite, bitsandbytes, hqq, native, calibrated, reference, tables, kv)
 """In the order in which their rows run and are listed."""
 
 FORMATS: dict[str, Format] = {row.id: row for library in LIBRARIES for row in library.ROWS}

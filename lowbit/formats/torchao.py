@@ -1,4 +1,4 @@
-"""The formats of torchao 0.18.
+"""The formats that torchao 0.18 has kernels for; torchao_reference.py has the rest.
 
 What it no longer has is not here: autoquant, 6-bit floats (FPX), its own gemlite tensor and semi-sparse int4.
 """
@@ -27,7 +27,6 @@ INT8_PRODUCTS: dict[str, Any] = {"inductor": FUSED_INT8}
 # torch._int_mm on CUDA: "self.size(0) needs to be greater than 16" (2.11); eager torchao goes round it
 INT_MM: dict[str, Any] = {"compiled_min_rows": 17}
 NIGHTLY: dict[str, Any] = {"suite": "nightly"}
-REFERENCE: dict[str, Any] = {"suite": "full", "fast": False, "modes": ("eager",)}
 
 
 def ao(name: str, scheme: str, bits: tuple[int, int], *keywords: str, **fields: Any) -> Format:
@@ -248,65 +247,4 @@ UINTX: tuple[Format, ...] = tuple(
     for bits in (4, 8)
 )
 
-REFERENCES: tuple[Format, ...] = (
-    *(
-        ao(
-            f"a{activation}w{bits}_intx_g32",
-            scheme,
-            (activation, bits),
-            f"int{bits}",
-            "intx",
-            group_size=32,
-            note="one byte is stored per weight, whatever its bits",
-            **REFERENCE,
-        )
-        for activation, scheme in ((16, "intx_weight_only"), (8, "int8_dynamic_intx"))
-        for bits in range(1, 9)
-    ),
-    ao(
-        "a8w4_g32",
-        "int8_dynamic_int4",
-        (8, 4),
-        "int4",
-        "dynamic",
-        group_size=32,
-        devices=("cpu",),
-        suite="full",
-    ),
-    *(
-        ao(
-            f"a{bits}w{bits}_mxfp{bits}_emulated",
-            "mx_dynamic",
-            (bits, bits),
-            f"mxfp{bits}",
-            "mx",
-            group_size=32,
-            options={"emulated": True},
-            note="quantized as on SM100, multiplied in bf16",
-            **BF16,
-            **REFERENCE,
-        )
-        for bits in (8, 4)
-    ),
-    ao(
-        "a16w4_nvfp4",
-        "nvfp4_weight_only",
-        (16, 4),
-        "nvfp4",
-        group_size=16,
-        note="dequantizes before each product",
-        **BF16,
-        **REFERENCE,
-    ),
-    ao(
-        "a16w4_nf4",
-        "nf4_weight_only",
-        (16, 4),
-        "nf4",
-        group_size=64,
-        note="dequantizes before each product",
-        **REFERENCE,
-    ),
-)
-
-ROWS: tuple[Format, ...] = (*FIRST, *INT4, *MSLK, *EIGHT, *BLACKWELL, *UINTX, *REFERENCES)
+ROWS: tuple[Format, ...] = (*FIRST, *INT4, *MSLK, *EIGHT, *BLACKWELL, *UINTX)
