@@ -15,7 +15,7 @@ import torch
 from fakes import Bench
 from toy_benches import GUARD_S
 
-from lowbit.pytest_plugin.session import is_device_fault, is_out_of_memory
+from lowbit.faults import is_device_fault, is_out_of_memory
 
 pytest_plugins = ["pytester"]
 

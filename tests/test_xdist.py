@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import pytest
 from toy_benches import FORMATS, GUARD_S, Toy, gone
 
-from lowbit.pytest_plugin import xdist
 from lowbit.pytest_plugin.scheduler import FormatScheduling, scope_of
 
 pytest_plugins = ["pytester"]
@@ -25,33 +24,6 @@ CASES = 2 * len(FORMATS)
 @pytest.fixture
 def toy(pytester, monkeypatch):
     return Toy(pytester, monkeypatch)
-
-
-# -- which devices -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("count", "chosen", "expected"),
-    [
-        (0, None, []),
-        (0, "0,1", []),
-        (2, None, ["0", "1"]),
-        (4, "2,3", ["2", "3"]),
-        (4, " 1 , GPU-5f3e", ["1", "GPU-5f3e"]),
-        (4, "1,-1,2", ["1"]),
-        (2, "0,7", ["0"]),
-        (2, "1,1", ["1"]),
-        (2, "", []),
-    ],
-)
-def test_visible_devices_reads_what_cuda_would_see(monkeypatch, count, chosen, expected):
-    monkeypatch.delenv(xdist.FAKE_DEVICES, raising=False)
-    monkeypatch.setattr(xdist, "_count_gpus", lambda: count)
-    if chosen is None:
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    else:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
-    assert xdist.visible_devices() == expected
 
 
 # -- the scheduler -----------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """lowbit's pytest plugin: the only package that imports pytest. Hooks only; what they do stands in the modules beside.
 
-options.py: the command line; collection.py: cases as tests; session.py: one run's state; gate.py: its verdicts;
+options.py: the command line; collection.py: cases as tests; session.py: one run's state; measurement.py: its
+cases; gate.py: their verdicts;
 updating.py: ``--update-baselines``; patching.py: ``--baseline-patch``; summary.py: what is printed; reporting.py: files
 about the run; products.py: single kernels; xdist.py: one GPU per worker; children.py: fresh processes.
 """
@@ -22,6 +23,7 @@ from lowbit.pytest_plugin import (
     collection,
     evaluation,
     gate,
+    measurement,
     patching,
     products,
     reporting,
@@ -189,7 +191,7 @@ def measure_case(request: pytest.FixtureRequest, benchmark: Any) -> Iterator[Cal
         where = f"{case.name} on {bench.device.slug}"
         stats = None
         try:
-            record: Record = bench.obtain(item, benchmark)
+            record: Record = measurement.obtain(bench, item, benchmark)
             if benchmark.stats is not None:
                 benchmark.stats.extra_info["lowbit"] = record.to_dict(samples=False)
                 stats = benchmark.stats.as_dict(include_data=True)

@@ -12,21 +12,18 @@ import pytest
 
 from lowbit import models, runs, texts
 from lowbit.baselines import Baseline
-from lowbit.cases import KINDS, Case, enumerate_cases
+from lowbit.cases import KINDS, enumerate_cases
 from lowbit.device import Device, detect, environment, launch_blocking, source_commit
 from lowbit.errors import LowbitError
-from lowbit.faults import is_device_fault, is_out_of_memory
+from lowbit.faults import is_device_fault
 from lowbit.lab import Lab
 from lowbit.profiling import Profiler
 from lowbit.pytest_plugin import children, evaluation, gate
 from lowbit.pytest_plugin.collection import VANISHED
-from lowbit.pytest_plugin.foreign import ForeignBenchmark, as_dict_of
-from lowbit.pytest_plugin.keys import CASE
 from lowbit.pytest_plugin.options import DEFAULT_BASELINE_RUNS, Settings
 from lowbit.record import Record
 from lowbit.regression import Verdict
 from lowbit.report.progress import Progress
-from lowbit.report.terminal import first_line
 from lowbit.spent import Spent
 from lowbit.spread import Spreads, pool_spread
 
@@ -232,83 +229,8 @@ class BenchSession:
     def regressed(self) -> bool:
         return any(verdict.fails for verdicts in self.verdicts.values() for verdict in verdicts)
 
-    # -- one case -------------------------------------------------------------------------------------------------
-
-    def obtain(self, item: pytest.Item, benchmark: Any) -> Record:
-        """Measure a case here, in a fresh process, or take it from the resumed run.
-
-        Exceptions leave a failed record in ``records``, for the caller to keep. Raises LowbitError for what the user
-        can mend, out-of-memory included; a library's own error stays as it is.
-        """
-        case: Case = item.stash[CASE]
-        self.records.pop(item.nodeid, None)  # of an earlier attempt, where a plugin reruns failures
-        entry = self.resumed.get(item.nodeid)
-        if entry is not None:
-            self._present(item, benchmark, entry.record, as_dict_of(entry.stats))
-            return entry.record
-        # After a CUDA fault not even the card's free memory can be asked for here: the fresh process decides.
-        try:
-            unmet = self.lab.unmet(case) if self.poisoned is None else None
-            if unmet is not None:
-                record = self._blank(case, item.nodeid)
-                record.outcome, record.unmet = "skipped", unmet
-                return record
-            if self.poisoned is not None or self.settings.isolate:
-                return self._measure_elsewhere(item, benchmark)
-            record = self.lab.measure(case, item.nodeid, benchmark.pedantic)
-            if self.blocking and case.workload is not None:
-                record.outcome, record.error = "void", gate.BLOCKING
-            elif record.outcome == "void" and self.settings.child is None:
-                self.progress(f"{case.name}: disturbed ({record.error}); once more in a fresh process")
-                return self._measure_elsewhere(item, benchmark)
-        except Exception as error:
-            self._note_failure(case, item.nodeid, error)
-            if is_out_of_memory(error):
-                raise LowbitError(
-                    f"out of memory on {self.device.name}: {first_line(str(error))}; free it of other processes, "
-                    "or choose a smaller --model; the other cases go on"
-                ) from error
-            raise
-        return record
-
-    def _measure_elsewhere(self, item: pytest.Item, benchmark: Any) -> Record:
-        with self.lab.spent.on("measure"):
-            record, stats = self.run_child(item.nodeid)
-        self._present(item, benchmark, record, stats)
-        return record
-
     def run_child(self, nodeid: str) -> tuple[Record, dict[str, Any] | None]:
         """Measure a case in a fresh process, this one's device memory freed for it. Raises LowbitError if it failed."""
         if self.poisoned is None:  # after a CUDA fault nothing can be freed any more
             self.lab.release()
         return children.run_case(self.config, nodeid)
-
-    def _present(self, item: pytest.Item, benchmark: Any, record: Record, stats: dict[str, Any] | None) -> None:
-        """Show pytest-benchmark a result of another process, in its table and JSON, in this item's place."""
-        benchmark._mode = "measured in another process"  # it warns of an unused fixture otherwise
-        plugin: Any = self.config.pluginmanager.get_plugin("pytest-benchmark")
-        if benchmark.stats in plugin.benchmarks:  # what a disturbance spoilt here
-            plugin.benchmarks.remove(benchmark.stats)
-        benchmark.stats = None
-        if stats is not None:
-            foreign = ForeignBenchmark.for_item(item, stats, {"lowbit": record.to_dict(samples=False)})
-            plugin.benchmarks.append(foreign)
-            benchmark.stats = foreign
-
-    def _blank(self, case: Case, nodeid: str) -> Record:
-        return case.record(nodeid, self.choice.name, self.choice.load_format)
-
-    def _note_failure(self, case: Case, nodeid: str, error: Exception) -> None:
-        record = self._blank(case, nodeid)
-        record.outcome = "failed"
-        record.error = str(error) if isinstance(error, LowbitError) else f"{type(error).__name__}: {error}"
-        self.records[nodeid] = record
-        if is_device_fault(error):
-            self.poisoned = record.error
-            return
-        try:
-            self.lab.release()
-        except RuntimeError as late:  # a fault shows where the device is next waited for
-            if not is_device_fault(late):
-                raise
-            self.poisoned = str(late)

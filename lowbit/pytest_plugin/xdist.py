@@ -28,13 +28,10 @@ from typing import Any
 import pytest
 
 from lowbit.errors import LowbitError
-from lowbit.pytest_plugin import cores
+from lowbit.pytest_plugin import cores, gpus
 from lowbit.pytest_plugin.foreign import ForeignBenchmark
 from lowbit.pytest_plugin.keys import RECORD, STATS
 from lowbit.record import Record
-
-FAKE_DEVICES = "LOWBIT_FAKE_DEVICES"
-"""Environment variable: pretend that this many GPUs are there, for tests of the workers on a machine without."""
 
 DEVICE = "lowbit_device"
 """Key of a worker's input, there in a bench run only: the worker's entry of CUDA_VISIBLE_DEVICES, None on a CPU."""
@@ -59,37 +56,6 @@ ONCE: dict[str, Any] = {
 }
 
 
-def visible_devices() -> list[str]:
-    """The GPUs that CUDA would see, as entries of CUDA_VISIBLE_DEVICES. Asks NVML: CUDA itself stays untouched."""
-    fake = os.environ.get(FAKE_DEVICES)
-    if fake is not None:
-        return [str(index) for index in range(int(fake))]
-    count = _count_gpus()
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is None or count == 0:
-        return [str(index) for index in range(count)]
-    devices: list[str] = []
-    for entry in (word.strip() for word in chosen.split(",")):
-        # CUDA stops at the first entry that names no device.
-        if not (entry.startswith(("GPU-", "MIG-")) or (entry.isdecimal() and int(entry) < count)) or entry in devices:
-            break
-        devices.append(entry)
-    return devices
-
-
-def _count_gpus() -> int:
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:  # no driver
-        return 0
-    try:
-        return int(pynvml.nvmlDeviceGetCount())
-    finally:
-        pynvml.nvmlShutdown()
-
-
 def prepare(config: pytest.Config) -> Workers:
     """Call first in pytest_configure. Controller: refuse what can't be measured; worker: take the device it was given.
 
@@ -112,8 +78,8 @@ class Workers:
         self.on_record: Callable[[Record, dict[str, Any] | None], None] | None = None
         self.on_collected: Callable[[list[str]], bool] | None = None
         self.devices: list[str] = []
-        self._free: list[tuple[str | None, list[int]]] = []
-        self._taken: dict[str, tuple[str | None, list[int]]] = {}
+        self._free: list[gpus.Place] = []
+        self._taken: dict[str, gpus.Place] = {}
         self._controls = self._works = self._collected = False
         self._measures = True
 
@@ -129,40 +95,9 @@ class Workers:
             _configure_benchmark_as(config, dict(ONCE))
         elif given is None and getattr(option, "dist", "no") != "no" and self.requested(config):
             if option.tx and not option.collectonly:
-                self._claim_devices(config)
+                self.devices, self._free = gpus.claim(config)
+                self._controls = True
             _configure_benchmark_as(config, {})
-
-    def _claim_devices(self, config: pytest.Config) -> None:
-        from xdist.workermanage import parse_tx_spec_config
-
-        option, places = config.option, parse_tx_spec_config(config)
-        self.devices = visible_devices()
-        if len(places) > max(1, len(self.devices)):
-            have = (
-                "no GPU, and workers on one CPU disturb"
-                if not self.devices
-                else f"{len(self.devices)}; they would disturb"
-            )
-            raise pytest.UsageError(
-                f"-n {len(places)}: benches need a GPU for each worker, this machine has {have} each other's timing; "
-                f"leave -n out, or give -n {max(1, len(self.devices))}, or -n auto"
-            )
-        if option.dist == "each":
-            raise pytest.UsageError(
-                "--dist each: a bench is measured once; leave --dist out, its cases are spread by format"
-            )
-        if any(str(place).split("//")[0] != "popen" for place in places):
-            raise pytest.UsageError(
-                f"--tx: benches run in workers of this machine (popen), got {', '.join(map(str, places))}"
-            )
-        if getattr(option, "lowbit_device", None) is not None:
-            raise pytest.UsageError(
-                "--lowbit-device with -n: each worker has a GPU of its own; choose them with CUDA_VISIBLE_DEVICES=0,1"
-            )
-        devices: list[str | None] = list(self.devices[: len(places)]) or [None]
-        parts = cores.shares(len(devices)) or [[] for _ in devices]
-        self._free = list(zip(devices, parts, strict=True))
-        self._controls = True
 
     def pytest_report_header(self, config: pytest.Config) -> list[str]:
         if not self._controls:
@@ -178,7 +113,7 @@ class Workers:
     @pytest.hookimpl(optionalhook=True, tryfirst=True)
     def pytest_xdist_auto_num_workers(self, config: pytest.Config) -> int | None:
         """``-n auto`` and ``-n logical``: a worker for each GPU; without one, no workers at all."""
-        return len(visible_devices()) if self.requested(config) else None
+        return len(gpus.visible_devices()) if self.requested(config) else None
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
