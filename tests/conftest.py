@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from fakes import Bench
 
 HERE = Path(__file__).parent
 DYNAMO_ON_3_13_0 = "ignore:Guards may run slower on Python 3.13.0:RuntimeWarning"
@@ -24,3 +28,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if HERE in item.path.parents:
             # Not appended: a test's own filterwarnings mark is closer to it and wins.
             item.add_marker(pytest.mark.filterwarnings("error", DYNAMO_ON_3_13_0), append=False)
+
+
+@pytest.fixture
+def bench(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """A project whose hardware is fake, for modules with ``pytest_plugins = ["pytester"]``."""
+    from fakes import Bench  # brings torch in
+
+    return Bench(pytester, monkeypatch)

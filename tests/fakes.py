@@ -57,6 +57,13 @@ FAKE_CHOICE = SimpleNamespace(
 PLAN = "LOWBIT_FAKE_PLAN"
 DEFAULT_PLAN = {"formats": ["bf16-torch", "a16w4_g128-torchao"], "environment": {"torch": "2.13.0"}}
 DEFAULT_TOK_S = 100.0
+DECODE = "a16w4_g128-torchao-reduce-overhead-b1_c0"
+NODE = f"benches/test_decode.py::test_decode[{DECODE}]"
+BF16_NODE = "benches/test_decode.py::test_decode[bf16-torch-eager-b1_c0]"
+CASES = 2 * (1 + 2 + 2)
+"""Of the default plan: formats × (quality + 2 modes × (prefill, decode))."""
+SLOW = {f"decode[{DECODE}]": 90}
+"""As a plan's ``tok_s``: one case that regressed."""
 TESTS = Path(__file__).parent
 BENCHES = TESTS.parent / "benches"
 
@@ -205,6 +212,15 @@ class Bench:
     def plan(self, **plan) -> None:
         """What the fakes do from now on; what is not given is as in the beginning."""
         (self.root / "plan.json").write_text(json.dumps(plan))
+
+    def recover(self) -> None:
+        """From the next fresh process on, nothing that was planned happens: what it confirms is that all is well."""
+
+        def recovered(config, nodeid):
+            self.plan()
+            return self.run_case(config, nodeid)
+
+        self.monkeypatch.setattr(children, "run_case", recovered)
 
     def run(self, *args: str, processes: bool = False, paths: tuple[str, ...] = ("benches",)) -> pytest.RunResult:
         if processes:

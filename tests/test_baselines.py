@@ -11,22 +11,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import kept_runs
 import numpy as np
 import pytest
+from kept_runs import node
 
 from lowbit import baselines, documents, metrics
 from lowbit.baselines import Baseline, build, find, load, replace_rows, save
 from lowbit.errors import LowbitError
 from lowbit.formats import Unmet
-from lowbit.record import Record
 from lowbit.runs import Entry, Header, Run
 from lowbit.spread import Values
 
 SUBJECT = ("nvidia-h200", "llama-3.1-8b", "dummy", "embedded_512")
-
-
-def node(case: str) -> str:
-    return f"benches/test_decode.py::test_decode[{case}]"
 
 
 def stats_of(seconds: list[float]) -> dict[str, Any]:
@@ -41,17 +38,13 @@ def stats_of(seconds: list[float]) -> dict[str, Any]:
 
 def entry(case: str, tok_s: float, **fields: Any) -> Entry:
     fields.setdefault("metrics", {"decode_tok_s": tok_s, "graph_breaks": 0.0})
-    made = Record(node(case), "decode", "bf16-torch", "default", "b1_c0", "llama-3.1-8b", "dummy", "bf16", **fields)
+    made = kept_runs.record(case, dtype="bf16", **fields)
     made.samples = {"decode_s": [1 / tok_s] * 3}
     return Entry(made, stats_of([100 / tok_s, 101 / tok_s, 99 / tok_s]) if made.outcome == "measured" else None)
 
 
 def header(**changes: Any) -> Header:
-    device, model, load_format, protocol = SUBJECT
-    return replace(
-        Header(device, "NVIDIA H200", model, load_format, protocol, "quick", {"torch": "2.11.0"}, started="2026-01-01"),
-        **changes,
-    )
+    return kept_runs.header(**{"environment": {"torch": "2.11.0"}, "started": "2026-01-01", **changes})
 
 
 def run(*entries: Entry, **changes: Any) -> Run:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import CPU, config, gpu
-from torch import nn
+from tiny import CPU, OneLinear, config, gpu
 
 from lowbit import backends, compilers
 from lowbit.backends import bitsandbytes as backend
@@ -14,25 +13,13 @@ from lowbit.formats import FORMATS
 
 ROWS = [row for row in FORMATS.values() if row.backend == "bitsandbytes"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-K, N = 2048, 64
-
-
-class Holder(nn.Module):
-    """One target linear, [64, 2048]: every block size divides it."""
-
-    def __init__(self, dtype):
-        super().__init__()
-        generator = torch.Generator().manual_seed(1)
-        self.q_proj = nn.Linear(K, N, bias=False, dtype=dtype)
-        self.q_proj.weight.data = (torch.randn(N, K, generator=generator) * 0.02).to(dtype)
-        self.q_proj.weight.requires_grad = False
-        self.eval()
+K, N = 2048, 64  # every block size divides it
 
 
 @pytest.fixture(params=ROWS, ids=lambda row: row.id)
 def case(request):
     row, dtype = request.param, DTYPES[request.param.dtypes[0]]
-    holder = Holder(dtype)
+    holder = OneLinear(N, K, dtype)
     weight = holder.q_proj.weight.float()
     backend.quantize(holder, row, dtype)
     return row, dtype, weight, holder.q_proj
@@ -85,7 +72,7 @@ def test_only_threshold_six_keeps_outliers_in_16_bits(case):
 def test_more_blocks_cost_more_bits_and_no_accuracy():
     errors, bits = [], []
     for row in sorted((row for row in ROWS if row.scheme == "nf4" and not row.options), key=lambda row: row.group_size):
-        holder = Holder(torch.bfloat16)
+        holder = OneLinear(N, K, torch.bfloat16)
         weight = holder.q_proj.weight.float()
         backend.quantize(holder, row, torch.bfloat16)
         errors.append((backend.dequantize(holder.q_proj) - weight).norm().item())

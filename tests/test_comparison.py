@@ -5,31 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import kept_runs
 import pytest
+from kept_runs import record
 
 from lowbit import baselines, comparison, runs
 from lowbit.errors import LowbitError
 from lowbit.formats import Unmet
 from lowbit.record import Record
 from lowbit.report.difference import difference
-from lowbit.runs import Header
-
-STATS = {"min": 1.0, "max": 1.2, "mean": 1.1, "stddev": 0.1, "rounds": 2, "median": 1.1}
 
 
-def record(case: str, tok_s: float, **fields: Any) -> Record:
-    fields.setdefault("metrics", {"decode_tok_s": tok_s})
-    name = f"benches/test_decode.py::test_decode[{case}]"
-    return Record(name, "decode", "bf16-torch", "default", "b1_c0", "embedded", "auto", **fields)
-
-
-def keep(root: Path, *records: Record, device: str = "nvidia-h200", **header: Any) -> Path:
-    made = Header(device, device, "embedded", "auto", "embedded_512", "quick", header.pop("environment", {}), **header)
-    with runs.start(root, made) as writer:
-        for each in records:
-            writer.append(each, STATS)
-        writer.close(0)
-    return writer.path
+def keep(root: Path, *records: Record, **changes: Any) -> Path:
+    return kept_runs.keep(root, *records, end={}, **changes)
 
 
 def accept(root: Path, *paths: Path) -> Path:

@@ -6,23 +6,14 @@ import json
 import xml.etree.ElementTree as ElementTree
 
 import pytest
-from fakes import Bench
+from fakes import CASES, DECODE, NODE, SLOW
 
 from lowbit.errors import LowbitError
 from lowbit.pytest_plugin import children
 
 pytest_plugins = ["pytester"]
 
-DECODE = "a16w4_g128-torchao-reduce-overhead-b1_c0"
-NODE = f"benches/test_decode.py::test_decode[{DECODE}]"
-SLOW = {f"decode[{DECODE}]": 90}
-CASES = 2 * (1 + 2 + 2)  # formats × (quality + 2 modes × (prefill, decode))
 BF16 = ["bf16-torch"]
-
-
-@pytest.fixture
-def bench(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    return Bench(pytester, monkeypatch)
 
 
 def test_an_unchanged_run_passes_and_says_what_it_was_compared_with(bench):
@@ -56,12 +47,7 @@ def test_a_slowdown_fails_that_test_by_name_and_junit_says_so(bench):
 def test_a_slowdown_that_a_fresh_process_does_not_confirm_passes(bench):
     bench.accept()
     bench.plan(tok_s=SLOW)
-
-    def recovered(config, nodeid):
-        bench.plan()
-        return bench.run_case(config, nodeid)
-
-    bench.monkeypatch.setattr(children, "run_case", recovered)
+    bench.recover()
     bench.run("--benchmark-compare").assert_outcomes(passed=CASES)
     assert len(bench.children) == 1
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import CPU, config, gpu
+from tiny import CPU, OneLinear, config, gpu
 from torch import nn
 
 from lowbit import backends
@@ -27,20 +27,8 @@ FAMILY = [FORMATS[f"a16w{bits:g}_g64-hqq"] for bits in BITS]
 K, N = 256, 64
 
 
-class Holder(nn.Module):
-    """One target linear, [64, 256]."""
-
-    def __init__(self, dtype=torch.float16):
-        super().__init__()
-        generator = torch.Generator().manual_seed(1)
-        self.q_proj = nn.Linear(K, N, bias=False, dtype=dtype)
-        self.q_proj.weight.data = (torch.randn(N, K, generator=generator) * 0.02).to(dtype)
-        self.q_proj.weight.requires_grad = False
-        self.eval()
-
-
 def quantized(row, dtype=torch.float16):
-    holder = Holder(dtype)
+    holder = OneLinear(N, K, dtype)
     backend.quantize(holder, row, dtype)
     return holder.q_proj
 
@@ -64,7 +52,7 @@ def test_the_product_is_that_of_its_own_weights(row):
 
 
 def test_more_bits_never_lose_accuracy():
-    weight = Holder().q_proj.weight.float()
+    weight = OneLinear(N, K, torch.float16).q_proj.weight.float()
     errors = [(backend.dequantize(quantized(row)) - weight).norm().item() for row in FAMILY]
     assert errors == sorted(errors)
     assert errors[0] < 0.01 * weight.norm().item() < 0.3 * weight.norm().item() < errors[-1]

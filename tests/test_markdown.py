@@ -139,11 +139,6 @@ def test_verdicts_of_another_baseline_are_judged_anew(kept: tuple[Path, Path, Pa
     assert {finding.verdict.runs for finding in told.findings if finding.status == "regression"} == {1}
 
 
-@pytest.fixture
-def bench(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    return Bench(pytester, monkeypatch)
-
-
 def test_a_bench_run_writes_it_and_says_so(bench: Bench) -> None:
     bench.accept()
     bench.plan(tok_s={"decode[a16w4_g128-torchao-eager-b1_c0]": 80})

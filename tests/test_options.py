@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from fakes import Bench
 
 pytest_plugins = ["pytester"]
-
-
-@pytest.fixture
-def bench(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    return Bench(pytester, monkeypatch)
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from fakes import FAKE_GPU, Bench
+from fakes import CASES, FAKE_GPU, Bench
 
 from lowbit.device import environment, launch_blocking
 from lowbit.errors import LowbitError
 from lowbit.pytest_plugin import children
 
 pytest_plugins = ["pytester"]
-
-CASES = 2 * (1 + 2 + 2)  # formats × (quality + 2 modes × (prefill, decode))
 
 
 @pytest.fixture

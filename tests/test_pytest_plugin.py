@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import fakes
 import pytest
-from fakes import FAKE_CHOICE, Bench, FakeLab
+from fakes import CASES, DECODE, FAKE_CHOICE, FakeLab
 
 from lowbit.errors import LowbitError
 from lowbit.lab import Lab
@@ -18,14 +18,6 @@ from lowbit.models import Choice
 from lowbit.pytest_plugin import session
 
 pytest_plugins = ["pytester"]
-
-DECODE = "a16w4_g128-torchao-reduce-overhead-b1_c0"
-CASES = 2 * (1 + 2 + 2)  # formats × (quality + 2 modes × (prefill, decode))
-
-
-@pytest.fixture
-def bench(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    return Bench(pytester, monkeypatch)
 
 
 def collected(result: pytest.RunResult) -> list[str]:

@@ -8,49 +8,16 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pytest
+from kept_runs import STATS, header, keep, record
 
 from lowbit import runs
 from lowbit.errors import LowbitError
 from lowbit.formats import Unmet
-from lowbit.record import Record
-from lowbit.runs import DOCUMENT, JOURNAL, Header
-
-STATS = {"min": 1.0, "max": 1.2, "mean": 1.1, "stddev": 0.1, "rounds": 2, "median": 1.1, "data": [1.0, 1.2]}
-
-
-def header(**changes: Any) -> Header:
-    made = Header(
-        device="nvidia-h200",
-        device_name="NVIDIA H200",
-        model="llama-3.1-8b",
-        load_format="dummy",
-        protocol="embedded_512",
-        suite="quick",
-        environment={"torch": "2.11.0", "python": "3.12.3"},
-        argv=["benches"],
-    )
-    return replace(made, **changes)
-
-
-def record(case: str = "a", **fields: Any) -> Record:
-    fields.setdefault("metrics", {"decode_tok_s": 268.7})
-    name = f"benches/test_decode.py::test_decode[{case}]"
-    return Record(name, "decode", "bf16-torch", "default", "b1_c0", "llama-3.1-8b", "dummy", **fields)
-
-
-def keep(root: Path, *records: Record, end: dict[str, Any] | None = None, **changes: Any) -> Path:
-    """A run of ``records`` under ``root``; ``end`` are close's arguments, None leaves it interrupted."""
-    with runs.start(root, header(**changes)) as writer:
-        for each in records:
-            writer.append(each, STATS if each.outcome == "measured" else None)
-        if end is not None:
-            writer.close(0, **end)
-    return writer.path
+from lowbit.runs import DOCUMENT, JOURNAL
 
 
 def test_a_run_reads_back_from_folder_journal_and_document(tmp_path: Path) -> None:
@@ -106,7 +73,7 @@ CHILD = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, str(Path({tests!r})))
-from test_runs import header, record, STATS
+from kept_runs import header, record, STATS
 from lowbit import runs
 writer = runs.start(Path({root!r}), header())
 writer.append(record("a"), STATS)

@@ -12,20 +12,12 @@ import time
 
 import pytest
 import torch
-from fakes import Bench
+from fakes import CASES, DECODE, Bench
 from toy_benches import GUARD_S
 
 from lowbit.faults import is_device_fault, is_out_of_memory
 
 pytest_plugins = ["pytester"]
-
-DECODE = "a16w4_g128-torchao-reduce-overhead-b1_c0"
-CASES = 2 * (1 + 2 + 2)  # formats × (quality + 2 modes × (prefill, decode))
-
-
-@pytest.fixture
-def bench(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    return Bench(pytester, monkeypatch)
 
 
 def outcomes(bench: Bench) -> dict[str, str]:

@@ -6,21 +6,11 @@ import json
 import sys
 
 import pytest
-from fakes import Bench
+from fakes import BF16_NODE, CASES, DECODE, NODE
 
 from lowbit.pytest_plugin import updating
 
 pytest_plugins = ["pytester"]
-
-DECODE = "a16w4_g128-torchao-reduce-overhead-b1_c0"
-NODE = f"benches/test_decode.py::test_decode[{DECODE}]"
-BF16_NODE = "benches/test_decode.py::test_decode[bf16-torch-eager-b1_c0]"
-CASES = 2 * (1 + 2 + 2)  # formats × (quality + 2 modes × (prefill, decode))
-
-
-@pytest.fixture
-def bench(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    return Bench(pytester, monkeypatch)
 
 
 def test_update_takes_kept_runs_and_measures_nothing_more(bench):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from lowbit.quiet import quiet_import
 
@@ -61,3 +62,15 @@ def model(dtype=torch.bfloat16, **changes):
 
     torch.manual_seed(0)
     return LlamaForCausalLM(config(**changes)).to(dtype).eval()
+
+
+class OneLinear(nn.Module):
+    """What a backend quantizes, one target: ``q_proj``, seeded N(0, 0.02) weights [out, in]."""
+
+    def __init__(self, out_features, in_features, dtype):
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.q_proj = nn.Linear(in_features, out_features, bias=False, dtype=dtype)
+        self.q_proj.weight.data = (torch.randn(out_features, in_features, generator=generator) * 0.02).to(dtype)
+        self.q_proj.weight.requires_grad = False
+        self.eval()
