@@ -22,7 +22,7 @@ from lowbit.quiet import quiet_import
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 """The types of weights that can be quantized, by their safetensors names."""
 
-STORED_DTYPES = {"I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
+STORED_DTYPES = {"I8": torch.int8, "I32": torch.int32, "I64": torch.int64, "F8_E4M3": torch.float8_e4m3fn}
 """Further ones of checkpoints that are quantized already."""
 
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")

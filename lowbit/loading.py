@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from lowbit import checkpoint, dummy, formats, prequantized
 from lowbit.errors import LowbitError
+from lowbit.formats.layouts import Stored
 from lowbit.hostmemory import Arena, Bytes, Spec, available_bytes, worker_count
 from lowbit.hostmodel import HostModel, Progress
-from lowbit.kernels.modules import NativeLinear
-from lowbit.kernels.weights import Packed
 from lowbit.prequantized import Matrix
 from lowbit.quiet import quiet_import
 
@@ -56,7 +55,7 @@ def load_folder(name: str, folder: Path, progress: Progress, *, pin: bool) -> Ho
 
 
 def _find_matrices(
-    stored: dict[str, checkpoint.Entry], config: Any, how: formats.stored.Stored, folder: Path
+    stored: dict[str, checkpoint.Entry], config: Any, how: Stored, folder: Path
 ) -> tuple[dict[str, Matrix], dict[str, checkpoint.Entry]]:
     try:
         return prequantized.find_matrices(stored, checkpoint.parameter_shapes(config), how)
@@ -134,7 +133,7 @@ def _pieces(arena: Arena) -> Iterator[tuple[str, Bytes, int]]:
 
 
 def _read_matrix(matrix: Matrix, arena: Arena) -> None:
-    for name, tensor in prequantized.read(matrix).tensors().items():
+    for name, tensor in prequantized.read(matrix).items():
         arena.tensors[f"{matrix.path}.{name}"].copy_(tensor)
 
 
@@ -147,7 +146,7 @@ def _model_over(config: Any, tensors: dict[str, Tensor], matrices: Mapping[str, 
     for path, matrix in matrices.items():
         parts = {name.rpartition(".")[2]: tensors.pop(name) for name in matrix.specs()}
         bias = tensors.pop(f"{path}.bias", None)
-        model.set_submodule(path, NativeLinear(Packed(matrix.format, matrix.n, matrix.k, **parts), bias))
+        model.set_submodule(path, prequantized.module(matrix, parts, bias))
     for name, tensor in tensors.items():
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))

@@ -21,6 +21,7 @@ from lowbit import checkpoint
 from lowbit.errors import LowbitError
 from lowbit.kernels import weights
 from lowbit.kernels.modules import NativeEmbedding, NativeLinear, PackedModule, packed_modules
+from lowbit.kernels.stored_linear import StoredLinear
 from lowbit.quiet import quiet_import
 
 LAYOUT = 1
@@ -34,6 +35,11 @@ def save(model: Any, path: Path) -> None:
     packed = packed_modules(model)
     if not packed:
         raise LowbitError(f"{path}: expected a model with lowbit's packed weights, got one without; quantize it first")
+    if apart := next((name for name, module in packed.items() if isinstance(module, StoredLinear)), None):
+        raise LowbitError(
+            f"{path}: {apart} has columns in another order (act-order) or inputs in 8 bits, for which this file has no "
+            "place; keep the checkpoint as it was published"
+        )
     tensors, aliases = _distinct(model.state_dict())
     metadata = {
         "lowbit": str(LAYOUT),

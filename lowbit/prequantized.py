@@ -1,56 +1,27 @@
 """The linears of a checkpoint that is quantized already, from its published storage into lowbit's own, bit for bit.
 
-All three layouts say w = (code - zero point) · scale, with 32-bit words of codes, little-endian:
-
-- GPTQ: ``qweight`` [k·bits/32, n] packed along k, ``qzeros`` [groups, n·bits/32] along n, ``scales`` [groups, n], and
-  ``g_idx`` [k], each column's group. (AutoGPTQ 0.7 nn_modules/qlinear/qlinear_cuda_old.py, GPTQModel 7.7
-  nn_modules/qlinear/__init__.py.) Its first version stores zero points less one and wraps round.
-- AWQ: ``qweight`` [k, n/8] and ``qzeros`` [groups, n/8], both along n, columns of a word in the order 0 2 4 6 1 3 5 7;
-  ``scales`` [groups, n]. (AutoAWQ 0.2 utils/packing_utils.py.)
-- compressed-tensors: ``weight_packed`` [n, k·bits/32] along k, ``weight_scale`` [n, groups], ``weight_shape`` [2] and,
-  where it is not symmetric, ``weight_zero_point`` [n·bits/32, groups] along n (int8 [n, groups] in older files, which
-  then are signed). (compressed_tensors 0.20 compressors/pack_quantized.)
+lowbit/stored_layouts.py says what the published tensors are; here they are found, checked, read and put into modules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lowbit import checkpoint
+from lowbit import checkpoint, stored_layouts
 from lowbit.checkpoint import Entry
 from lowbit.errors import LowbitError
-from lowbit.formats.stored import Stored, as_row
+from lowbit.formats.layouts import Stored
+from lowbit.formats.stored import as_row
 from lowbit.hostmemory import Spec
 from lowbit.kernels import weights
+from lowbit.kernels.modules import NativeLinear
+from lowbit.kernels.stored_linear import StoredLinear
 from lowbit.kernels.weights import Packed, find
-
-AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
-"""The column of a word's i-th four bits."""
-
-SCALES = (torch.float16, torch.bfloat16)
-"""Products with a code are exact in fp32 for these only."""
-
-PARTS: dict[str, tuple[str, ...]] = {
-    "gptq": ("qweight", "qzeros", "scales"),
-    "awq": ("qweight", "qzeros", "scales"),
-    "compressed-tensors": ("weight_packed", "weight_scale", "weight_shape"),
-}
-"""What every quantized linear must have."""
-
-OPTIONAL: dict[str, tuple[str, ...]] = {
-    "gptq": ("g_idx",),
-    "awq": (),
-    "compressed-tensors": ("weight_zero_point", "weight_g_idx"),
-}
-
-
-Expected = tuple[tuple[int, ...], tuple[torch.dtype, ...]]
-"""The shape of a part and the types that it may have."""
 
 
 class Matrix(NamedTuple):
@@ -65,8 +36,17 @@ class Matrix(NamedTuple):
 
     def specs(self) -> dict[str, Spec]:
         """Of the tensors that ``read`` fills, by their names in a LlamaForCausalLM of packed linears."""
-        found = weights.specs(self.format, self.n, self.k)
+        found = dict(weights.specs(self.format, self.n, self.k))
+        if self.stored.ordered:
+            found["order"] = (self.k,), torch.int32
+        for part, name in INPUTS.items():
+            if part in self.parts:
+                found[name] = (1,), torch.float32
         return {f"{self.path}.{name}": Spec(shape, dtype) for name, (shape, dtype) in found.items()}
+
+
+INPUTS = {"input_scale": "input_scale", "input_zero_point": "input_zero"}
+"""Published tensor -> the buffer of a StoredLinear that holds it."""
 
 
 def find_matrices(
@@ -85,79 +65,42 @@ def find_matrices(
         path, _, leaf = name.rpartition(".")
         if leaf != "weight" or path.rpartition(".")[2] not in targets:
             continue
-        known = (*PARTS[stored.layout], *OPTIONAL[stored.layout])
+        known = stored_layouts.known_parts(stored)
         if f"{path}.bias" not in shapes:  # optimum's GPTQ writes zeros where a Llama has none
             known = (*known, "bias")
         parts = {part: left.pop(f"{path}.{part}") for part in known if f"{path}.{part}" in left}
         n, k = shape
         problems += _problems(path, n, k, stored, parts)
         whole[path] = n, k, parts
+    problems += [
+        f"{name} is in {stored_layouts.names((entry.spec.dtype,))}, which its config says nothing of"
+        for name, entry in left.items()
+        if name in shapes and entry.spec.dtype not in checkpoint.DTYPES.values()
+    ]
     if problems:
         raise LowbitError(f"{stored.layout}: {checkpoint.some(problems)}; fetch the folder again")
-    format = _format(stored, [parts for _, _, parts in whole.values()])
+    scale = "weight_scale" if stored.layout == "compressed-tensors" else "scales"
+    narrow = stored.symmetric and all(_fits_fp16(parts[scale]) for _, _, parts in whole.values())
+    format = stored_layouts.storage(stored, narrow)
     return {path: Matrix(path, n, k, stored, parts, format) for path, (n, k, parts) in whole.items()}, left
 
 
 def _problems(path: str, n: int, k: int, stored: Stored, parts: Mapping[str, Entry]) -> list[str]:
-    missing = [f"{path}.{part} is missing" for part in PARTS[stored.layout] if part not in parts]
-    asymmetric = stored.layout == "compressed-tensors" and not stored.symmetric
-    if asymmetric and "weight_zero_point" not in parts:
-        missing.append(f"{path}.weight_zero_point is missing")
-    if "weight_g_idx" in parts:
-        missing.append(f"{path}.weight_g_idx: columns in another order than their groups are not read")
+    missing = [f"{path}.{part} is missing" for part in stored_layouts.parts_of(stored) if part not in parts]
+    if "weight_g_idx" in parts and not stored.ordered:
+        missing.append(f"{path}.weight_g_idx is there, and its config says nothing of actorder='group'")
     if missing:
         return missing
-    unit = stored.group_size or 32
-    if k % unit or k % 32 or n % 32:
+    unit = stored.group_size or (1 if stored.plain else 32)
+    if k % unit or (not stored.plain and (k % 32 or n % 32)):
         return [f"{path} [{n}, {k}] is not cut by groups of {unit} and words of 32"]
-    words, groups = stored.bits, (k // stored.group_size if stored.group_size else 1)
-    layouts: dict[str, dict[str, Expected]] = {
-        "gptq": {
-            "qweight": ((k * words // 32, n), (torch.int32,)),
-            "qzeros": ((groups, n * words // 32), (torch.int32,)),
-            "scales": ((groups, n), SCALES),
-            "g_idx": ((k,), (torch.int32,)),
-        },
-        "awq": {
-            "qweight": ((k, n // 8), (torch.int32,)),
-            "qzeros": ((groups, n // 8), (torch.int32,)),
-            "scales": ((groups, n), SCALES),
-        },
-        "compressed-tensors": {
-            "weight_packed": ((n, k * words // 32), (torch.int32,)),
-            "weight_scale": ((n, groups), SCALES),
-            "weight_shape": ((2,), (torch.int64, torch.int32)),
-            "weight_zero_point": _zero_point(parts, n, groups, words),
-        },
-    }
-    expected = layouts[stored.layout] | {"bias": ((n,), tuple(checkpoint.DTYPES.values()))}
+    expected = stored_layouts.expected(stored, n, k, parts) | {"bias": stored_layouts.biases(n)}
     return [
-        f"{path}.{name} expected {list(expected[name][0])} in {_names(expected[name][1])}, "
-        f"got {list(entry.spec.shape)} in {_names((entry.spec.dtype,))}"
+        f"{path}.{name} expected {list(expected[name].shapes[0])} in {stored_layouts.names(expected[name].dtypes)}, "
+        f"got {list(entry.spec.shape)} in {stored_layouts.names((entry.spec.dtype,))}"
         for name, entry in parts.items()
-        if entry.spec.shape != expected[name][0] or entry.spec.dtype not in expected[name][1]
+        if entry.spec.shape not in expected[name].shapes or entry.spec.dtype not in expected[name].dtypes
     ]
-
-
-def _zero_point(parts: Mapping[str, Entry], n: int, groups: int, bits: int) -> Expected:
-    found = parts.get("weight_zero_point")
-    if found is not None and found.spec.dtype == torch.int8:
-        return (n, groups), (torch.int8,)
-    return (n * bits // 32, groups), (torch.int32,)
-
-
-def _names(dtypes: Iterable[torch.dtype]) -> str:
-    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-
-
-def _format(stored: Stored, linears: Iterable[Mapping[str, Entry]]) -> str:
-    """lowbit's storage that holds them exactly: fp16 scales alone where that is all there is, else fp32 pairs."""
-    name = "weight_scale" if stored.layout == "compressed-tensors" else "scales"
-    group = f"_g{stored.group_size}" if stored.group_size else ""
-    plain = f"int{stored.bits}_sym{group}"
-    if stored.symmetric and plain in weights.WEIGHT_FORMATS and all(_fits_fp16(parts[name]) for parts in linears):
-        return plain
-    return f"int{stored.bits}_zp{group}"
 
 
 def _fits_fp16(scale: Entry) -> bool:
@@ -167,91 +110,53 @@ def _fits_fp16(scale: Entry) -> bool:
     return torch.equal(found.half().float(), found.float())
 
 
-# -- reading -----------------------------------------------------------------------------------------------------------
+def read(matrix: Matrix) -> dict[str, Tensor]:
+    """Read one linear: the tensors of ``Matrix.specs``, by the last part of their names.
 
-
-def read(matrix: Matrix) -> Packed:
-    """Read one linear. Raises LowbitError for columns out of order, or zero points that its config excludes."""
+    Raises LowbitError for zero points or an order of columns that its config excludes, and for scales that aren't
+    finite.
+    """
+    stored, path = matrix.stored, matrix.path
     tensors = {name: _tensor(entry) for name, entry in matrix.parts.items()}
-    codes, scale, zero_point = _UNPACK[matrix.stored.layout](matrix, tensors)
-    middle = 1 << (matrix.stored.bits - 1)
-    if matrix.stored.symmetric and not bool((zero_point == middle).all()):
-        odd = int(zero_point[zero_point != middle][0])
+    found = stored_layouts.unpack(path, matrix.n, matrix.k, stored, tensors)
+    codes, order = stored_layouts.in_order(path, found, matrix.k, stored)
+    middle = 1 << (stored.bits - 1)
+    if stored.symmetric and found.zero_point is not None and not bool((found.zero_point == middle).all()):
+        odd = int(found.zero_point[found.zero_point != middle][0])
         raise LowbitError(
-            f"{matrix.path}: the config calls the checkpoint symmetric, which has zero points of {middle}, got {odd}; "
+            f"{path}: the config calls the checkpoint symmetric, which has zero points of {middle}, got {odd}; "
             "its config.json belongs to another version of it, or its layout (gptq, gptq_v2) is named wrongly"
         )
     if bool(tensors.get("bias", torch.zeros(1)).any()):
-        raise LowbitError(f"{matrix.path}: expected no bias by its config.json, got one that is not zero")
-    if not bool(torch.isfinite(scale.float()).all()):
-        raise LowbitError(f"{matrix.path}: expected finite scales, got NaN or Inf; fetch the folder again")
+        raise LowbitError(f"{path}: expected no bias by its config.json, got one that is not zero")
+    inputs = {name: tensors[part].float().reshape(1) for part, name in INPUTS.items() if part in tensors}
+    for scale in (found.scale, inputs.get("input_scale", torch.ones(1))):
+        if not bool(torch.isfinite(scale.float()).all()):
+            raise LowbitError(f"{path}: expected finite scales, got NaN or Inf; fetch the folder again")
+    if not bool(inputs.get("input_scale", torch.ones(1)) > 0):
+        raise LowbitError(f"{path}: expected an input_scale above 0, got {float(inputs['input_scale'])}")
     row = find(matrix.format)
     assert row.scale is not None
-    zero = None if row.zero is None else -zero_point.to(row.zero) * scale.to(row.zero)
-    packed = Packed(matrix.format, matrix.n, matrix.k, codes, scale.to(row.scale).contiguous(), zero)
-    packed.check(matrix.path)
-    return packed
+    zero = None
+    if row.zero is not None:
+        assert found.zero_point is not None
+        zero = -found.zero_point.to(row.zero) * found.scale.to(row.zero)
+    packed = Packed(matrix.format, matrix.n, matrix.k, codes, found.scale.to(row.scale).contiguous(), zero)
+    packed.check(path)
+    return packed.tensors() | inputs | ({} if order is None else {"order": order})
+
+
+def module(matrix: Matrix, tensors: Mapping[str, Tensor], bias: Tensor | None) -> NativeLinear:
+    """The linear over what ``read`` gave, or over memory that holds it."""
+    rest = dict(tensors)
+    parts = {name: rest.pop(name) for name in weights.specs(matrix.format, matrix.n, matrix.k)}
+    packed = Packed(matrix.format, matrix.n, matrix.k, **parts)
+    if not rest and matrix.stored.inputs is None:
+        return NativeLinear(packed, bias)
+    return StoredLinear(packed, bias, inputs=matrix.stored.inputs, **rest)
 
 
 def _tensor(entry: Entry) -> Tensor:
     data = np.empty(entry.spec.nbytes, dtype=np.uint8)
     checkpoint.read_bytes(entry, data)
     return torch.from_numpy(data).view(entry.spec.dtype).view(entry.spec.shape)
-
-
-def _bytes(words: Tensor) -> Tensor:
-    """Words [..., m] -> bytes [..., m · size], lowest first."""
-    return words.contiguous().view(torch.uint8)
-
-
-Unpacked = tuple[Tensor, Tensor, Tensor]
-"""Codes as lowbit packs them [n, bytes]; scale [n, groups]; zero point [n, groups] int64."""
-
-
-def _gptq(matrix: Matrix, tensors: Mapping[str, Tensor]) -> Unpacked:
-    stored, order = matrix.stored, tensors.get("g_idx")
-    if order is not None:
-        columns = torch.arange(matrix.k, dtype=order.dtype)
-        if not torch.equal(order, columns // (stored.group_size or matrix.k)):
-            raise LowbitError(
-                f"{matrix.path}: its columns are in another order than their groups (g_idx, desc_act with act-order), "
-                "which lowbit does not read; give a checkpoint that was made with desc_act=False"
-            )
-    zero_point = weights.unpack(_bytes(tensors["qzeros"]), stored.bits).T.long()
-    zero_point = (zero_point + stored.zero_offset) & ((1 << stored.bits) - 1)
-    return _bytes(tensors["qweight"].T), tensors["scales"].T, zero_point
-
-
-def _awq(matrix: Matrix, tensors: Mapping[str, Tensor]) -> Unpacked:
-    codes = weights.pack(_awq_columns(tensors["qweight"]).T.contiguous(), 4)
-    return codes, tensors["scales"].T, _awq_columns(tensors["qzeros"]).T.long()
-
-
-def _awq_columns(words: Tensor) -> Tensor:
-    """[rows, n/8] int32 -> [rows, n] uint8."""
-    fields = weights.split(weights.unpack(_bytes(words), 4), 8)
-    columns = torch.empty_like(fields)
-    columns[..., torch.tensor(AWQ_COLUMNS)] = fields
-    return columns.flatten(-2)
-
-
-def _compressed(matrix: Matrix, tensors: Mapping[str, Tensor]) -> Unpacked:
-    shape = tensors["weight_shape"].tolist()
-    if shape != [matrix.n, matrix.k]:
-        raise LowbitError(f"{matrix.path}: expected weight_shape [{matrix.n}, {matrix.k}], got {shape}")
-    scale, bits = tensors["weight_scale"], matrix.stored.bits
-    middle, zero = 1 << (bits - 1), tensors.get("weight_zero_point")
-    if zero is None:
-        zero_point = torch.full(scale.shape, middle)
-    elif zero.dtype == torch.int8:
-        zero_point = zero.long() + middle
-    else:
-        zero_point = weights.unpack(_bytes(zero.T), bits).T.long()
-    return _bytes(tensors["weight_packed"]), scale, zero_point
-
-
-_UNPACK: dict[str, Callable[[Matrix, Mapping[str, Tensor]], Unpacked]] = {
-    "gptq": _gptq,
-    "awq": _awq,
-    "compressed-tensors": _compressed,
-}

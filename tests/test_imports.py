@@ -36,6 +36,7 @@ STAGES = (
     {"device", "nvml"},
     {"ceilings", "card", "kernels", "sampling"},
     {"embedded", "checkpoint", "presets", "hostmodel"},
+    {"stored_layouts"},
     {"prequantized"},
     {"hub", "loading"},
     {"models", "reference"},

@@ -6,6 +6,7 @@ leaves the linears packed for it and dequantizes them for every other one.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from lowbit.backends import native
 from lowbit.errors import LowbitError
 from lowbit.formats import Format, Unmet
 from lowbit.kernels.modules import NativeLinear, PackedModule
+from lowbit.kernels.stored_linear import StoredLinear
 
 if TYPE_CHECKING:
     from lowbit.device import Device
@@ -53,9 +55,20 @@ def is_quantized(module: nn.Module) -> bool:
 
 def dequantize(module: nn.Module) -> Tensor:
     """[n, k] fp32: (code - zero point) · scale, exactly."""
-    return native.dequantize(module)
+    return module.defined() if isinstance(module, StoredLinear) else native.dequantize(module)
+
+
+def quantize_activations(module: nn.Module, x: Tensor) -> Tensor:
+    """x [m, k] as the linear multiplies it: [m, k] fp32."""
+    if not isinstance(module, StoredLinear) or module.inputs is None:
+        raise LowbitError(f"expected a linear with quantized inputs, got a {type(module).__name__}")
+    return module.quantize_inputs(x).values()
 
 
 def kernels(model: nn.Module, dtype: torch.dtype, rows: int = 1) -> str:
     """Which kernels multiply ``rows`` vectors."""
-    return native.kernels(model, dtype, rows)
+    quantized = [each for each in model.modules() if isinstance(each, StoredLinear) and each.inputs is not None]
+    if not quantized:
+        return native.kernels(model, dtype, rows)
+    found = Counter(module.kernel(dtype) for module in quantized)
+    return ", ".join(f"{name} ({count})" for name, count in found.most_common())

@@ -20,6 +20,7 @@ from lowbit.formats import Format, Unmet, find
 from lowbit.formats.recipes import assignment, matrices
 from lowbit.kernels import dispatch, geometry, nvrtc, stream, stream_modules, weights
 from lowbit.kernels.modules import NativeEmbedding, NativeLinear, PackedModule, packed_modules
+from lowbit.kernels.stored_linear import StoredLinear
 from lowbit.kernels.stream_modules import StreamLinear
 
 if TYPE_CHECKING:
@@ -130,6 +131,8 @@ def _decodes(capability: tuple[int, int]) -> bool:
 
 def _streamable(module: nn.Module) -> weights.Packed | None:
     if not isinstance(module, NativeLinear) or module.bias is not None or module.n % 8:
+        return None
+    if isinstance(module, StoredLinear):  # the kernels know no order of columns and no quantized inputs
         return None
     return module.packed if stream.streamable(module.format, module.k) else None
 

@@ -1,48 +1,27 @@
 """Checkpoints that are quantized already: what a config.json says of them, and the row that loads them as they are.
 
-Published layouts that are read: GPTQ (AutoGPTQ 0.7, GPTQModel 7.7: ``gptq`` and ``gptq_v2``), AWQ (AutoAWQ 0.2: GEMM)
-and compressed-tensors 0.20 (``pack-quantized``). lowbit/prequantized.py reads the tensors; transformers 5.23 would need
-gptqmodel and optimum for the first two, which compile kernels, and decompress the third one on its first forward pass.
+Published layouts that are read: GPTQ (AutoGPTQ 0.7, GPTQModel 7.7: ``gptq`` and ``gptq_v2``, act-order too), AWQ
+(AutoAWQ 0.2: GEMM) and compressed-tensors 0.20 (``pack-quantized``; ``int-quantized``, ``float-quantized`` and
+``naive-quantized`` with 8-bit weights, inputs in 16 or 8 bits). lowbit/prequantized.py reads the tensors; transformers
+5.23 would need gptqmodel and optimum for the first two, which compile kernels, and decompress the third one on its
+first forward pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 from lowbit.errors import LowbitError
+from lowbit.formats import compressed
+from lowbit.formats.layouts import GROUPS, Layout, Stored, group_of, number, unless
 from lowbit.formats.row import FP16_FIRST, LINEARS, Format, row
-
-Layout = Literal["gptq", "awq", "compressed-tensors"]
-
-GROUPS = (32, 64, 128)
-"""Weights that share a scale; -1 in a config, and None here: the whole row."""
 
 BITS: dict[Layout, tuple[int, ...]] = {"gptq": (2, 3, 4, 8), "awq": (4,), "compressed-tensors": (2, 4, 8)}
 """compressed-tensors packed 3-bit numbers with and without gaps, and its files don't say which."""
 
 SHORT: dict[Layout, str] = {"gptq": "gptq", "awq": "awq", "compressed-tensors": "ct"}
-
-
-@dataclass(frozen=True)
-class Stored:
-    """How the linears of a checkpoint are stored.
-
-    ``symmetric``: one zero point, in the middle of the codes, for all. ``zero_offset`` is added to zero points as they
-    are stored: 1 in GPTQ's first layout. ``head``: lm_head is quantized too.
-    """
-
-    layout: Layout
-    bits: int
-    group_size: int | None
-    symmetric: bool
-    zero_offset: int = 0
-    head: bool = False
-
-    def __str__(self) -> str:
-        group = f"group {self.group_size}" if self.group_size else "a scale per row"
-        return f"{self.layout}, {self.bits} bits, {group}"
 
 
 def read(config: Any, where: str) -> Stored | None:
@@ -61,10 +40,12 @@ def read(config: Any, where: str) -> Stored | None:
             "reads; give the unquantized weights"
         )
     stored, problems = reader(found)
-    if stored.bits not in BITS[stored.layout]:
-        problems.append(f"bits={stored.bits} (expected one of {', '.join(map(str, BITS[stored.layout]))})")
-    if stored.group_size is not None and stored.group_size not in GROUPS:
-        problems.append(f"group_size={stored.group_size} (expected -1 or one of {', '.join(map(str, GROUPS))})")
+    able = (8,) if stored.plain else BITS[stored.layout]
+    if stored.bits not in able:
+        problems.append(f"bits={stored.bits} (expected one of {', '.join(map(str, able))})")
+    groups = (128,) if stored.kind == "float" else GROUPS
+    if stored.group_size is not None and stored.group_size not in groups:
+        problems.append(f"group_size={stored.group_size} (expected -1 or one of {', '.join(map(str, groups))})")
     if problems:
         raise LowbitError(
             f"{where}: lowbit can't read this {method} checkpoint: {'; '.join(problems)}. Give one without, or the "
@@ -77,36 +58,19 @@ def _attribute(config: Any) -> Any:
     return getattr(config, "quantization_config", None)
 
 
-def _number(values: Mapping[str, Any], name: str) -> int:
-    value = values.get(name)
-    return value if isinstance(value, int) and not isinstance(value, bool) else 0
-
-
-def _group(values: Mapping[str, Any]) -> int | None:
-    value = values.get("group_size", -1)
-    return None if value in (-1, None) else value if isinstance(value, int) else 0
-
-
-def _unless(problems: list[str], values: Mapping[str, Any], name: str, *allowed: Any) -> None:
-    value = values.get(name)
-    if value not in (None, *allowed):
-        problems.append(f"{name}={value!r}")
-
-
 def _gptq(values: Mapping[str, Any]) -> tuple[Stored, list[str]]:
     problems: list[str] = []
     layout = values.get("checkpoint_format") or values.get("format") or "gptq"
     if layout not in ("gptq", "gptq_v2"):
         problems.append(f"checkpoint_format={layout!r} (expected 'gptq' or 'gptq_v2')")
-    if values.get("desc_act") and _group(values) is not None:
-        problems.append("desc_act=True (columns in another order than their groups: g_idx)")
-    _unless(problems, values, "dynamic", {})
-    _unless(problems, values, "pack_dtype", "int32")
-    _unless(problems, values, "is_marlin_format", False)
+    unless(problems, values, "dynamic", {})
+    unless(problems, values, "pack_dtype", "int32")
+    unless(problems, values, "is_marlin_format", False)
     stored = Stored(
-        *("gptq", _number(values, "bits"), _group(values), bool(values.get("sym", True))),
+        *("gptq", number(values, "bits"), group_of(values), bool(values.get("sym", True))),
         zero_offset=1 if layout == "gptq" else 0,
         head=bool(values.get("lm_head")),
+        ordered=bool(values.get("desc_act")) and group_of(values) is not None,
     )
     return stored, problems
 
@@ -121,61 +85,39 @@ def _awq(values: Mapping[str, Any]) -> tuple[Stored, list[str]]:
     left = [name for name in values.get("modules_to_not_convert") or () if name != "lm_head"]
     if left:
         problems.append(f"modules_to_not_convert={left!r}")
-    return Stored("awq", _number(values, "bits"), _group(values), symmetric=False), problems
-
-
-def _compressed(values: Mapping[str, Any]) -> tuple[Stored, list[str]]:
-    problems: list[str] = []
-    groups = list(dict(values.get("config_groups") or {}).values())
-    if len(groups) != 1 or not isinstance(groups[0], Mapping):
-        problems.append(f"{len(groups)} config_groups (expected one, written out)")
-    group: Mapping[str, Any] = groups[0] if groups and isinstance(groups[0], Mapping) else {}
-    weights: Mapping[str, Any] = group.get("weights") or {}
-    layout = group.get("format") or values.get("format")
-    if layout != "pack-quantized":
-        problems.append(f"format={layout!r} (expected 'pack-quantized')")
-    for name in ("input_activations", "output_activations"):
-        _unless(problems, group, name)
-    _unless(problems, values, "kv_cache_scheme")
-    if dict(values.get("sparsity_config") or {}).get("format", "dense") != "dense":
-        problems.append("sparsity_config")
-    if weights.get("type", "int") != "int":
-        problems.append(f"type={weights.get('type')!r} (expected 'int')")
-    strategy = weights.get("strategy") or ("group" if _group(weights) else "channel")
-    if strategy not in ("group", "channel"):
-        problems.append(f"strategy={strategy!r} (expected 'group' or 'channel')")
-    if weights.get("actorder") not in (None, False, "weight", "static"):
-        problems.append(f"actorder={weights.get('actorder')!r} (columns in another order than their groups)")
-    size = _group(weights) if strategy == "group" else None
-    symmetric = weights.get("symmetric", True) is not False
-    return Stored("compressed-tensors", _number(weights, "num_bits"), size, symmetric), problems
+    return Stored("awq", number(values, "bits"), group_of(values), symmetric=False), problems
 
 
 READERS: dict[str, Callable[[Mapping[str, Any]], tuple[Stored, list[str]]]] = {
     "gptq": _gptq,
     "awq": _awq,
-    "compressed-tensors": _compressed,
+    "compressed-tensors": compressed.read,
 }
 """By ``quant_method``."""
 
 
-NATIVE = "int4_sym_g128"
-"""The storage (lowbit/kernels/weights.py) in which symmetric 4-bit groups of 128 feed lowbit's own decode kernels."""
+def streamed_as(stored: Stored) -> str | None:
+    """The storage (lowbit/kernels/weights.py) in which the linears feed lowbit's own decode kernels, or None."""
+    if stored.ordered or stored.inputs is not None or not stored.symmetric:
+        return None
+    if stored.kind == "float":
+        return None if stored.group_size else "fp8_e4m3"
+    return {(4, 128): "int4_sym_g128", (8, None): "int8"}.get((stored.bits, stored.group_size))
 
 
 def as_rows(stored: Stored) -> tuple[Format, ...]:
-    """A checkpoint's rows: as it is, and with its head in 4 bits, for the decode kernels, which take one format."""
-    own = as_row(stored)
-    if own.scheme != NATIVE or stored.head:
+    """A checkpoint's rows: as it is, and with a head in as many bits for the decode kernels, which want it packed."""
+    own, native = as_row(stored), streamed_as(stored)
+    if native is None or stored.head:
         return (own,)
     with_head = replace(
         own,
-        name=f"{own.name}_head4",
+        name=f"{own.name}_head{stored.bits}",
         targets=(*own.targets, "lm_head"),
-        options={"head": NATIVE},
+        options={"head": native},
         fast=True,
         modes=("eager", "native"),
-        note="the checkpoint's own codes and scales, bit for bit, and the head rounded to int4_sym_g128 by lowbit",
+        note=f"the checkpoint's own codes and scales, bit for bit, and the head rounded to {native} by lowbit",
         **FP16_FIRST,
     )
     return own, with_head
@@ -183,20 +125,34 @@ def as_rows(stored: Stored) -> tuple[Format, ...]:
 
 def as_row(stored: Stored) -> Format:
     """The row that multiplies with the linears exactly as they are stored."""
-    native = stored.symmetric and (stored.bits, stored.group_size) == (4, 128)
-    size = (f"_g{stored.group_size}" if stored.group_size else "") + ("_head" if stored.head else "")
+    native, inputs = streamed_as(stored), stored.inputs
+    decodes = native is not None and stored.head
+    note = "the checkpoint's own codes and scales, bit for bit; quality is taken against what they stand for"
+    if inputs is not None:
+        note = f"{note}; inputs in 8 bits, {'dynamic' if inputs.dynamic else 'by their stored scale'}"
     return row(
-        f"a16w{stored.bits}_{SHORT[stored.layout]}{size}",
+        _name(stored),
         "checkpoint",
-        NATIVE if native else stored.layout,
-        (16, stored.bits),
-        f"int{stored.bits}",
+        native or stored.layout,
+        (8 if inputs else 16, stored.bits),
+        *(f"int{stored.bits}",) if stored.kind == "int" else ("fp8", "float8"),
         stored.layout,
         "calibrated",
         group_size=stored.group_size,
         targets=(*LINEARS, "lm_head") if stored.head else LINEARS,
-        fast=native and stored.head,
-        modes=("eager", "native") if native and stored.head else ("eager",),
-        note="the checkpoint's own codes and scales, bit for bit; quality is taken against what they stand for",
-        **(FP16_FIRST if native and stored.head else {}),
+        fast=decodes,
+        modes=("eager", "native") if decodes else ("eager",),
+        note=f"{note}; columns are put in the order of their groups at every product" if stored.ordered else note,
+        **(FP16_FIRST if decodes else {}),
     )
+
+
+def _name(stored: Stored) -> str:
+    words = [f"a{8 if stored.inputs else 16}w{stored.bits}", SHORT[stored.layout]]
+    if stored.plain:
+        words.append("fp8" if stored.kind == "float" else "int8")
+    if stored.inputs is not None:
+        words.append("dynamic" if stored.inputs.dynamic else "static")
+    if stored.group_size:
+        words.append(f"{'block' if stored.per == 'block' else 'g'}{stored.group_size}")
+    return "_".join([*words, *["act"] * stored.ordered, *["head"] * stored.head])

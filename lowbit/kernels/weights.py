@@ -123,6 +123,7 @@ STORED_FORMATS: dict[str, WeightFormat] = {
         ),
     )
 }
+STORED_FORMATS["fp8_e4m3_g128"] = WeightFormat("fp8_e4m3_g128", 8, "e4m3", "absmax", 128, **_ROW)
 """What checkpoints that are quantized already are held in (lowbit/prequantized.py): their 16-bit scale times their
 integer zero point is exact in fp32 and not in fp16. Nothing quantizes into these."""
 
