@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+import published
 import pytest
 
 from lowbit import baselines, runs
@@ -12,7 +13,8 @@ from lowbit.__main__ import main
 from lowbit.cases import Case
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS, Unmet
-from lowbit.report import figures, format_table
+from lowbit.formats import stored as stored_formats
+from lowbit.report import checkpoint_table, figures, format_table
 from lowbit.runs import Header
 from lowbit.workloads import Workload
 
@@ -200,3 +202,17 @@ def test_the_command_prints_or_writes_the_page(stored, tmp_path, monkeypatch, ca
 def test_arguments_that_contradict_each_other_are_refused(words, capsys):
     assert main(["formats", *words]) == 2
     assert "--markdown" in capsys.readouterr().err
+
+
+def test_checkpoints_that_are_quantized_already_have_their_section():
+    """What the page says is read is read: each example's config gives its row."""
+    told = "\n".join(checkpoint_table.section())
+    for how, said in checkpoint_table.EXAMPLES:
+        assert f"| {how.layout}, {said} | `{stored_formats.as_row(how).id}` | " in told
+    rows = [stored_formats.as_row(how).id for how, _ in checkpoint_table.EXAMPLES]
+    assert len(set(rows)) == len(rows)
+    for scheme in (published.Plain("float", "block", "group"), published.Plain("int", "row", "static")):
+        how = stored_formats.read({"quantization_config": published.plain_config(scheme)}, "a test")
+        assert f"`{stored_formats.as_row(how).id}`" in told
+    act = published.config(published.Scheme("gptq", 4, 128, True, ordered=True))
+    assert f"`{stored_formats.as_row(stored_formats.read({'quantization_config': act}, 'a test')).id}`" in told

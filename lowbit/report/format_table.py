@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 from lowbit.formats.row import LINEARS, TABLES, Format
+from lowbit.report import checkpoint_table
 from lowbit.report.figures import CPU, H200, Place, Source, places
 from lowbit.report.layout import NONE, divergence, number
 from lowbit.report.markdown import code, text
@@ -48,7 +49,7 @@ def page(formats: Sequence[Format], sources: Sequence[Source], needs: Mapping[st
     by_library = sorted(formats, key=lambda fmt: [each.backend for each in formats].index(fmt.backend))
     for library, members in groupby(by_library, key=lambda fmt: fmt.backend):
         lines += ["", f"## {TITLES.get(library, library)}", *table(shown, list(members))]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *checkpoint_table.section()]) + "\n"
 
 
 def table(columns: Sequence[Column], formats: Iterable[Format]) -> list[str]:
