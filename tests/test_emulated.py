@@ -67,6 +67,15 @@ def held_against(exact, decoder, step, count, bound):
         assert int(decoder.position) == place + 1
 
 
+@pytest.mark.parametrize("name", [name for name in FORMATS if LAYOUTS[name].widest > 256])
+def test_the_widest_stages(emulate, name):
+    """Llama-3's own widths are multiples of 1024, so that a stage has up to 8 groups of columns."""
+    wide = {"hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 2}
+    _, exact, decoder, step = build(name, length=16, num_hidden_layers=1, head_dim=128, **wide)
+    assert step.shape.widths == (1024, 2048, 1024)
+    held_against(exact, decoder, step, 3, 5e-3)
+
+
 @pytest.mark.parametrize(
     ("length", "places"),
     [

@@ -34,22 +34,22 @@ def same(a, b):
 
 
 def lane_codes(words, bits, lane, block):
-    """A lane's 8 codes of the 32-column ``block``, for rows g and g + 8: [2, 8]. ``words``: the stage as uint32."""
+    """A lane's codes of a block, for rows g and g + 8: [2, columns]. ``words``: the stage as uint32.
+
+    16 bits: a block has 32 columns, 8 of them the lane's; else 64, of which 16."""
     quad = words.reshape(-1, 32, 4)[:, lane]  # the 16 bytes that this lane loads at a time
-    out = np.zeros((2, 8), np.int64)
-    for high in range(2):
-        for c in range(8):
-            if bits == 16:  # two loads per block, 4 columns each; word = high, then the pair
-                word = quad[block * 2 + c // 4][high + 2 * (c % 4 // 2)]
-                out[high, c] = (word >> (16 * (c % 2))) & 0xFFFF
-            elif bits == 8:
-                out[high, c] = (quad[block][high + 2 * (c // 4)] >> (8 * (c % 4))) & 0xFF
-            elif bits == 4:
-                word = quad[block // 2][block % 2 * 2 + c // 4]
-                out[high, c] = (word >> (8 * high + 4 * (c % 4 // 2) + 16 * (c % 2))) & 0xF
-            else:
-                out[high, c] = (quad[block // 4][block % 4] >> (8 * high + 2 * (c // 2) + 16 * (c % 2))) & 3
-    return out
+    if bits == 16:  # two loads per block, 4 columns each; word = high, then the pair
+        words = [quad[block * 2], quad[block * 2 + 1]]
+        places = [[(words[c // 4][high + 2 * (c % 4 // 2)], 16 * (c % 2)) for c in range(8)] for high in (0, 1)]
+    elif bits == 8:  # a load per row
+        places = [[(quad[block * 2 + high][c // 4], 8 * (c % 4)) for c in range(16)] for high in (0, 1)]
+    elif bits == 4:  # a byte per column: row g low, row g + 8 high
+        places = [[(quad[block][c // 4], 8 * (c % 4) + 4 * high) for c in range(16)] for high in (0, 1)]
+    else:  # a byte per column and that of the next block
+        places = [
+            [(quad[block // 2][c // 4], 8 * (c % 4) + 4 * (block % 2) + 2 * high) for c in range(16)] for high in (0, 1)
+        ]
+    return np.array([[int(word) >> shift & ((1 << bits) - 1) for word, shift in row] for row in places])
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -68,10 +68,12 @@ def test_a_lane_finds_its_codes_and_scales_where_the_kernel_looks(name):
         words = stage[:size].view(np.uint32)
         for lane in (0, 5, 31):
             g, quarter = lane // 4, lane % 4
-            for block in range(ku // 32):
-                column = chunk * ku + block * 32 + quarter * 8
-                rows = canonical[[tile * 16 + g, tile * 16 + g + 8], column : column + 8]
-                assert (lane_codes(words, layout.bits, lane, block) == rows).all()
+            width = 32 if layout.bits == 16 else 64
+            for block in range(ku // width):
+                column = chunk * ku + block * width + quarter * (width // 4)
+                rows = canonical[[tile * 16 + g, tile * 16 + g + 8], column : column + width // 4]
+                flip = 128 if name == "int8" else 0  # canonical codes are q + 128, the stream's two's complement
+                assert (lane_codes(words, layout.bits, lane, block) == rows.astype(np.int64) ^ flip).all()
             if layout.grouped:
                 for group in range(ku // 128):
                     pairs = stage[size:].view(np.float16)[(group * 8 + g) * 4 :][:4].reshape(2, 2)
@@ -105,9 +107,9 @@ def test_nothing_is_added_to_the_stored_bytes(name):
 
 
 def test_stages_are_as_wide_as_k_allows():
-    assert stream.stage_columns("int4_g128", 4096) == 1024
-    assert stream.stage_columns("int4_g128", 14336) == 1024
-    assert stream.stage_columns("int4_g128", 768) == 256
+    assert stream.stage_columns("int2_g128", 4096) == 1024
+    assert stream.stage_columns("int2_g128", 14336) == 1024
+    assert stream.stage_columns("int2_g128", 768) == 256
     assert stream.stage_columns("bf16", 4096) == 256
     with pytest.raises(LowbitError, match=r"K=384"):
         stream.stage_columns("int4_g128", 384)

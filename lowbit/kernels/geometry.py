@@ -20,7 +20,8 @@ RING_BYTES = 220 * 1024
 """Shared memory of a product: more than half of a multiprocessor's, so that two products never share one."""
 SHARED_BYTES, RESERVED_BYTES = 228 * 1024, 1024
 """Of a multiprocessor of SM90, and what each block on it costs beside its own."""
-MAX_RING = 48
+MAX_RING, PLANE_GAP = 48, 64
+"""Stages of a ring at most; bytes between the two planes of x's digits (cuda/product.cu)."""
 ATTENTION_WARPS, CHUNK = 8, 16
 """Attention: warps of a block, positions of a chunk (cuda/attention.cu says the same)."""
 SPLITS, LONG_SPLITS = 8, 16
@@ -122,7 +123,8 @@ class Geometry:
         batch = min(BATCH_TILES, -(-tiles // blocks))
         ku = stage_columns(self.format, k)
         stage = LAYOUTS[self.format].stage_bytes(ku)
-        fixed = k * 2 + k // GROUP * 8 + batch * (k // ku) * 64 + 128 + 16 * MAX_RING
+        digits = 2 * PLANE_GAP + ku if LAYOUTS[self.format].integer else 0
+        fixed = k * 2 + digits + k // GROUP * 8 + batch * (k // ku) * 64 + 128 + 16 * MAX_RING
         ring = min(MAX_RING, (room - fixed) // stage) // self.warps * self.warps
         if not ring:
             raise LowbitError(f"a ring of {self.warps} stages of {stage} bytes and x of K={k} exceed {room} bytes")

@@ -2,8 +2,10 @@
 
 A matrix [rows, k] becomes [rows / 16][k / ku] stages. A stage is 16 rows x ku columns of codes, then, in the grouped
 formats, an fp16 scale and zero per row and group of 128. Inside, 128-bit words are laid out by lane: lane l of a warp
-gets rows l // 4 and l // 4 + 8 and, of every 32 columns, the 8 from (l % 4)·8 on, as mma.m16n8k16 wants operand A. Bits
-as stored: nothing is added to a weight's size but padding of a head's rows to a multiple of 16.
+gets rows l // 4 and l // 4 + 8 and, of every 64 columns, the 16 from (l % 4)·16 on (bf16: of every 32, 8), as mma wants
+operand A. 8 bits: a word per row; 4 bits: a byte holds the same column of both rows; 2 bits: of both rows, the same
+column of two blocks of 64. Bits as stored: nothing is added to a weight's size but padding of a head's rows to a
+multiple of 16.
 """
 
 from __future__ import annotations
@@ -37,6 +39,16 @@ class Layout:
     def grouped(self) -> bool:
         return self.code in (2, 3)
 
+    @property
+    def integer(self) -> bool:
+        """Multiplied as integers, x in two digits (cuda/common.cu)."""
+        return self.code in (1, 2, 3, 4)
+
+    @property
+    def signed(self) -> bool:
+        """Bytes of the stream are two's complement; canonical codes are q + 128."""
+        return self.code == 1
+
     def stage_bytes(self, ku: int) -> int:
         """Bytes of 16 rows x ku columns with their scales."""
         return TILE * ku * self.bits // 8 + (ku // GROUP * 64 if self.grouped else 0)
@@ -45,8 +57,8 @@ class Layout:
 LAYOUTS: dict[str, Layout] = {
     "bf16": Layout(0, 16, 256),
     "int8": Layout(1, 8, 512),
-    "int4_g128": Layout(2, 4, 1024, warps=8),
-    "int4_sym_g128": Layout(2, 4, 1024, warps=8),
+    "int4_g128": Layout(2, 4, 512, warps=14),
+    "int4_sym_g128": Layout(2, 4, 512, warps=14),
     "int2_g128": Layout(3, 2, 1024),
     "ternary": Layout(4, 2, 1024),
     "fp8_e4m3": Layout(5, 8, 512),
@@ -108,13 +120,13 @@ def _ordered(values: Tensor, layout: Layout, ku: int) -> Tensor:
     if layout.bits == 16:  # k = chunk, block of 32, lane's quarter, half of it, pair, element
         v = v.view(tiles, 2, 8, chunks, ku // 32, 4, 2, 2, 2).permute(0, 3, 4, 6, 2, 5, 7, 1, 8)
         return v.contiguous().view(tiles, chunks, -1).view(torch.uint8)
-    if layout.bits == 8:  # k = chunk, block, quarter, half, byte
-        v = v.view(tiles, 2, 8, chunks, ku // 32, 4, 2, 4).permute(0, 3, 4, 2, 5, 6, 1, 7)
-        return v.contiguous().view(tiles, chunks, -1)
-    if layout.bits == 4:  # k = chunk, two blocks, block, quarter, half, high pair, element; nibble = e, high, pair
-        v = v.view(tiles, 2, 8, chunks, ku // 64, 2, 4, 2, 2, 2).permute(0, 3, 4, 2, 6, 5, 7, 9, 1, 8)
-    else:  # 2 bits: k = chunk, four blocks, block, quarter, pair of 4, element; field = e, high, pair
-        v = v.view(tiles, 2, 8, chunks, ku // 128, 4, 4, 4, 2).permute(0, 3, 4, 2, 6, 5, 8, 1, 7)
+    if layout.bits == 8:  # k = chunk, block, quarter, byte
+        v = v.view(tiles, 2, 8, chunks, ku // 64, 4, 16).permute(0, 3, 4, 1, 2, 5, 6)
+        return (v ^ 128 if layout.signed else v).contiguous().view(tiles, chunks, -1)
+    if layout.bits == 4:  # k = chunk, block, quarter, byte; nibble = high
+        v = v.view(tiles, 2, 8, chunks, ku // 64, 4, 16).permute(0, 3, 4, 2, 5, 6, 1)
+    else:  # 2 bits: k = chunk, two blocks, block, quarter, byte; field = block, high
+        v = v.view(tiles, 2, 8, chunks, ku // 128, 2, 4, 16).permute(0, 3, 4, 2, 6, 7, 5, 1)
     return weights.pack(v.contiguous().view(tiles, chunks, -1), layout.bits)
 
 
@@ -170,11 +182,12 @@ def _values(data: Tensor, layout: Layout, ku: int) -> Tensor:
         return v.permute(0, 7, 4, 1, 2, 5, 3, 6, 8).reshape(tiles * TILE, -1)
     v = weights.unpack(data.contiguous(), layout.bits)
     if layout.bits == 8:
-        return v.view(tiles, chunks, ku // 32, 8, 4, 2, 2, 4).permute(0, 6, 3, 1, 2, 4, 5, 7).reshape(tiles * TILE, -1)
+        v = v.view(tiles, chunks, ku // 64, 2, 8, 4, 16).permute(0, 3, 4, 1, 2, 5, 6)
+        return (v ^ 128 if layout.signed else v).reshape(tiles * TILE, -1)
     if layout.bits == 4:
-        v = v.view(tiles, chunks, ku // 64, 8, 4, 2, 2, 2, 2, 2).permute(0, 8, 3, 1, 2, 5, 4, 6, 9, 7)
+        v = v.view(tiles, chunks, ku // 64, 8, 4, 16, 2).permute(0, 6, 3, 1, 2, 4, 5)
     else:
-        v = v.view(tiles, chunks, ku // 128, 8, 4, 4, 2, 2, 4).permute(0, 7, 3, 1, 2, 5, 4, 8, 6)
+        v = v.view(tiles, chunks, ku // 128, 8, 4, 16, 2, 2).permute(0, 7, 3, 1, 2, 6, 4, 5)
     return v.reshape(tiles * TILE, -1)
 
 

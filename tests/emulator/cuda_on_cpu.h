@@ -198,7 +198,10 @@ template <class T> inline T __ldcg(const T* p) { return *p; }
 inline uint32_t atomicAdd(uint32_t* p, uint32_t v) { const uint32_t old = *p; *p += v; return old; }
 inline uint64_t atomicMax(uint64_t* p, uint64_t v) { const uint64_t old = *p; *p = max(old, v); return old; }
 inline uint32_t __float_as_uint(float f) { uint32_t u; std::memcpy(&u, &f, 4); return u; }
+inline int __float_as_int(float f) { return (int)__float_as_uint(f); }
 inline float __uint_as_float(uint32_t u) { float f; std::memcpy(&f, &u, 4); return f; }
+inline float __int_as_float(int i) { return __uint_as_float((uint32_t)i); }
+inline float __fdividef(float a, float b) { return a / b; }
 inline float rsqrtf(float v) { return 1.f / std::sqrt(v); }
 inline float __expf(float v) { return std::exp(v); }
 
@@ -335,10 +338,39 @@ inline void mma_any(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32
 namespace emulator { inline float bf16_value(uint16_t b) { return __uint_as_float((uint32_t)b << 16); } }
 inline void mma_f16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) { mma_any<emulator::half_value>(c, a0, a1, a2, a3, b0, b1); }
 inline void mma_bf16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) { mma_any<emulator::bf16_value>(c, a0, a1, a2, a3, b0, b1); }
-template <uint32_t MASK> inline uint32_t field(uint32_t w) { return (w & MASK) | 0x64006400u; }
-inline uint32_t bytes_to_halves(uint32_t w, uint32_t pick) {  // prmt: bytes 0 to 3 are w's, 4 to 7 are 0x64
+template <class A>
+inline void mma_bytes(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {  // m16n8k32
+  const uint32_t mine[6] = {a0, a1, a2, a3, b0, b1};
+  auto& slots = emulator::exchange(mine, sizeof mine);
+  const int g = emulator::lane() / 4, q = emulator::lane() % 4;
+  for (int i = 0; i < 4; i++) {
+    const int row = g + i / 2 * 8, column = q * 2 + i % 2;
+    for (int k = 0; k < 32; k++) {
+      A a;
+      int8_t b;
+      std::memcpy(&a, slots[row % 8 * 4 + k % 16 / 4] + (row / 8 + 2 * (k / 16)) * 4 + k % 4, 1);
+      std::memcpy(&b, slots[column * 4 + k % 16 / 4] + (4 + k / 16) * 4 + k % 4, 1);
+      c[i] += (int)a * (int)b;
+    }
+  }
+}
+inline void mma_u8(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) { mma_bytes<uint8_t>(c, a0, a1, a2, a3, b0, b1); }
+inline void mma_s8(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) { mma_bytes<int8_t>(c, a0, a1, a2, a3, b0, b1); }
+template <class T, class Join> inline T over_half_warp(T v, Join join) {
+  auto& slots = emulator::exchange(&v, sizeof v);
+  const int from = emulator::lane() & 16;
+  for (int i = 0; i < 16; i++) {
+    T other;
+    std::memcpy(&other, slots[from + i], sizeof other);
+    v = i ? join(v, other) : other;
+  }
+  return v;
+}
+inline uint32_t half_warp_max(uint32_t v) { return over_half_warp(v, [](uint32_t a, uint32_t b) { return max(a, b); }); }
+inline int half_warp_sum(int v) { return over_half_warp(v, [](int a, int b) { return a + b; }); }
+inline uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t pick) {
   uint32_t r = 0;
-  for (int i = 0; i < 4; i++) { const uint32_t from = pick >> (4 * i) & 7; r |= (from < 4 ? w >> (8 * from) & 255 : 0x64u) << (8 * i); }
+  for (int i = 0; i < 4; i++) { const uint32_t from = pick >> (4 * i) & 7; r |= ((from < 4 ? a : b) >> (8 * (from & 3)) & 255) << (8 * i); }
   return r;
 }
 inline uint32_t e4m3_to_halves(uint32_t w, int high) {

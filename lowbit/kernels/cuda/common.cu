@@ -8,13 +8,16 @@
 // scales behind them (lowbit/kernels/stream.py packs it). In a block
 //   * one producer thread copies stage after stage into a ring in shared memory with the bulk copy engine. It never
 //     waits for the kernel before, so weights keep flowing while that one ends (programmatic dependent launch, PDL);
-//   * WARPS consumer warps take whole stages, each alone: 128-bit loads, an integer trick instead of a conversion, and
-//     mma.m16n8k16 with the weights as operand A. Tensor cores do the multiplication and the sum over k; operand B is x.
+//   * WARPS consumer warps take whole stages, each alone: 128-bit loads, a mask instead of a conversion, and mma with the
+//     weights as operand A. Tensor cores do the multiplication and the sum over k; operand B is x.
 //
-// Dequantization. An integer q of up to 10 bits is or-ed into the mantissa of the half 1024.0 (0x6400): the half then is
-// 1024 + q, exactly, at the price of one LOP3 for two weights. A 4-bit field that lies at bits 4 to 7 of its half is left
-// there and reads 1024 + 16 q: the 16 is undone on the activation, which is multiplied by 1/16 (exact). The constant is
-// taken out with sums of x per 128 columns: sum((1024 + q) x) - 1024 sum(x). Nothing is rounded but x, to fp16.
+// Integer formats (int8, int4, int2, ternary) are multiplied as integers, exactly, by mma.m16n8k32. Per 128 columns x is
+// rounded to 16 bits, x = scale (256 d0 + d1) with digits of 8 bits, which is closer than fp16. An mma has 8 columns of x,
+// one would do for a matrix-vector product: here they are d0 and d1 of 4 groups of 128 columns. A lane whose column
+// belongs to another group than the weights at hand gives zeros, so that after 4 groups the sums of all of them, digit by
+// digit, lie side by side, and the four lanes that share a row scale one group each. Fields that do not lie at the lowest
+// bits of their byte are masked, not shifted: row g + 8's 4 bits are worth 16 times as much as row g's, which the sum undoes.
+// bf16 is multiplied as bf16, fp8 is converted to fp16 first (mma.m16n8k16); x is rounded to the same 16 bits.
 //
 // PDL. A kernel triggers its dependents after its own wait, never before: an earlier trigger lets kernel N+2 start while
 // N still runs, and gave different bits in 1 of 10 runs while every tolerance held (docs/kernels.md).
@@ -26,11 +29,12 @@ enum { TO_ACT = 0, ADD_RESIDUAL = 1, SILU_MUL = 2, TO_LOGITS = 3 };  // what a p
 
 constexpr int CONSUMERS = WARPS * 32, THREADS = CONSUMERS + 32;  // and one producer warp
 constexpr int QDIM = HEADS * HEAD_DIM, KVDIM = KV_HEADS * HEAD_DIM;
-constexpr int GROUP = 128;       // columns that share a sum of x, and a scale in the grouped formats
+constexpr int GROUP = 128;       // columns that share a scale of x (INTEGER), and of the weights in the grouped formats
 constexpr int MAX_RING = 48;      // stages
 constexpr int BATCH_TILES = 14;  // row tiles whose partial sums are in shared memory at once
 constexpr bool GROUPED = FORMAT == INT4 || FORMAT == INT2;                        // fp16 scale and zero per group
 constexpr bool ROW_SCALED = FORMAT == INT8 || FORMAT == TERNARY || FORMAT == FP8;  // fp32 scale per row
+constexpr bool INTEGER = FORMAT != BF16 && FORMAT != FP8;
 constexpr int BITS = FORMAT == BF16 ? 16 : (FORMAT == INT8 || FORMAT == FP8) ? 8 : FORMAT == INT4 ? 4 : 2;
 // Of a matrix with K columns: columns of a stage, bytes of its codes, bytes with scales
 __device__ constexpr int stage_columns(int k) { int ku = WIDEST; while (k % ku) ku /= 2; return ku; }
@@ -60,6 +64,10 @@ __device__ __forceinline__ void sync_consumers() { sync_some<CONSUMERS>(); }
 __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   if constexpr (FORMAT == BF16) mma_bf16(c, a0, a1, a2, a3, b0, b1);
   else mma_f16(c, a0, a1, a2, a3, b0, b1);
+}
+__device__ __forceinline__ void mma(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  if constexpr (FORMAT == INT8) mma_s8(c, a0, a1, a2, a3, b0, b1);
+  else mma_u8(c, a0, a1, a2, a3, b0, b1);
 }
 // 16-bit activations, norms and KV cache: bf16 beside bf16 weights, else fp16.
 __device__ __forceinline__ uint16_t to16(float v) {

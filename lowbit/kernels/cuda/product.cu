@@ -1,19 +1,20 @@
 // ---------------------------------------------------------------------------------------------- shared memory of a block
 struct Shared {
   uint8_t* ring;      // [ring][stage]
-  uint16_t* x;        // [K], scaled for the fields' places
-  float2* sums;       // [K / GROUP]: what the 1024s add up to, and the sum of x
+  uint16_t* x;        // [K]; INTEGER: two planes of digits, [K + PLANE_GAP] bytes each, and then zeros for a stage's columns
+  float2* groups;     // [K / GROUP], INTEGER: scale of x, sum of x
   float* partial;     // [batch x stages of a tile][16]: row sums of every stage
   float* reduce;      // [32]
   uint64_t *full, *empty;  // [ring]
 };
+constexpr int PLANE_GAP = 64;  // bytes, so that a column of x in one plane and that in the other share no bank
 // lowbit/kernels/geometry.py computes the same size
 template <int K> __device__ __forceinline__ Shared carve(uint8_t* memory, int ring, int batch) {
   Shared s;
   s.ring = memory;
   uint8_t* p = memory + ring * stage_bytes(stage_columns(K));
-  s.x = (uint16_t*)p, p += K * 2;
-  s.sums = (float2*)p, p += K / GROUP * 8;
+  s.x = (uint16_t*)p, p += K * 2 + (INTEGER ? 2 * PLANE_GAP + stage_columns(K) : 0);
+  s.groups = (float2*)p, p += K / GROUP * 8;
   s.partial = (float*)p, p += batch * (K / stage_columns(K)) * 64;
   s.reduce = (float*)p, p += 128;
   s.full = (uint64_t*)p, s.empty = (uint64_t*)p + MAX_RING;
@@ -44,32 +45,39 @@ template <int EPILOGUE> __device__ __forceinline__ void load_row_scales(const Pr
 }
 
 // ---------------------------------------------------------------------------------------------- x into shared memory
-__device__ __forceinline__ float place_scale(int i) {  // 1 / the power of two at which field i of 8 is left in its half
-  if constexpr (FORMAT == INT4) return (i & 2) ? 1.f / 16 : 1.f;
-  if constexpr (FORMAT == INT2 || FORMAT == TERNARY) return i < 2 ? 1.f : i < 4 ? 1.f / 4 : i < 6 ? 1.f / 16 : 1.f / 64;
-  return 1.f;
-}
-// 8 consecutive values from column k on. 16 neighbouring lanes hold one group and sum it up.
-__device__ __forceinline__ void put8(const Shared& s, int k, const float (&v)[8]) {
-  uint32_t o[4];
-  float bias = 0.f, sum = 0.f;
+constexpr float MAGIC = 12582912.f;  // 1.5 * 2^23: float MAGIC + i has i in its low bits, for |i| < 2^22
+constexpr int MAGIC_BITS = 0x4b400000;
+// 8 consecutive values from column k on, by each of 32 lanes; 16 neighbours hold a group.
+template <int K> __device__ __forceinline__ void put8(const Shared& s, int k, const float (&v)[8]) {
+  if constexpr (!INTEGER) {
+    uint32_t o[4];
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    if constexpr (FORMAT == BF16) { o[i] = (uint32_t)to16(v[2 * i]) | ((uint32_t)to16(v[2 * i + 1]) << 16); continue; }
-    const float scale = place_scale(2 * i);
-    __half2 h = __floats2half2_rn(v[2 * i], v[2 * i + 1]);
-    const float x0 = __low2float(h), x1 = __high2float(h);
-    __half2 placed = __floats2half2_rn(x0 * scale, x1 * scale);
-    sum += x0 + x1, bias += 1024.f * (__low2float(placed) + __high2float(placed));
-    o[i] = *(uint32_t*)&placed;
-  }
-  *(uint4*)(s.x + k) = make_uint4(o[0], o[1], o[2], o[3]);
-  if constexpr (FORMAT != BF16 && FORMAT != FP8) {
+    for (int i = 0; i < 4; i++) o[i] = (uint32_t)to16(v[2 * i]) | ((uint32_t)to16(v[2 * i + 1]) << 16);
+    *(uint4*)(s.x + k) = make_uint4(o[0], o[1], o[2], o[3]);
+  } else {
+    constexpr float LARGEST = 32512.f;  // 127 * 256
+    uint32_t most = 0, low[2], high[2];
 #pragma unroll
-    for (int d = 8; d >= 1; d >>= 1) bias += __shfl_xor_sync(~0u, bias, d), sum += __shfl_xor_sync(~0u, sum, d);
-    if (FORMAT == INT8) bias += 128.f * sum;     // bytes are stored as q + 128
-    if (FORMAT == TERNARY) bias += sum;          // fields are stored as q + 1
-    if ((threadIdx.x & 15) == 0) s.sums[k / GROUP] = make_float2(bias, sum);
+    for (int i = 0; i < 8; i++) most = max(most, __float_as_uint(v[i]) & 0x7fffffffu);  // bits order as values do, NaN last
+    const float largest = __uint_as_float(half_warp_max(most));
+    const bool tiny = largest < 1e-30f;
+    const float scale = tiny ? 0.f : largest * (1.f / LARGEST), times = tiny ? 0.f : __fdividef(LARGEST, largest);
+    int sum = -8 * MAGIC_BITS;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      uint32_t q[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) q[i] = __float_as_uint(v[h * 4 + i] * times + MAGIC), sum += (int)q[i];
+      low[h] = pick_bytes(pick_bytes(q[0], q[1], 0x0040), pick_bytes(q[2], q[3], 0x0040), 0x5410);
+#pragma unroll
+      for (int i = 0; i < 4; i++) q[i] += 128;  // low is signed: -128 to 127
+      high[h] = pick_bytes(pick_bytes(q[0], q[1], 0x0051), pick_bytes(q[2], q[3], 0x0051), 0x5410);
+    }
+    uint8_t* to = (uint8_t*)s.x + k;
+    *(uint2*)to = make_uint2(high[0], high[1]);
+    *(uint2*)(to + K + PLANE_GAP) = make_uint2(low[0], low[1]);
+    sum = half_warp_sum(sum);
+    if ((threadIdx.x & 15) == 0) s.groups[k / GROUP] = make_float2(scale, scale * (float)sum);
   }
 }
 template <int K, bool NORM> __device__ __forceinline__ void stage_x(const Product& op, const Ahead& ahead, const Shared& s) {
@@ -97,7 +105,7 @@ template <int K, bool NORM> __device__ __forceinline__ void stage_x(const Produc
       const uint32_t* w = (const uint32_t*)&ahead.norm[i];
 #pragma unroll
       for (int j = 0; j < 4; j++) { float2 n = from16x2(w[j]); v[i][2 * j] *= r * n.x, v[i][2 * j + 1] *= r * n.y; }
-      put8(s, (i * CONSUMERS + t) * 8, v[i]);
+      put8<K>(s, (i * CONSUMERS + t) * 8, v[i]);
     }
   } else {
     constexpr int N = (K / 8 + CONSUMERS - 1) / CONSUMERS;
@@ -111,22 +119,21 @@ template <int K, bool NORM> __device__ __forceinline__ void stage_x(const Produc
       const uint32_t* h = (const uint32_t*)&u[i];
 #pragma unroll
       for (int j = 0; j < 4; j++) { float2 f = from16x2(h[j]); v[2 * j] = f.x, v[2 * j + 1] = f.y; }
-      put8(s, (i * CONSUMERS + t) * 8, v);
+      put8<K>(s, (i * CONSUMERS + t) * 8, v);
     }
   }
   sync_consumers();
 }
 
 // ---------------------------------------------------------------------------------------------- a stage, by one warp
-// Lane l holds rows l / 4 and l / 4 + 8 and, of every 32 columns, the 8 from (l % 4) * 8 on: the first 4 of them are
-// operand A of one mma, the other 4 of a second one (an mma's columns may be permuted as long as x is permuted alike).
-// All 8 columns of operand B are the same x; the sums for rows l / 4 and l / 4 + 8 come back in c[0] and c[2].
-template <int KU> __device__ __forceinline__ void stage_product(const uint8_t* stage, const Shared& s, int chunk, float& r0, float& r1) {
-  const int lane = threadIdx.x & 31;
+// Lane l holds rows l / 4 and l / 4 + 8 and, of every 64 columns, the 16 from (l % 4) * 16 on (bf16: of every 32, 8): an
+// mma's columns may be permuted as long as x is permuted alike.
+template <int K> __device__ __forceinline__ void stage_product(const uint8_t* stage, const Shared& s, int chunk, float& r0, float& r1) {
+  constexpr int KU = stage_columns(K);
+  const int lane = threadIdx.x & 31, g = lane >> 2, quarter = lane & 3;
   const uint4* wp = (const uint4*)stage + lane;
-  const uint4* xp = (const uint4*)(s.x + chunk * KU + (lane & 3) * 8);  // + 4 per 32 columns
-  r0 = r1 = 0.f;
   if constexpr (FORMAT == BF16) {
+    const uint4* xp = (const uint4*)(s.x + chunk * KU + quarter * 8);  // + 4 per 32 columns
     float c[4][4] = {};
 #pragma unroll
     for (int i = 0; i < KU / 32; i++) {
@@ -135,67 +142,76 @@ template <int KU> __device__ __forceinline__ void stage_product(const uint8_t* s
       mma(c[(i & 1) * 2 + 1], w1.x, w1.y, w1.z, w1.w, x.z, x.w);
     }
     r0 = c[0][0] + c[1][0] + c[2][0] + c[3][0], r1 = c[0][2] + c[1][2] + c[2][2] + c[3][2];
+  } else if constexpr (FORMAT == FP8) {
+    const uint4* xp = (const uint4*)(s.x + chunk * KU + quarter * 16);  // + 8 per 64 columns
+    float c[4][4] = {};
+#pragma unroll
+    for (int i = 0; i < KU / 64; i++) {
+      const uint4 x0 = xp[i * 8], x1 = xp[i * 8 + 1], w0 = wp[(2 * i) * 32], w1 = wp[(2 * i + 1) * 32];
+      auto four = [&](float (&to)[4], uint32_t a, uint32_t b, uint32_t b0, uint32_t b1) {
+        mma(to, e4m3_to_halves(a, 0), e4m3_to_halves(b, 0), e4m3_to_halves(a, 1), e4m3_to_halves(b, 1), b0, b1);
+      };
+      four(c[0], w0.x, w1.x, x0.x, x0.y), four(c[1], w0.y, w1.y, x0.z, x0.w);
+      four(c[2], w0.z, w1.z, x1.x, x1.y), four(c[3], w0.w, w1.w, x1.z, x1.w);
+    }
+    r0 = c[0][0] + c[1][0] + c[2][0] + c[3][0], r1 = c[0][2] + c[1][2] + c[2][2] + c[3][2];
   } else {
-    constexpr int G = 2;  // groups in flight: 2 G independent chains of mma
-    const float2* sums = s.sums + chunk * (KU / GROUP);
-#pragma unroll 2
-    for (int gp = 0; gp < KU / GROUP; gp += G) {
-      float ca[G][4] = {}, cb[G][4] = {};
-      if constexpr (FORMAT == INT8 || FORMAT == FP8) {
+    constexpr int SETS = KU / GROUP > 4 ? 2 : 1, AT_ONCE = KU / GROUP / SETS;  // groups side by side in an mma's columns
+    // What the fields of rows g and g + 8 are worth; of 2 bits, the second 64 columns' are worth 16 times the first's
+    constexpr int SHIFT = BITS == 2 ? 4 : 0;
+    constexpr float WORTH0 = BITS == 2 ? 16.f : 1.f, WORTH1 = BITS == 2 ? 64.f : BITS == 4 ? 16.f : 1.f;
+    const uint8_t* digits = (const uint8_t*)s.x;
+    const uint8_t* own = digits + (g & 1) * (K + PLANE_GAP) + chunk * KU + quarter * 16;
+    const uint8_t* zeros = digits + 2 * (K + PLANE_GAP);
+    const uint8_t* from[AT_ONCE];
 #pragma unroll
-        for (int i = 0; i < 4; i++)
+    for (int n = 0; n < AT_ONCE; n++) from[n] = g >> 1 == n ? own : zeros;
+    int c[SETS][2][4];  // of the first and second 64 columns of each group
 #pragma unroll
-          for (int g = 0; g < G; g++) {
-            uint4 x = xp[((gp + g) * 4 + i) * 4], w = wp[((gp + g) * 4 + i) * 32];
-            if constexpr (FORMAT == INT8) {
-              mma(ca[g], bytes_to_halves(w.x, 0x4140), bytes_to_halves(w.y, 0x4140), bytes_to_halves(w.x, 0x4342), bytes_to_halves(w.y, 0x4342), x.x, x.y);
-              mma(cb[g], bytes_to_halves(w.z, 0x4140), bytes_to_halves(w.w, 0x4140), bytes_to_halves(w.z, 0x4342), bytes_to_halves(w.w, 0x4342), x.z, x.w);
-            } else {
-              mma(ca[g], e4m3_to_halves(w.x, 0), e4m3_to_halves(w.y, 0), e4m3_to_halves(w.x, 1), e4m3_to_halves(w.y, 1), x.x, x.y);
-              mma(cb[g], e4m3_to_halves(w.z, 0), e4m3_to_halves(w.w, 0), e4m3_to_halves(w.z, 1), e4m3_to_halves(w.w, 1), x.z, x.w);
-            }
+    for (int i = 0; i < SETS * 4; i++) c[i / 4][0][i % 4] = 0, c[i / 4][1][i % 4] = MAGIC_BITS;
+#pragma unroll
+    for (int n = 0; n < AT_ONCE; n++)
+#pragma unroll
+      for (int set = 0; set < SETS; set++) {
+        const int group = set * AT_ONCE + n;
+        uint4 w = BITS == 2 ? wp[group * 32] : uint4{};
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          const uint4 x = *(const uint4*)(from[n] + group * GROUP + half * 64);
+          int (&to)[4] = c[set][half];
+          if constexpr (BITS == 8) {
+            const uint4 w0 = wp[(group * 4 + half * 2) * 32], w1 = wp[(group * 4 + half * 2 + 1) * 32];
+            mma(to, w0.x, w1.x, w0.y, w1.y, x.x, x.y), mma(to, w0.z, w1.z, w0.w, w1.w, x.z, x.w);
+          } else {
+            constexpr uint32_t ONES = 0x01010101u;
+            if constexpr (BITS == 4) w = wp[(group * 2 + half) * 32];
+            const uint32_t m0 = BITS == 4 ? 0xf * ONES : half ? 0x30 * ONES : 0x3 * ONES, m1 = BITS == 4 ? 0xf0 * ONES : half ? 0xc0 * ONES : 0xc * ONES;
+            mma(to, w.x & m0, w.x & m1, w.y & m0, w.y & m1, x.x, x.y), mma(to, w.z & m0, w.z & m1, w.w & m0, w.w & m1, x.z, x.w);
           }
-      } else if constexpr (FORMAT == INT4) {
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-          uint4 w[G], x0[G], x1[G];
-#pragma unroll
-          for (int g = 0; g < G; g++) w[g] = wp[((gp + g) * 2 + i) * 32], x0[g] = xp[((gp + g) * 4 + 2 * i) * 4], x1[g] = xp[((gp + g) * 4 + 2 * i + 1) * 4];
-          auto eight = [&](float (&c)[4], uint32_t q, uint32_t b0, uint32_t b1) {
-            const uint32_t h = q >> 8;
-            mma(c, field<0x000f000f>(q), field<0x000f000f>(h), field<0x00f000f0>(q), field<0x00f000f0>(h), b0, b1);
-          };
-#pragma unroll
-          for (int g = 0; g < G; g++) eight(ca[g], w[g].x, x0[g].x, x0[g].y), eight(cb[g], w[g].y, x0[g].z, x0[g].w);
-#pragma unroll
-          for (int g = 0; g < G; g++) eight(ca[g], w[g].z, x1[g].x, x1[g].y), eight(cb[g], w[g].w, x1[g].z, x1[g].w);
         }
-      } else {
-        uint4 w[G];
-#pragma unroll
-        for (int g = 0; g < G; g++) w[g] = wp[(gp + g) * 32];
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-#pragma unroll
-          for (int g = 0; g < G; g++) {
-            const uint32_t q = i == 0 ? w[g].x : i == 1 ? w[g].y : i == 2 ? w[g].z : w[g].w, h = q >> 8;
-            const uint4 x = xp[((gp + g) * 4 + i) * 4];
-            mma(ca[g], field<0x00030003>(q), field<0x00030003>(h), field<0x000c000c>(q), field<0x000c000c>(h), x.x, x.y);
-            mma(cb[g], field<0x00300030>(q), field<0x00300030>(h), field<0x00c000c0>(q), field<0x00c000c0>(h), x.z, x.w);
-          }
       }
+    r0 = r1 = 0.f;
 #pragma unroll
-      for (int g = 0; g < G; g++) {
-        float d0 = ca[g][0] + cb[g][0], d1 = ca[g][2] + cb[g][2];
-        if constexpr (FORMAT != FP8) { const float bias = sums[gp + g].x; d0 -= bias, d1 -= bias; }
-        if constexpr (GROUPED) {  // w = scale q + zero
-          const float sum = sums[gp + g].y;
-          const uint2 u = *(const uint2*)(stage + code_bytes(KU) + ((gp + g) * 8 + (lane >> 2)) * 8);
-          const float2 s0 = __half22float2(*(const __half2*)&u.x), s1 = __half22float2(*(const __half2*)&u.y);
-          r0 += s0.x * d0 + s0.y * sum, r1 += s1.x * d1 + s1.y * sum;
-        } else r0 += d0, r1 += d1;
+    for (int set = 0; set < SETS; set++) {  // the lanes of a row: a group each
+      const int group = set * AT_ONCE + min(quarter, AT_ONCE - 1);
+      const float2 x = s.groups[chunk * (KU / GROUP) + group];
+      auto total = [&](int at, float worth) {  // 256 d0 + d1, exact but for its own rounding
+        const float d0 = __int_as_float((c[set][0][at] << SHIFT) + c[set][1][at]), d1 = __int_as_float((c[set][0][at + 1] << SHIFT) + c[set][1][at + 1]);
+        return d1 * (1.f / worth) + (d0 * (256.f / worth) - MAGIC * 257.f / worth);
+      };
+      const float t0 = total(0, WORTH0), t1 = total(2, WORTH1);
+      if constexpr (GROUPED) {  // w = scale q + zero
+        const uint2 u = *(const uint2*)(stage + code_bytes(KU) + (group * 8 + g) * 8);
+        const float2 s0 = __half22float2(*(const __half2*)&u.x), s1 = __half22float2(*(const __half2*)&u.y);
+        const float sum = quarter < AT_ONCE ? x.y : 0.f;
+        r0 += s0.x * x.x * t0 + s0.y * sum, r1 += s1.x * x.x * t1 + s1.y * sum;
+      } else {
+        const float sum = FORMAT == TERNARY && quarter < AT_ONCE ? x.y : 0.f;  // ternary fields are stored as q + 1
+        r0 += x.x * t0 - sum, r1 += x.x * t1 - sum;
       }
     }
+#pragma unroll
+    for (int d = 1; d < 4; d <<= 1) r0 += __shfl_xor_sync(~0u, r0, d), r1 += __shfl_xor_sync(~0u, r1, d);
   }
 }
 
@@ -241,6 +257,7 @@ template <int K, bool NORM, int EPILOGUE> __device__ __forceinline__ void consum
     for (int i = 0; i < PIECES; i++) if (i * CONSUMERS + t < K / 8) ahead.norm[i] = __ldg(n + i * CONSUMERS + t);
   }
   load_row_scales<EPILOGUE>(op, ahead, t0, min(t1 - t0, op.batch));
+  if (INTEGER && t < KU / 16) ((uint4*)((uint8_t*)s.x + 2 * (K + PLANE_GAP)))[t] = make_uint4(0, 0, 0, 0);
   wait_for_previous();
   if (t == 0) let_next_start();
   float residual = 0.f;
@@ -258,7 +275,7 @@ template <int K, bool NORM, int EPILOGUE> __device__ __forceinline__ void consum
       const int i = at.stage - first;
       float r0, r1;
       barrier_wait(s.full + at.slot, at.parity);
-      stage_product<KU>(s.ring + at.slot * STAGE_BYTES, s, i % CHUNKS, r0, r1);
+      stage_product<K>(s.ring + at.slot * STAGE_BYTES, s, i % CHUNKS, r0, r1);
       __syncwarp();
       if (lane == 0) barrier_arrive(s.empty + at.slot);
       at.next(op.ring);

@@ -49,14 +49,21 @@ template <int THREADS_> __device__ __forceinline__ void sync_some() { asm volati
 MMA(mma_f16, "f16")
 MMA(mma_bf16, "bf16")
 #undef MMA
-template <uint32_t MASK> __device__ __forceinline__ uint32_t field(uint32_t w) {  // (w & MASK) | two halves 1024.0
+// Operand A: 16 x 32 bytes, unsigned or signed; operand B: 32 x 8 signed bytes; sums of 32 bits
+#define MMA(NAME, TYPE)                                                                                                    \
+  __device__ __forceinline__ void NAME(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) { \
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32." TYPE ".s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};" \
+                 : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));  \
+  }
+MMA(mma_u8, "u8")
+MMA(mma_s8, "s8")
+#undef MMA
+// Over the half of a warp that a lane is in
+__device__ __forceinline__ uint32_t half_warp_max(uint32_t v) { uint32_t r; asm volatile("redux.sync.max.u32 %0, %1, %2;" : "=r"(r) : "r"(v), "r"(threadIdx.x & 16 ? 0xffff0000u : 0xffffu)); return r; }
+__device__ __forceinline__ int half_warp_sum(int v) { int r; asm volatile("redux.sync.add.s32 %0, %1, %2;" : "=r"(r) : "r"(v), "r"(threadIdx.x & 16 ? 0xffff0000u : 0xffffu)); return r; }
+__device__ __forceinline__ uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t pick) {  // bytes 0 to 3 are a's, 4 to 7 b's
   uint32_t r;
-  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(r) : "r"(w), "n"(MASK), "n"(0x64006400));
-  return r;
-}
-__device__ __forceinline__ uint32_t bytes_to_halves(uint32_t w, uint32_t pick) {  // bytes q -> halves 1024 + q
-  uint32_t r;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(w), "r"(0x64646464u), "r"(pick));
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(pick));
   return r;
 }
 __device__ __forceinline__ uint32_t e4m3_to_halves(uint32_t w, int high) {  // two e4m3 -> two halves, exact

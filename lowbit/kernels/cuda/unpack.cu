@@ -1,9 +1,11 @@
 // ---------------------------------------------------------------------------------------------- back to a matrix
 // Rows of a stream as a 16-bit matrix, for products with many tokens: dequantize, then a library's GEMM. One thread takes
-// the 16 bytes that a lane takes above: some 8 columns (bf16: 4) of rows g and g + 8 of a tile. `half`: the stream holds
+// the 16 bytes that a lane takes above: 16 columns of a row (8 bits), or of rows g and g + 8 of a tile (4 bits; 2 bits:
+// twice 16; bf16: 4). `half`: the stream holds
 // two matrices, 8 rows of each in a tile; 0: it does not, 1: write the first, 2: the second.
 struct Unpack { const uint8_t* weights; const float* row_scale; uint16_t* out; int row0, rows, k, half, bf16_out; };
-constexpr int BLOCKS32 = FORMAT == INT4 ? 2 : (FORMAT == INT2 || FORMAT == TERNARY) ? 4 : 1;  // of 32 columns, per thread
+constexpr int UNPACKED_ROWS = FORMAT == INT8 || FORMAT == FP8 ? 1 : 2;          // of 16 columns (bf16: 4), per thread
+constexpr int UNPACKED_BLOCKS = FORMAT == INT2 || FORMAT == TERNARY ? 2 : 1;  // of 64 columns, 16 of them per thread
 
 __device__ __forceinline__ uint32_t pair16(float a, float b, int bf16_out) {
   if (bf16_out) return (uint32_t)__bfloat16_as_ushort(__float2bfloat16(a)) | ((uint32_t)__bfloat16_as_ushort(__float2bfloat16(b)) << 16);
@@ -20,34 +22,41 @@ template <int KU> __global__ void __launch_bounds__(256) unpack_kernel(const __g
   const uint4 four = ((const uint4*)stage)[in_stage];
   const uint32_t w[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-  for (int high = 0; high < 2; high++) {
+  for (int r = 0; r < UNPACKED_ROWS; r++) {
+    const int high = UNPACKED_ROWS == 1 ? j & 1 : r;
     if (u.half == 2 - high) continue;
     const int row = tile * 16 + high * 8 + g, to = u.half ? tile * 8 + g : row - u.row0;
     if (to < 0 || to >= u.rows) continue;
     const float row_scale = ROW_SCALED ? u.row_scale[row] : 1.f;
-    uint16_t* out = u.out + (size_t)to * u.k + chunk * KU + q4 * 8;
+    uint16_t* out = u.out + (size_t)to * u.k + chunk * KU;
     if constexpr (FORMAT == BF16) {
       const float2 a = from16x2(w[high]), b = from16x2(w[2 + high]);
-      *(uint2*)(out + j / 2 * 32 + j % 2 * 4) = make_uint2(pair16(a.x, a.y, u.bf16_out), pair16(b.x, b.y, u.bf16_out));
+      *(uint2*)(out + j / 2 * 32 + q4 * 8 + j % 2 * 4) = make_uint2(pair16(a.x, a.y, u.bf16_out), pair16(b.x, b.y, u.bf16_out));
       continue;
     }
 #pragma unroll
-    for (int b = 0; b < BLOCKS32; b++) {
-      const int column = (j * BLOCKS32 + b) * 32;
-      float v[8], scale = row_scale, zero = 0.f;
+    for (int b = 0; b < UNPACKED_BLOCKS; b++) {
+      const int column = (j / (3 - UNPACKED_ROWS) * UNPACKED_BLOCKS + b) * 64 + q4 * 16;
+      float v[16], scale = row_scale, zero = 0.f;
 #pragma unroll
-      for (int e = 0; e < 8; e++) {
-        if constexpr (FORMAT == INT8) v[e] = (float)((int)((w[e / 4 * 2 + high] >> (8 * (e % 4))) & 255) - 128);
-        else if constexpr (FORMAT == FP8) v[e] = __half2float(__ushort_as_half((uint16_t)(e4m3_to_halves(w[e / 4 * 2 + high], e % 4 >= 2) >> (16 * (e & 1)))));
-        else if constexpr (FORMAT == INT4) v[e] = (float)((w[b * 2 + e / 4] >> (high * 8 + (e % 4 >> 1) * 4 + (e & 1) * 16)) & 15);
-        else v[e] = (float)((w[b] >> (high * 8 + (e >> 1) * 2 + (e & 1) * 16)) & 3) - (FORMAT == TERNARY ? 1.f : 0.f);
+      for (int e = 0; e < 16; e++) {
+        const uint32_t byte = w[e / 4] >> (8 * (e % 4));
+        if constexpr (FORMAT == INT8) v[e] = (float)(int8_t)byte;
+        else if constexpr (FORMAT == FP8) v[e] = __half2float(__ushort_as_half((uint16_t)(e4m3_to_halves(w[e / 4], e % 4 >= 2) >> (16 * (e & 1)))));
+        else if constexpr (FORMAT == INT4) v[e] = (float)((byte >> (high * 4)) & 15);
+        else v[e] = (float)((byte >> (b * 4 + high * 2)) & 3) - (FORMAT == TERNARY ? 1.f : 0.f);
       }
       if constexpr (GROUPED) {
         const __half2 sz = *(const __half2*)(stage + code_bytes(KU) + ((column / GROUP) * 8 + g) * 8 + high * 4);
         scale = __low2float(sz), zero = __high2float(sz);
       }
-      *(uint4*)(out + column) = make_uint4(pair16(v[0] * scale + zero, v[1] * scale + zero, u.bf16_out), pair16(v[2] * scale + zero, v[3] * scale + zero, u.bf16_out),
-                                           pair16(v[4] * scale + zero, v[5] * scale + zero, u.bf16_out), pair16(v[6] * scale + zero, v[7] * scale + zero, u.bf16_out));
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        uint32_t o[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) o[i] = pair16(v[h * 8 + 2 * i] * scale + zero, v[h * 8 + 2 * i + 1] * scale + zero, u.bf16_out);
+        ((uint4*)(out + column))[h] = make_uint4(o[0], o[1], o[2], o[3]);
+      }
     }
   }
 }
