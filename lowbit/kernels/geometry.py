@@ -112,8 +112,13 @@ class Geometry:
         return AttentionPlan(stages, splits, ATTENTION_WARPS * stages * chunk + 4 * queries * (self.head_dim + 2))
 
     def beside_attention(self, length: int) -> int:
-        """Shared memory for a product that is to start while attention still runs, or the reverse."""
+        """Shared memory for a product that is to start while attention still runs, or the reverse.
+
+        At 8 bits and more memory is what a product waits for, and a longer ring is worth more (docs/kernels.md).
+        """
         plan = self.attention(length)
+        if LAYOUTS[self.format].bits > 4:
+            return RING_BYTES
         room = SHARED_BYTES - 2 * RESERVED_BYTES - plan.shared_bytes
         return RING_BYTES if plan.stages > 1 else min(RING_BYTES, room)
 

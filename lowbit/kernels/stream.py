@@ -56,7 +56,7 @@ class Layout:
 
 LAYOUTS: dict[str, Layout] = {
     "bf16": Layout(0, 16, 256),
-    "int8": Layout(1, 8, 512),
+    "int8": Layout(1, 8, 256, warps=14),
     "int4_g128": Layout(2, 4, 512, warps=14),
     "int4_sym_g128": Layout(2, 4, 512, warps=14),
     "int2_g128": Layout(3, 2, 1024),
