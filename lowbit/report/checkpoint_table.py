@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from lowbit.formats import stored
-from lowbit.formats.layouts import Inputs, Layout, Stored
+from lowbit.formats.layouts import GROUPS, Inputs, Layout, Stored
 from lowbit.report.markdown import code
 
 CT: Layout = "compressed-tensors"
-GROUPS = ", ".join(map(str, stored.GROUPS))
+SIZES = ", ".join(map(str, GROUPS))
 
 EXAMPLES: tuple[tuple[Stored, str], ...] = (
-    (Stored("gptq", 4, 128, True), f"2, 3, 4 or 8 bits; groups of {GROUPS} or a row; with and without zero points"),
+    (Stored("gptq", 4, 128, True), f"2, 3, 4 or 8 bits; groups of {SIZES} or a row; with and without zero points"),
     (Stored("gptq", 4, 128, True, ordered=True), "`desc_act`: act-order, `g_idx`"),
-    (Stored("awq", 4, 128, False), f"GEMM; groups of {GROUPS}"),
-    (Stored(CT, 4, 128, True), f"`pack-quantized`; 2, 4 or 8 bits; groups of {GROUPS} or a row; zero points too"),
+    (Stored("awq", 4, 128, False), f"GEMM; groups of {SIZES}"),
+    (Stored(CT, 4, 128, True), f"`pack-quantized`; 2, 4 or 8 bits; groups of {SIZES} or a row; zero points too"),
     (Stored(CT, 4, 128, True, ordered=True), "`pack-quantized`, `actorder` group: `weight_g_idx`"),
-    (Stored(CT, 8, None, True, plain=True), f"`int-quantized`, W8A16; per row, tensor or group of {GROUPS}"),
+    (Stored(CT, 8, None, True, plain=True), f"`int-quantized`, W8A16; per row, tensor or group of {SIZES}"),
     (Stored(CT, 8, None, True, plain=True, kind="float"), "`float-quantized`, fp8 weights alone; per row or tensor"),
     (
         Stored(CT, 8, None, True, plain=True, inputs=Inputs("int", dynamic=True)),
