@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 import tiny_llama
 import torch
-from test_lab import CPU, SHAPE, WORDS, make_lab, take
 from test_runner import fake_kernels
 from tiny import CPU as FAKE_CPU
 from tiny import config, gpu, model
+from tiny_lab import CPU, SHAPE, WORDS, make_lab, take
 
 from lowbit import backends, generate, native_times, quantized, texts
 from lowbit.auto import bench as bench_module

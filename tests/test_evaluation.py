@@ -14,7 +14,7 @@ import eval_tasks
 import pytest
 import torch
 from fakes import Bench
-from test_lab import CPU
+from tiny_lab import CPU
 
 from lowbit import embedded, metrics, models
 from lowbit.cases import evaluation_cases

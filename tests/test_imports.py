@@ -47,6 +47,7 @@ STAGES = (
     {"texts", "streamed", "quantized", "kernel_times"},
     {"profiling", "evaluation", "energy"},
     {"timing", "scoring", "calibration", "products", "prefill_times"},
+    {"loaded"},
     {"auto"},
     {"lab"},
     {"runs"},

@@ -3,70 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import random
 import weakref
 from types import SimpleNamespace
 
 import pytest
-import tiny
-import tiny_llama
+import tiny_lab
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
+from tiny_lab import CPU, DECODE, PREFILL, decode, make_lab, run_rounds, take
 
-from lowbit import lab, measure, metrics, models, process_state, scoring, texts
+from lowbit import lab, measure, metrics, models, process_state, quantized, scoring, texts
 from lowbit.backends import coverage
 from lowbit.backends.torchao import unpacking
 from lowbit.cases import Case
 from lowbit.ceilings import Ceilings
-from lowbit.device import Device
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS
 from lowbit.record import Record
 from lowbit.truth import TruthError
-from lowbit.workloads import Workload
 
-CPU = Device("cpu", 0, "a test's CPU", "cpu-test", None, 100_000.0, 2, driver=None, cuda=None)
-SHAPE = {name: value for name, value in tiny.config().to_dict().items() if name in ("hidden_size", "head_dim")} | {
-    "intermediate_size": 768,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "vocab_size": 512,
-    "initializer_range": 0.05,
-}
 CPU_FORMATS = [row for row in FORMATS.values() if "cpu" in row.devices and row.suite == "quick"]
 """All rows: tests/test_isolation.py, with one layer."""
-DECODE = Workload("b2_c0", "decode", 2, 5, 6, "small")
-PREFILL = Workload("p24", "prefill", 1, 24, 0, "small")
-WORDS = "once upon a time a time upon once "
-
-
-def run_rounds(target, setup=None, rounds=1):
-    """What ``benchmark.pedantic`` does with these arguments."""
-    for _ in range(rounds):
-        if setup is not None:
-            setup()
-        target()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tiny_llama.save(tmp_path_factory.mktemp("model"), **SHAPE)
-    return tiny_llama.add_tokenizer(folder)
+    return tiny_lab.save_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "story.txt"
-    path.write_text(WORDS * 20)
-    return texts.Source("story", 32, path)
-
-
-def make_lab(folder, source, device=CPU, **fields):
-    choice = models.choose(str(folder), "auto", CPU, {})
-    made = lab.Lab(device, choice, source, progress=lambda text: None, **fields)
-    made._ceilings = Ceilings(10.0, 10.0, 0.1)  # measured in test_ceilings.py; half a second each
-    return made
+    return tiny_lab.write_story(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")
@@ -74,14 +41,6 @@ def bench(folder, source):
     made = make_lab(folder, source)
     yield made
     made.close()
-
-
-def decode(fmt="bf16-torch", mode="eager", workload=DECODE):
-    return Case("decode", FORMATS[fmt], mode, workload)
-
-
-def take(bench, case, rounds=run_rounds):
-    return bench.measure(case, f"benches/test_{case.kind}.py::test_{case.name}", rounds)
 
 
 def expected_metrics(kind):
@@ -245,50 +204,6 @@ def _quality(values):
     return {name: value for name, value in values.items() if name.startswith(("ppl_", "kld_", "top1_"))}
 
 
-def live_bytes():
-    """Bytes of all storages that a tensor, however wrapped, still holds: what RSS, which glibc pads, can't say.
-
-    Without a collection: what only cycles hold, and Lab has put out of the collector's sight, would be a leak too.
-    """
-    gc.unfreeze()
-    storages = {}
-    for held in gc.get_objects():
-        # by type(): isinstance() asks for __class__, at which torch's deprecated objects warn
-        kind = type(held)
-        if not issubclass(kind, torch.Tensor) or issubclass(kind, FakeTensor):
-            continue
-        if not hasattr(held, "__tensor_flatten__"):  # what it wraps is in the list itself
-            storage = held.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
-
-
-def test_thirteen_builds_take_no_more_memory_than_one(folder, source):
-    bench = make_lab(folder, source)
-    assert bench.host.checkpoint_bytes > 2**20  # read: the master counts before
-    rows = [row for row in CPU_FORMATS if bench.unmet(decode(row.id)) is None]
-    gc.collect()
-    before = live_bytes()
-    largest = 0
-    for turn in range(13):
-        fmt = rows[turn % len(rows)]
-        largest = max(largest, bench.acquire(fmt).coverage.resident_bytes)
-        if turn % 4 == 0:
-            assert live_bytes() - before <= largest * 1.1, f"build {turn + 1}: {fmt.id}"
-    bench.release()
-    assert live_bytes() - before <= 0.1 * largest
-    bench.close()
-
-
-def test_one_format_is_alive_at_a_time(bench):
-    first = bench.acquire(FORMATS["bf16-torch"])
-    assert bench.acquire(FORMATS["bf16-torch"]) is first
-    second = bench.acquire(FORMATS["a16w8-torchao"])
-    assert second is not first
-    bench.release()
-    assert bench.acquire(FORMATS["a16w8-torchao"]) is not second
-
-
 def test_quality_beside_dummy_weights_keeps_no_model_of_the_format_before(folder):
     choice = models.choose(str(folder), "dummy", CPU, {})
     bench = lab.Lab(CPU, choice, texts.choose_source(choice.name, "dummy", 512, None), progress=lambda text: None)
@@ -323,40 +238,6 @@ def test_nan_weights_are_an_error_that_names_the_case(folder, source, case):
     bench.close()
 
 
-def test_a_context_beyond_the_models_is_unmet(bench):
-    unmet = bench.unmet(decode(workload=Workload("b1_c300", "decode", 1, 300, 8, "small")))
-    assert (unmet.kind, unmet.reason) == ("shape", "b1_c300 needs 308 positions, the model has 256")
-
-
-def test_the_native_mode_says_what_it_needs(bench):
-    unmet = bench.unmet(decode("a16w8-lowbit", "native"))
-    assert str(unmet) == "capability: needs cuda (lowbit's own kernels), this is cpu"
-
-
-def test_what_does_not_fit_is_unmet_with_the_figures(folder, source):
-    small = dataclasses.replace(CPU, total_mib=6.0)
-    bench = make_lab(folder, source, small)
-    assert bench.unmet(decode()) is None
-    cache = Workload("b64_c192", "decode", 64, 192, 8, "small")
-    unmet = bench.unmet(decode("a16w8-torchao", workload=cache))
-    assert unmet.kind == "memory"
-    # 0.8 + ... MiB of weights in int8, 1.6 of one bf16 layer, 64 x 200 x 512 bytes of keys and values
-    assert unmet.reason == (
-        f"quantized weights, KV cache and one 16-bit layer: needs {_needed(bench, cache):,.0f} MiB, "
-        "6 of 6 MiB are free on a test's CPU"
-    )
-    assert bench.unmet(decode("a16w8-torchao")) is None
-    bench.close()
-
-
-def _needed(bench, workload):
-    config = bench.host_config
-    linears = 2 * 256 * 256 + 2 * 256 * 64 + 3 * 256 * 768
-    head = 2 * config.vocab_size * 256 * 2
-    weights = 2 * linears * 8.5 / 8 + head + linears * 2
-    return (weights + workload.batch * workload.context_tokens * 2 * 2 * 64 * 2) / 2**20
-
-
 def test_a_reference_that_does_not_fit_is_streamed(folder, source):
     """On a card too small for bf16 the reference logits come layer by layer, and are the same."""
     case = Case("quality", FORMATS["a16w8-torchao"])
@@ -388,15 +269,9 @@ def test_quality_beside_dummy_weights_is_the_embedded_models(folder, source):
     bench.close()
 
 
-def test_a_format_without_a_dtype_here_is_an_error(bench):
-    nothing = dataclasses.replace(FORMATS["bf16-torch"], name="none", dtypes=())
-    with pytest.raises(LowbitError, match="none-torch needs one of "):
-        bench.acquire(nothing)
-
-
 def test_coverage_is_proven_before_anything_is_measured(bench, monkeypatch):
     bench.release()
-    monkeypatch.setattr(lab.quantized.backends, "get", lambda name: SimpleNamespace(PACKAGES=(), quantize=_nothing))
+    monkeypatch.setattr(quantized.backends, "get", lambda name: SimpleNamespace(PACKAGES=(), quantize=_nothing))
     with pytest.raises(coverage.CoverageError):
         take(bench, decode("a16w8-torchao"))
     bench.release()

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import tiny_llama
 import torch
-from test_lab import CPU, DECODE, PREFILL, SHAPE, decode, make_lab, take
+from tiny_lab import CPU, DECODE, PREFILL, SHAPE, decode, make_lab, take
 
 from lowbit import compilers, process_state, profiling, texts
 from lowbit.cases import Case
