@@ -82,7 +82,7 @@ class FakeLab:
         self.device, self.choice, self.source, self.progress = device, choice, source, progress
         self.spent = Spent()
         self.auto = SimpleNamespace()
-        self.faulted = False
+        self.faulted = self.holding = False
 
     def unmet(self, case):
         if self.faulted:
@@ -93,6 +93,7 @@ class FakeLab:
     def release(self):
         if self.faulted:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        self.holding = False
 
     def close(self):
         self.release()
@@ -100,6 +101,7 @@ class FakeLab:
     def measure(self, case, nodeid, rounds):
         plan = read_plan()
         self.misbehave(plan, case.name)
+        self.holding = True
         rounds(lambda: None, rounds=3)
         metrics = {"vram_peak_mib": 1000.0, "weights_mib": 500.0, "prefill_tok_s": 1000.0}
         if case.kind == "quality":

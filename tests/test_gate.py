@@ -10,6 +10,7 @@ from fakes import CASES, DECODE, NODE, SLOW
 
 from lowbit.errors import LowbitError
 from lowbit.pytest_plugin import children
+from lowbit.pytest_plugin.keys import SESSION
 
 pytest_plugins = ["pytester"]
 
@@ -50,6 +51,20 @@ def test_a_slowdown_that_a_fresh_process_does_not_confirm_passes(bench):
     bench.recover()
     bench.run("--benchmark-compare").assert_outcomes(passed=CASES)
     assert len(bench.children) == 1
+
+
+def test_the_device_is_free_for_the_process_that_confirms(bench):
+    bench.accept()
+    bench.plan(tok_s=SLOW)
+    held = []
+
+    def watch(config, nodeid):
+        held.append(config.stash[SESSION].lab.holding)
+        return bench.run_case(config, nodeid)
+
+    bench.monkeypatch.setattr(children, "run_case", watch)
+    bench.run("--benchmark-compare").assert_outcomes(passed=CASES - 1, failed=1)
+    assert held == [False, False]
 
 
 def test_a_confirming_process_that_dies_fails_the_test_and_spoils_the_run(bench):

@@ -165,6 +165,20 @@ def test_columns_hold_the_runs_figures(told: Content, drawn: dict) -> None:
     assert (row[1], row[5], row[6]) == ("regression", 3, 3)
 
 
+def test_the_cards_state_and_every_version_stand_in_the_environment(told: Content, text: str) -> None:
+    shown = " ".join(re.sub(r"<[^>]+>", " ", between(text, 'id="environment"', "</section>")).split())
+    clocks = [state["sm_mhz"] for record in told.records for state in (record.info.get("card") or {}).values()]
+    assert f"SM clock {min(clocks):.0f} – {max(clocks):.0f}, median " in shown
+    held = re.search(r"clocks held back by sw_power_cap \((\d+) of (\d+)\)", shown)
+    assert held is not None
+    assert 0 < int(held[1]) < int(held[2]) == len(clocks)
+    assert "temperature" in shown
+    for package, version in told.header.environment.items():
+        assert re.search(rf"{re.escape(package)} (\S+ )?{re.escape(version)}", shown), (
+            package
+        )  # the baseline's before it
+
+
 def test_the_history_reads_back_and_its_change_is_marked(told: Content, drawn: dict) -> None:
     past, here = drawn["history"], drawn["cases"]["id"].index(SLOW)
     assert len(past["nights"]) == 14

@@ -12,11 +12,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lowbit import quality
+from lowbit import embedded, quality
 from lowbit.errors import LowbitError
 from lowbit.quality import Reference, Text, divergence, encode_text, join_wikitext, load_text, score
 
 WINDOW, VOCAB = 24, 96
+STORIES = [path for up in Path(__file__).parents[1:4] if (path := up / "shared" / "data" / "stories260K").is_dir()]
+"""A trained checkpoint of 0.26 million parameters, in the folder ``shared`` of or beside the checkout."""
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +73,18 @@ def test_perplexity_is_that_of_a_plain_loop_over_transformers_loss(model: Any, t
     assert result.ppl == pytest.approx(plain_perplexity(model, text), rel=1e-6)
     assert (result.protocol, result.tokens) == ("noise_24", 20 * (WINDOW - 1))
     assert (result.kld, result.top1, result.ln_ppl_ratio, result.kld_tokens) == (None, None, None, 0)
+
+
+@pytest.mark.skipif(not STORIES, reason="there is no shared/data/stories260K in or beside this checkout")
+def test_a_trained_checkpoints_perplexity_on_a_text_file_too() -> None:
+    trained = LlamaForCausalLM.from_pretrained(STORIES[0], dtype=torch.float32).eval().requires_grad_(False)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(STORIES[0])
+    heldout = load_text(Path(embedded.__file__).with_name("heldout.txt"), tokenizer, 256)
+    text = Text(heldout.name, heldout.ids[: 24 * 256 + 100], 256)
+    result = score(trained, text)
+    assert result.tokens == 24 * 255
+    assert 2 < result.ppl < 512  # trained, and on stories
+    assert result.ppl == pytest.approx(plain_perplexity(trained, text), rel=1e-4)
 
 
 def test_perplexity_in_bf16_too(model: Any, text: Text) -> None:
