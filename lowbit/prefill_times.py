@@ -24,6 +24,12 @@ ROUNDS, REPLAYS = 7, 5
 """Timed prompts, of which the median counts; graph replays per timing of a part."""
 CHUNK_ROWS = 4096
 """Of the pieces that the native prefill is also timed with: 32 MiB at 4,096 columns, less than an H200's L2 cache."""
+WAYS: dict[str, dict[str, Any]] = {
+    "pieces_ms": {"chunk_rows": CHUNK_ROWS},
+    "overlapped_ms": {"buffers": 2},
+    "both_ms": {"chunk_rows": CHUNK_ROWS // 2, "buffers": 2},
+}
+"""What else than whole matrices, one after the other, the native prefill is timed with."""
 REFERENCE = "bf16-torch"
 
 Line = dict[str, Any]
@@ -87,8 +93,7 @@ def fastest(line: Line) -> float:
 def of_format(
     model: Any, name: str, dtype: torch.dtype, where: torch.device, against: dict[int, float]
 ) -> Iterator[Line]:
-    """A streamed model: its modules, the native prefill launched, as a graph, as one in pieces of rows, and as one that
-    unpacks beside its products.
+    """A streamed model: its modules, the native prefill launched, as a graph, and as graphs in WAYS.
 
     ``against``: ms of the reference by length. ``times_bf16``: the fastest way over it. ``differ``: of 2 · ROUNDS
     replays, of the whole graph and of the overlapped one, how many gave other logits, in any bit, than the launches one
@@ -106,14 +111,15 @@ def of_format(
         line["launched_ms"] = milliseconds(where, _launch, native, ids)
         first = step.logits.clone()
         line["graph_ms"] = milliseconds(where, native, ids)
-        pieces = NativePrefill(step, model, decoder.cache, chunk_rows=CHUNK_ROWS)
-        line["pieces_ms"] = milliseconds(where, pieces, ids)
-        overlapped = NativePrefill(step, model, decoder.cache, buffers=2)
-        line["overlapped_ms"] = milliseconds(where, overlapped, ids)
-        replays = [_logits(run, ids) for run in (native, overlapped) for _ in range(ROUNDS)]
+        replays = [_logits(native, ids) for _ in range(ROUNDS)]
+        for way, options in WAYS.items():
+            run = NativePrefill(step, model, decoder.cache, **options)
+            line[way] = milliseconds(where, run, ids)
+            if "chunk_rows" not in options:  # products of other shapes may round otherwise
+                replays += [_logits(run, ids) for _ in range(ROUNDS)]
+            del run
         line["differ"] = sum(not torch.equal(logits, first) for logits in replays)
         yield line | {"times_bf16": round(fastest(line) / reference_ms, 2)}
-        del pieces, overlapped
         _launch(native, ids)  # what a part reads, those before it leave
         for found in parts(native, tokens):
             yield {"format": name, "what": "part", "tokens": tokens} | found

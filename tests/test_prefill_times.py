@@ -84,12 +84,12 @@ def test_a_format_is_timed_by_modules_launches_and_graphs_and_in_parts(launched,
     monkeypatch.setattr(prefill_times, "NativePrefill", lambda *args, **kw: [pieces.append(kw), made(*args, **kw)][1])
     lines = of_format(monkeypatch, {12: 1e9, 40: 1e-9})
     short, long = (line for line in lines if line["what"] == "prefill")
-    ways = ["modules_ms", "launched_ms", "graph_ms", "pieces_ms", "overlapped_ms", "differ", "times_bf16"]
+    ways = ["modules_ms", "launched_ms", "graph_ms", *prefill_times.WAYS, "differ", "times_bf16"]
     assert list(short) == ["format", "what", "tokens", *ways]
     assert (short["tokens"], long["tokens"], short["differ"]) == (12, 40, 0)
     assert short["times_bf16"] == 0
     assert long["times_bf16"] > 1e6
-    assert pieces == [{"chunk_rows": 4096}, {"buffers": 2}] * 2
+    assert pieces == [{"chunk_rows": 4096}, {"buffers": 2}, {"chunk_rows": 2048, "buffers": 2}] * 2
     parts = {line["of"]: line for line in lines if line["what"] == "part" and line["tokens"] == 40}
     assert list(parts)[:3] == ["norm", "unpack qkv", "gemm qkv"]
     assert {"attention", "attention the last token", "last the last token", "silu", "unpack gate_up"} < set(parts)
