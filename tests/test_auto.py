@@ -12,7 +12,7 @@ from tiny import CPU as FAKE_CPU
 from tiny import config, gpu, model
 from tiny_lab import CPU, SHAPE, WORDS, make_lab, take
 
-from lowbit import backends, generate, native_times, quantized, texts
+from lowbit import backends, compilers, generate, native_times, quantized, texts
 from lowbit.auto import bench as bench_module
 from lowbit.auto import chain as products
 from lowbit.auto import selection
@@ -26,7 +26,7 @@ from lowbit.cases import Case
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS, LINEARS, Unmet, recipes
 from lowbit.formats import auto as rows
-from lowbit.kernels import runner
+from lowbit.kernels import geometry, runner
 from lowbit.workloads import Workload
 
 AUTO = FORMATS["auto-recipe"]
@@ -351,6 +351,15 @@ def test_a_native_plan_of_one_format_is_that_format():
     assert not any("KL of the mix" in line for line in told)
 
 
+def test_native_formats_are_screened_before_anything_is_compiled():
+    bench = both()
+    bench.costs = 10.0
+    found, told = search(bench, names=(INT4, NATIVE8, NATIVE), seconds=50.0)
+    assert told[:2] == [f"auto: 1 of 3 candidates: {NATIVE8}", f"auto: 2 of 3 candidates: {NATIVE}"]
+    assert bench.asked.index(("products", PLAIN)) > bench.asked.index(("products", NATIVE8))
+    assert found.left_out[INT4] == "no time: 25 s of screening were over"
+
+
 def test_native_formats_have_no_plain_part_to_fall_back_to():
     bench = both(loss={8: 0.0001, 4: 0.02, 2: 0.4, 16: 0.0})
     found, _ = search(bench, names=(NATIVE2,), max_kld=0.05)
@@ -618,6 +627,55 @@ def test_native_candidates_are_timed_in_the_whole_model(folder, source, monkeypa
     want |= {"o_proj": 20e-6, "gate_proj": 20e-6, "up_proj": 20e-6, "down_proj": 80e-6, "lm_head": 160e-6}
     assert timed.product_s == pytest.approx(want)
     assert timed.step_s > 0
+    lab.close()
+
+
+def one_round(target, setup, rounds):
+    setup()
+    target()
+
+
+def test_a_search_on_a_gpu_of_the_decode_kernels_chooses_measures_and_replays_natively(
+    folder, source, short, tmp_path, monkeypatch
+):
+    """The whole way with a CPU in the GPU's place: its kernels are stood in for by the eager step, and their time is
+    told by a format's bits; models, KL, recipes, files and records are real."""
+    monkeypatch.setattr(rows, "candidates", lambda known: [FORMATS[name] for name in (NATIVE2, NATIVE)])
+    monkeypatch.setattr(bench_module, "WINDOWS", 1)
+    monkeypatch.setattr(bench_module, "MODES", ("native", "eager"))
+    monkeypatch.setattr(geometry, "unmet", lambda config, format, capability, batch: None)
+    monkeypatch.setattr(compilers, "unmet", lambda mode, device, fmt, rows: None)
+    fake_kernels(monkeypatch, FakeStep)
+    monkeypatch.setattr(native_times, "operations", lambda step, model: {})
+    every = (*LINEARS, "lm_head")
+    monkeypatch.setattr(
+        native_times, "product_s", lambda found, fmt, config: dict.fromkeys(every, 1e-6 * fmt.weight_bits)
+    )
+    monkeypatch.setattr(LabBench, "_decoded_s", lambda self, fmt, made: 1e-4 * fmt.weight_bits - 1e-5 * bool(fmt.parts))
+    lab, told = make_lab(folder, source), []
+    lab.progress = told.append
+    probe = LabBench(lab)
+    losses = {name: probe.kld(FORMATS[name]) for name in (NATIVE, NATIVE2)}
+    assert losses[NATIVE] < losses[NATIVE2]
+    probe.close()
+    lab.auto.ask = ask_for(tmp_path, max_kld=losses[NATIVE2] * 0.8)
+    case = Case("decode", AUTO, "native", Workload("b1_c0", "decode", 1, 5, 6, "small"))
+    assert lab.unmet(case) is None
+    record = take(lab, case, one_round)
+    chosen = lab.auto.selection()
+    found = chosen.document["found"]
+    assert (chosen.format.backend, chosen.format.dtypes, found["mode"]) == ("recipe", ("fp16",), "native")
+    assert set(chosen.format.parts.values()) == {NATIVE2, NATIVE}
+    assert found["kld"] <= found["max_kld"]
+    measured = {one["format"]: one["step_ms"] for one in found["finalists"] if one["step_ms"] is not None}
+    assert {NATIVE, found["what"]} <= set(measured)
+    assert found["step_ms"] == min(measured.values())
+    assert (record.mode, record.outcome, record.dtype) == ("native", "measured", "fp16")
+    assert record.info["auto"]["mode"] == "native"
+    again = recipes.read(chosen.path, FORMATS)
+    assert lab.unmet(replace(case, format=again)) is None
+    assert take(lab, replace(case, format=again), one_round).info["coverage"] == record.info["coverage"]
+    assert any(line.startswith("auto: a decoded token of auto_mix_native-recipe, native") for line in told)
     lab.close()
 
 

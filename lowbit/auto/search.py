@@ -4,8 +4,8 @@ Formats mix on a ground: a compile mode and base dtype that they share. There ar
 whose whole step is one graph (mode native), and the compiled step of all the others.
 
 1. Screen: each candidate's KL on the calibration text as a whole model and per group of linears, and the seconds of one
-   product of each shape. Half of the time is for this; what it has no time for is named. On the native ground the
-   products are timed in the whole model, and so is its step.
+   product of each shape. Half of the time is for this; what it has no time for is named. On the native ground, which
+   is screened first, products are timed in the whole model, and so is its step: nothing is compiled for it.
 2. Mix, on each ground: the plan whose sums are the fastest within the limit (lowbit/auto/plan.py); its real KL is
    measured, with steps back while it is over.
 3. Settle: the decode step of the mixes is measured, and that of every single format within the limit that was not
@@ -113,13 +113,11 @@ class Search:
 
     def run(self) -> Outcome:
         """Raises LowbitError if not even the base dtype can be measured here."""
+        native = [side.ground for side in self.sides if side.ground.whole]
+        early = [row for row in self.rows if any(self.bench.mixes(row, ground) for ground in native)]
+        self._screen_all(early, 1)
         self._screen_plain()
-        for number, row in enumerate(self.rows, 1):
-            if self._elapsed() > SCREENING * self.seconds:
-                self.left_out[row.id] = f"no time: {SCREENING * self.seconds:g} s of screening were over"
-                continue
-            self.progress(f"auto: {number} of {len(self.rows)} candidates: {row.id}")
-            self._attempt(row, lambda row=row: self._screen(row))  # type: ignore[misc]
+        self._screen_all([row for row in self.rows if row not in early], 1 + len(early))
         for side in self.sides:
             self._mix(side)
         self._settle()
@@ -127,6 +125,14 @@ class Search:
         best = min(measured, key=lambda one: one.step_s or 0.0)
         options = {side.ground.mode: side.options for side in self.sides}
         return Outcome(best, self.finalists, options, self.left_out, self._elapsed())
+
+    def _screen_all(self, rows: Sequence[Format], first: int) -> None:
+        for number, row in enumerate(rows, first):
+            if self._elapsed() > SCREENING * self.seconds:
+                self.left_out[row.id] = f"no time: {SCREENING * self.seconds:g} s of screening were over"
+                continue
+            self.progress(f"auto: {number} of {len(self.rows)} candidates: {row.id}")
+            self._attempt(row, lambda row=row: self._screen(row))  # type: ignore[misc]
 
     def _elapsed(self) -> float:
         return self.bench.clock() - self.started
