@@ -139,6 +139,8 @@ class Lab(Loaded):
             m.vram_peak_mib = self.vram.case_peak_mib()
             m.vram_alloc_peak_mib = self.vram.alloc_peak_mib()
             m.graph_breaks, m.recompiles = process_state.counters()
+            if m.attention:
+                record.info["attention"] = m.attention
             skips = cudagraph_skips(case, self.device)
             if skips is not None:
                 record.info["cudagraph_skips"] = skips

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit import device, generate, models, prefill_times
-from lowbit.errors import LowbitError
+from lowbit import device, generate, kvcache, models, prefill_times
+from lowbit.errors import LowbitError, unknown
 from lowbit.kernels import geometry, nvrtc, stream_modules
 from lowbit.kernels.geometry import Geometry
 from lowbit.kernels.quantizer import quantize
 from lowbit.kernels.stream import LAYOUTS
-from lowbit.native_times import operations
+from lowbit.native_times import attention_us, operations
 
 PROMPT, ROUNDS = 128, 3
 """Tokens of the repeated runs' prompt; timings, of which the median counts."""
@@ -36,9 +36,20 @@ def _numbers(text: str, option: str) -> list[int]:
     return found
 
 
+def _caches(text: str) -> list[str]:
+    """What --kv names, as Format.kv: bf16 stands for 16 bits, as the activations."""
+    names = [name.strip() for name in text.split(",")]
+    known = ["bf16", *filter(None, geometry.KV_CODES)]
+    for name in names:
+        if name not in known:
+            raise unknown("KV cache format in --kv", name, known)
+    return ["" if name == "bf16" else name for name in names]
+
+
 def main(options: Any) -> int:
     """Measure and print; ``options`` as step_command parses them. Raises LowbitError where the step can't run."""
     contexts, tokens = _numbers(options.contexts, "--contexts"), _numbers(options.tokens, "--tokens")
+    caches = _caches(options.kv)
     prompts = _numbers(options.prefill, "--prefill") if options.prefill else []
     here = device.detect()
     choice = models.choose(options.model, options.load_format, here)
@@ -61,39 +72,48 @@ def main(options: Any) -> int:
             against[found["tokens"]] = prefill_times.fastest(found)
             tell(found)
     for name in names:
-        for found in _measure(host, name, here.torch, contexts, tokens, options.repeats, against):
+        started = time.perf_counter()
+        model, dtype = _build(host, name, here.torch), Geometry.of(host.config, name).dtype
+        quantized_s = time.perf_counter() - started
+        for kv in caches:
+            for found in _measure(model, name, kv, quantized_s, contexts, tokens, options.repeats):
+                tell(found)
+        for found in prefill_times.of_format(model, name, dtype, here.torch, against):
             tell(found)
+        del model  # before the next is built
     return 0
 
 
 def _line(found: dict[str, Any]) -> str:
-    rest = {key: value for key, value in found.items() if key not in ("format", "what")}
-    return f"{found['format']:<14}{found['what']:<11}" + "  ".join(f"{key} {value}" for key, value in rest.items())
+    rest = {key: value for key, value in found.items() if key not in ("format", "kv", "what")}
+    return f"{found['format']:<14}{found.get('kv', ''):<10}{found['what']:<11}" + "  ".join(
+        f"{key} {value}" for key, value in rest.items()
+    )
+
+
+def _build(host: Any, name: str, where: torch.device) -> Any:
+    dtype = Geometry.of(host.config, name).dtype
+    model = host.build(where, dtype, lambda module: attach(module, name), tables=["lm_head"])
+    prefill_times.wait(where)
+    return model
 
 
 def _measure(
-    host: Any,
-    name: str,
-    where: torch.device,
-    contexts: list[int],
-    tokens: list[int],
-    repeats: int,
-    against: dict[int, float],
+    model: Any, name: str, kv: str, quantized_s: float, contexts: list[int], tokens: list[int], repeats: int
 ) -> Iterator[dict[str, Any]]:
-    dtype = Geometry.of(host.config, name).dtype
+    config, where = model.config, model.model.norm.weight.device
+    dtype = Geometry.of(config, name).dtype
+    length = min(config.max_position_embeddings, max(contexts) + max(tokens))
+    decoder = generate.Decoder(model, 1, length, dtype, kv=kv)
+    prompt = torch.arange(min(PROMPT, length // 2), device=where).unsqueeze(0) * 7919 % config.vocab_size
     started = time.perf_counter()
-    model = host.build(where, dtype, lambda module: attach(module, name), tables=["lm_head"])
-    prefill_times.wait(where)
-    quantized_s = time.perf_counter() - started
-    limit = host.config.max_position_embeddings
-    length = min(limit, max(contexts) + max(tokens))
-    decoder = generate.Decoder(model, 1, length, dtype)
-    prompt = torch.arange(min(PROMPT, length // 2), device=where).unsqueeze(0) * 7919 % host.config.vocab_size
-    started = time.perf_counter()
-    decoder.run_natively(prompt, name)
+    decoder.run_natively(prompt, f"{name}, KV cache in {kv}" if kv else name)
     step = decoder.native
     assert step is not None
-    yield {"format": name, "what": "ready", "quantized_s": round(quantized_s, 2)} | {
+    told = {"format": name, "kv": kv or str(dtype).removeprefix("torch.")}
+    yield told | {
+        "what": "ready",
+        "quantized_s": round(quantized_s, 2),
         "kernels_s": round(time.perf_counter() - started, 2),
         "attention": step.attention,
     }
@@ -101,13 +121,17 @@ def _measure(
         for count in tokens:
             if context + count <= length:
                 tok_s = rate(step, context, count, where)
-                yield {"format": name, "what": "decode", "context": context, "tokens": count, "tok_s": round(tok_s, 1)}
+                yield told | {"what": "decode", "context": context, "tokens": count, "tok_s": round(tok_s, 1)}
     differ = differing(decoder, prompt, min(max(tokens), length - prompt.shape[1]), repeats)
-    yield {"format": name, "what": "repeats", "runs": repeats, "differ": differ}
+    yield told | {"what": "repeats", "runs": repeats, "differ": differ}
+    per_position = kvcache.bytes_per_token(decoder.cache) / len(decoder.cache.layers)
+    for context in contexts:
+        if context < length:
+            us = attention_us(step, context)
+            gb_s = per_position * context / us / 1e3  # of keys and values
+            yield told | {"what": "attention", "context": context, "us": round(us, 2), "gb_s": round(gb_s)}
     for kernel, (calls, us, gb_s) in operations(step, model).items():
-        yield {"format": name, "what": "kernel", "us": round(us, 2), "calls": calls, "gb_s": round(gb_s), "of": kernel}
-    del decoder, step  # their cache goes before the prompts bring their own
-    yield from prefill_times.of_format(model, name, dtype, where, against)
+        yield told | {"what": "kernel", "us": round(us, 2), "calls": calls, "gb_s": round(gb_s), "of": kernel}
 
 
 def attach(module: nn.Module, name: str) -> None:

@@ -62,9 +62,15 @@ def _bytes_read(model: Any) -> dict[str, int]:
     return {name: sum(linear.part.stream.data.numel() for linear in linears) for name, linears in parts.items()}
 
 
-def _time(calls: list[Callable[[], None]], step: Any) -> float:
+def attention_us(step: Any, context: int) -> float:
+    """µs per call of attention where the cache holds ``context`` positions, all calls of a token in one graph."""
+    calls = [one.launch for one in step.plan if one.kernel.startswith("attention")]
+    return _time(calls, step, context) / len(calls)
+
+
+def _time(calls: list[Callable[[], None]], step: Any, position: int = POSITION) -> float:
     """µs of all calls, in one graph."""
-    step.position.fill_(POSITION)
+    step.position.fill_(position)
     return replayed_us(calls, REPLAYS)
 
 

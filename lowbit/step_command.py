@@ -17,6 +17,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--tokens", default="128,512", metavar="LIST", help="tokens decoded from there (128,512)")
     parser.add_argument("--prefill", default="512,2048", metavar="LIST", help="tokens of timed prompts; '' for none")
     parser.add_argument("--prefill-compiled", action="store_true", help="bf16's prompts compiled too: a minute more")
+    parser.add_argument(
+        "--kv", default="bf16", metavar="LIST", help="what the KV cache holds: bf16 (16 bits), fp8, int8"
+    )
     parser.add_argument("--repeats", type=int, default=10, metavar="N", help="runs that must agree in every bit (10)")
     parser.add_argument("--json", action="store_true", help="one object per line")
     parser.set_defaults(run=run)

@@ -53,6 +53,7 @@ class Stopwatch:
             native_s = 0.0
             if case.mode == "native":
                 native_s = self._time_once(lambda: decoder.run_natively(ids, case.name, self.progress))
+                m.attention = decoder.native.attention if decoder.native is not None else ""
             else:
                 decoder.compile(self._compiler(case, quantized))
             m.compile_s = native_s + self._warm_up(lambda: decoder.generate(ids, WARM_STEPS), case)
@@ -100,7 +101,8 @@ class Stopwatch:
         decoder = self._decoder(case, quantized, ids)
         with self.spent.on(_warming(case)):
             native_s = 0.0
-            if case.mode == "native" and native.takes(quantized.model, ids.shape[0]):
+            own = case.mode == "native" and not case.format.kv  # a quantized cache is filled by the model's modules
+            if own and native.takes(quantized.model, ids.shape[0]):
                 native_s = self._time_once(lambda: decoder.run_natively(ids, case.name, self.progress))
             else:
                 decoder.compile_prefill(self._compiler(case, quantized))

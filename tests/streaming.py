@@ -11,7 +11,7 @@ from lowbit.kernels import runner, weights
 from lowbit.kernels.quantizer import quantize
 
 
-def build(name, length, device="cpu", **changes):
+def build(name, length, device="cpu", kv="", **changes):
     """(streamed model, the same weights in fp32, a decoder of the streamed one, its native step)."""
     dtype = torch.bfloat16 if name == "bf16" else torch.float16
     streamed, exact = model(dtype, **changes).to(device), model(torch.float32, **changes).to(device)
@@ -20,6 +20,6 @@ def build(name, length, device="cpu", **changes):
             exact.get_submodule(path).weight.data = weights.dequantize(quantize(linear.weight.detach(), name))
     exact.model.embed_tokens.weight.data = streamed.model.embed_tokens.weight.detach().float()
     native_step.attach(streamed, name)
-    decoder = generate.Decoder(streamed, 1, length, dtype)
+    decoder = generate.Decoder(streamed, 1, length, dtype, kv=kv)
     step = runner.NativeStep(streamed, decoder.cache, decoder.token, decoder.position)
     return streamed, exact, decoder, step

@@ -591,6 +591,7 @@ class FakeStep:
         self.model, self.cache, self.token, self.position = model, cache, token, position
         self.history, self.pick = torch.zeros(512, dtype=torch.int64), None
         self.shape = SimpleNamespace(dtype=torch.float16)
+        self.attention = "a fake's"
         names = (*runner.PRODUCTS.values(), "embed_kernel", "attention_kernel<1>")
         self.plan = [SimpleNamespace(kernel=name, launch=None) for name in names]
 

@@ -1,4 +1,4 @@
-"""Attention's own source, run on the CPU: one token over caches of every length, against the same in fp64."""
+"""Attention's own source, run on the CPU: one token over caches of every length and format, against fp64."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import pytest
 import torch
 from emulated import EmulatedModule, unmet
 
+from lowbit import kvcache
 from lowbit.kernels.arguments import Attention, fill
-from lowbit.kernels.geometry import ATTENTION_WARPS, SHORT_CACHE, SPLITS, Geometry
-from lowbit.kernels.runner import ATTENTIONS
+from lowbit.kernels.geometry import AHEAD, ATTENTION_WARPS, SHORT_CACHE, SPLITS, Geometry
 
 pytestmark = pytest.mark.skipif(unmet() is not None, reason=str(unmet()))
 WIDE = {"heads": 4, "kv_heads": 1, "head_dim": 128}
-MIDDLE = {"heads": 12, "kv_heads": 4, "head_dim": 64}
-SMALL = {"heads": 8, "kv_heads": 2, "head_dim": 32}
-LONGEST = 8224
+MIDDLE = {"heads": 4, "kv_heads": 1, "head_dim": 64}
+SMALL = {"heads": 16, "kv_heads": 2, "head_dim": 32}
+LONGEST = 10320
 
 
-def shape_of(name="int8", **heads):
-    return Geometry(name, hidden=256, inter=768, eps=1e-5, **(heads or WIDE))
+def shape_of(name="int8", kv="", heads=WIDE):
+    return Geometry(name, hidden=256, inter=768, eps=1e-5, **heads, kv=kv)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def compiled(tmp_path_factory):
     def module(shape):
         if shape not in made:
             folder = tmp_path_factory.mktemp("attention")
-            made[shape] = EmulatedModule(folder, ("common", "attention"), ATTENTIONS, shape.macros())
+            made[shape] = EmulatedModule(folder, ("common", "attention"), shape.attentions, shape.macros())
         return made[shape]
 
     return module
@@ -49,59 +49,75 @@ def rotated(x, rope, position):
     return torch.cat([low * cos - high * sin, high * cos + low * sin], -1)
 
 
-class Cache:
-    """Random keys and values of ``position`` tokens, and what a step must make of them."""
+class Side:
+    """Keys or values as a cache holds them: numbers of 16 bits, or lowbit.kvcache's codes and scales."""
 
-    def __init__(self, shape, length, position, seed=0):
-        torch.manual_seed(seed)
+    def __init__(self, kv, x):
+        self.kv, self.dtype = kv, x.dtype
+        self.parts = [part.contiguous() for part in kvcache.encode(kv, x)] if kv else [x]
+
+    def numbers(self):
+        return kvcache.decode(self.kv, self.parts, torch.float32).double() if self.kv else self.parts[0].double()
+
+    def copies(self):
+        return [part.clone() for part in self.parts]
+
+    def check(self, before, position, new, exact):
+        """Only the position was written, with ``new`` [heads, dim]; ``exact``: in every bit, else to a rounding."""
+        for held, old in zip(self.parts, before, strict=True):
+            old[:, position] = held[:, position]
+            assert torch.equal(held.view(torch.uint8), old.view(torch.uint8)), "a step writes its own position alone"
+        want = Side(self.kv, new.to(self.dtype))
+        if exact:
+            assert all(torch.equal(held[:, position], part) for held, part in zip(self.parts, want.parts, strict=True))
+        found, wanted = self.numbers()[:, position], want.numbers()
+        step = 0.09 if self.kv == "fp8" else 0.01  # of the largest: one code, or one rounding
+        assert float((found - wanted).abs().max()) <= step * float(wanted.abs().max())
+
+
+class Step:
+    """Attention of one token at ``position`` over a random cache, and what it must give."""
+
+    def __init__(self, shape, length, position, spread=1.0):
+        torch.manual_seed(position)
         self.shape, self.length, self.position = shape, length, position
         kv, dim, dtype = shape.kv_heads, shape.head_dim, shape.dtype
-        self.keys, self.values = (torch.randn(kv, length, dim).to(dtype) for _ in range(2))
+        rows = torch.exp(spread * torch.randn(2, kv, length, 1)) if spread != 1.0 else torch.ones(2, kv, length, 1)
+        self.keys, self.values = (Side(shape.kv, (torch.randn(kv, length, dim) * rows[i]).to(dtype)) for i in range(2))
         self.qkv = torch.randn(shape.heads + 2 * kv, dim).to(dtype)
         self.rope = rotation(length, dim)
         self.out = torch.full((shape.heads, dim), math.nan, dtype=dtype)
 
     def run(self, module, plan):
-        heads = self.shape.heads
-        before = self.keys.clone(), self.values.clone()
+        heads, kv = self.shape.heads, self.shape.kv_heads
+        before = self.keys.copies(), self.values.copies()
         at = torch.tensor([self.position])
-        argument = fill(
-            Attention,
-            qkv=self.qkv,
-            keys=self.keys,
-            values=self.values,
-            rope=self.rope,
-            position=at,
-            out=self.out,
-            length=self.length,
-        )
+        named = {"keys": self.keys.parts[0], "values": self.values.parts[0]}
+        if self.shape.kv:
+            named |= {"key_scale": self.keys.parts[1], "value_scale": self.values.parts[1]}
+        argument = fill(Attention, qkv=self.qkv, rope=self.rope, position=at, out=self.out, length=self.length, **named)
         module.launch(
             plan.kernel,
-            (self.shape.kv_heads, plan.splits),
+            (kv, plan.splits),
             ATTENTION_WARPS * 32,
             argument,
             shared_bytes=plan.shared_bytes,
             cluster=plan.splits,
         )
-        new_key = rotated(self.qkv[heads : heads + self.shape.kv_heads], self.rope, self.position)
-        new_value = self.qkv[heads + self.shape.kv_heads :]
-        for held, old, new in ((self.keys, before[0], new_key), (self.values, before[1], new_value)):
-            old[:, self.position] = held[:, self.position]
-            assert torch.equal(held, old), "a step writes its own position alone"
-            assert torch.allclose(held[:, self.position].double(), new.double(), atol=2e-2)
+        key = rotated(self.qkv[heads : heads + kv], self.rope, self.position)
+        self.keys.check(before[0], self.position, key, exact=self.position == 0)  # which turns by no angle
+        self.values.check(before[1], self.position, self.qkv[heads + kv :], exact=True)
 
-    def expected(self):
+    def error(self):
+        """||difference|| / ||expected||, from what the cache now holds."""
         shape = self.shape
         query = rotated(self.qkv[: shape.heads], self.rope, self.position)
         group = shape.heads // shape.kv_heads
         keys, values = (
-            held[:, : self.position + 1].double().repeat_interleave(group, 0) for held in (self.keys, self.values)
+            side.numbers()[:, : self.position + 1].repeat_interleave(group, 0) for side in (self.keys, self.values)
         )
         scores = torch.einsum("hd,hpd->hp", query, keys) / shape.head_dim**0.5
-        return torch.einsum("hp,hpd->hd", scores.softmax(-1), values)
-
-    def error(self):
-        want = self.expected()
+        want = torch.einsum("hp,hpd->hd", scores.softmax(-1), values)
         return float((self.out.double() - want).norm() / want.norm())
 
 
@@ -110,30 +126,62 @@ TURN = SPLITS * ATTENTION_WARPS * 16
 
 
 @pytest.mark.parametrize(
-    ("length", "widest", "kernel", "positions"),
+    ("length", "widest", "splits", "positions"),
     [
-        (SHORT_CACHE, 16, "<1, 8>", (0, 15, 16, 127, 128, 1008, 1023)),
-        (LONGEST, 8, "<3, 8>", (3, TURN - 1, TURN, 3 * TURN + 5, 4 * TURN)),
-        (LONGEST, 16, "<3, 16>", (0, 255, 256, 2 * TURN - 1, 2 * TURN, 6 * TURN + 9, 8200)),
+        (SHORT_CACHE, 16, 8, (0, 15, 128, 1023)),
+        (LONGEST, 8, 8, (TURN - 1, TURN, 5 * TURN)),
+        (LONGEST, 16, 16, (0, 255, 2 * TURN, 10 * TURN + 8)),
     ],
+    ids=["short", "8 blocks", "16 blocks"],
 )
-@pytest.mark.parametrize("name", ["int8", "bf16"])
-@pytest.mark.parametrize("heads", [WIDE, MIDDLE, SMALL], ids=["128", "64", "32"])
-def test_a_token_sees_every_position_of_its_cache(compiled, length, widest, kernel, positions, name, heads):
-    shape = shape_of(name, **heads)
+@pytest.mark.parametrize(
+    ("name", "kv", "heads"),
+    [
+        *(("int8", kv, WIDE) for kv in AHEAD),
+        *(("bf16", kv, WIDE) for kv in ("", "fp8")),
+        *(("int8", kv, MIDDLE) for kv in ("int8", "fp8")),
+        *(("int8", kv, SMALL) for kv in ("", "int8")),
+    ],
+    ids=lambda value: f"{value['head_dim']}" if isinstance(value, dict) else value or "16",
+)
+def test_a_token_sees_every_position_of_its_cache(compiled, length, widest, splits, positions, name, kv, heads):
+    shape = shape_of(name, kv, heads)
     plan = shape.attention(length, widest)
-    assert plan.kernel == f"attention_kernel{kernel}"
+    stages = 1 if length == SHORT_CACHE else AHEAD[kv]
+    assert plan.kernel == f"attention_kernel<{stages}, {splits}>"
+    assert plan.kernel in shape.attentions
     for position in positions:
-        cache = Cache(shape, length, position)
-        cache.run(compiled(shape), plan)
-        assert cache.error() < (8e-3 if name == "bf16" else 1e-3), position
+        step = Step(shape, length, position)
+        step.run(compiled(shape), plan)
+        assert step.error() < (8e-3 if name == "bf16" else 1e-3), position
 
 
-def test_what_is_behind_the_position_has_no_weight(compiled):
-    shape = shape_of()
+@pytest.mark.parametrize("kv", AHEAD)
+def test_what_lies_behind_the_position_has_no_weight(compiled, kv):
+    shape = shape_of(kv=kv)
     plan = shape.attention(LONGEST)
-    clean, stale = Cache(shape, LONGEST, 700), Cache(shape, LONGEST, 700)
-    stale.keys[:, 700:], stale.values[:, 700:] = 1e4, -1e4
-    for cache in (clean, stale):
-        cache.run(compiled(shape), plan)
+    clean, stale = Step(shape, LONGEST, 700), Step(shape, LONGEST, 700)
+    for side in (stale.keys, stale.values):
+        side.parts[0][:, 700:] = 100 if kv else math.nan
+        for scale in side.parts[1:]:
+            scale[:, 700:] = math.inf
+    for step in (clean, stale):
+        step.run(compiled(shape), plan)
+    assert clean.out.isfinite().all()
     assert torch.equal(clean.out, stale.out)
+
+
+@pytest.mark.parametrize("kv", ["int8", "fp8"])
+@pytest.mark.parametrize("name", ["int8", "bf16"])
+def test_codes_of_rows_of_every_size_keep_their_weight(compiled, kv, name):
+    """Scales from 1e-3 to 1e3 of one another, a key of zeros, and values near fp16's end."""
+    shape = shape_of(name, kv)
+    step = Step(shape, SHORT_CACHE, 300, spread=2.0)
+    step.run(compiled(shape), shape.attention(SHORT_CACHE))
+    assert step.error() < (8e-3 if name == "bf16" else 1e-3)
+    step = Step(shape, SHORT_CACHE, 0)
+    step.qkv[-2] = 0
+    step.qkv[-1] *= 6e4 / step.qkv[-1].abs().max()
+    step.run(compiled(shape), shape.attention(SHORT_CACHE))
+    assert step.out.isfinite().all()
+    assert step.error() < (8e-3 if name == "bf16" else 1e-3)

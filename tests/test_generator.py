@@ -62,9 +62,16 @@ class FakeRunner:
         return self.token
 
 
+KV_RECIPE = "a16w4_g128_lowbit_kv_fp8-recipe"
+
+
+def counted(model, batch, length, kv):
+    return FakeRunner(model, batch, length)
+
+
 @pytest.fixture
 def counting(small):
-    register_runner("counting", lambda model, batch, length: FakeRunner(model, batch, length))
+    register_runner("counting", counted)
     generator = Generator(small.model)
     yield generator
     unregister_runner("counting")
@@ -156,17 +163,32 @@ def test_a_registered_runner_is_taken_and_may_decline(small):
     assert isinstance(make_runner(small.model, 1, 32), DecoderRunner)
     asked = []
 
-    def factory(model, batch, length):
-        asked.append((batch, length))
+    def factory(model, batch, length, kv):
+        asked.append((batch, length, kv))
         return FakeRunner(model, batch, length) if length > 64 else None
 
     register_runner("large", factory)
     try:
-        assert make_runner(small.model, 1, 65).name == "counting"
+        assert make_runner(small.model, 1, 65, "int8").name == "counting"
         assert isinstance(make_runner(small.model, 1, 64), DecoderRunner)
     finally:
         unregister_runner("large")
-    assert asked == [(1, 65), (1, 64)]
+    assert asked == [(1, 65, "int8"), (1, 64, "")]
+
+
+@pytest.mark.parametrize(
+    ("format", "kv", "held"), [(KV_RECIPE, None, "fp8"), (None, "int4", "int4"), (KV_RECIPE, "", "")]
+)
+def test_the_cache_is_the_formats_or_the_one_that_is_asked_for(format, kv, held):
+    generator = Generator.from_model(tiny.model(), format, kv=kv, context=40)
+    assert len(list(generator([1, 2, 3], 4, stop_at_eos=False))) == 4
+    assert generator.runner.name == ("PyTorch modules" + f", KV cache in {held}" * bool(held))
+
+
+@pytest.mark.parametrize("kv", ["int5", "fp8_attn"])
+def test_a_cache_that_it_can_not_hold_is_refused_by_name(small, kv):
+    with pytest.raises(LowbitError, match=rf"unknown KV cache format of a Generator '{kv}'; known: fp8, int4, int8"):
+        Generator(small.model, kv=kv)
 
 
 def test_a_runner_is_kept_while_it_is_long_enough(counting):
@@ -182,7 +204,7 @@ def test_a_runner_is_kept_while_it_is_long_enough(counting):
 
 
 def test_a_context_is_made_once(small):
-    register_runner("counting", FakeRunner)
+    register_runner("counting", counted)
     try:
         generator = Generator(small.model, context=40)
         list(generator([1, 2], 4))

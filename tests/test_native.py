@@ -250,6 +250,12 @@ def test_a_recipe_of_lowbits_rows_decodes_natively():
     assert fmt.modes == ("eager", "reduce-overhead", "native")
     assert native.step_unmet(fmt, H200, config()) is None
     assert native.step_unmet(INT4, H200, config()) is None
+    assert native.step_unmet(mixed(NATIVE_MIX, kv="fp8"), H200, config()) is None
+    for kv in ("int8", "fp8"):
+        row = FORMATS[f"a16w4_g128_lowbit_kv_{kv}-recipe"]
+        assert row.kv == kv
+        assert "native" in row.modes
+        assert native.step_unmet(row, H200, config()) is None
     assert str(native.step_unmet(fmt, gpu(8, 0), config())).startswith("capability: needs SM90")
     assert str(native.step_unmet(fmt, H200, config(), batch=8)).startswith("shape: the native step decodes one")
 
@@ -264,7 +270,7 @@ def test_a_recipe_of_lowbits_rows_decodes_natively():
         ({"*": INT4.id}, {"dtype": "bf16"}, "want activations in float16 for these rows, the recipe's are in bf16"),
         ({"lm_head": "bf16-lowbit", "*": INT4.id}, {}, "want activations in bfloat16 and float16"),
         ({"*": "a16w3_g128-lowbit"}, {}, "no decode kernel streams int3_g128"),
-        ({"*": INT4.id}, {"kv": "int8"}, "keep their KV cache in 16 bits, this recipe's is int8"),
+        ({"*": INT4.id}, {"kv": "int4"}, "reads a KV cache of 16 bits, int8, fp8; this one is int4"),
     ],
 )  # fmt: skip
 def test_what_mode_native_can_not_decode_of_a_recipe_is_said(parts, fields, reason):

@@ -6,6 +6,8 @@ import pytest
 import torch
 from streaming import build
 
+from lowbit.generate.decoder import decode_logits
+from lowbit.generate.proof import NATIVE_BOUNDS
 from lowbit.kernels import geometry, nvrtc
 from lowbit.kernels.prefill import NativePrefill
 from lowbit.kernels.stream import LAYOUTS
@@ -46,6 +48,30 @@ def test_logits_are_those_of_the_same_weights_in_fp32_at_every_position(made):
         assert error < bound, (place, float(error))
         assert int(decoder.token) == int(step.logits.argmax())
         assert int(decoder.position) == place + 1
+
+
+@pytest.mark.parametrize("kv", ["", "int8", "fp8"])
+@pytest.mark.parametrize("name", ["int4_g128", "bf16"])
+@torch.no_grad()
+def test_long_caches_of_every_kind_give_the_modules_logits_and_the_same_bits(name, kv):
+    """From short caches' one cluster of 8 blocks per KV head to 16 blocks whose warps go around several times."""
+    dtype = torch.bfloat16 if name == "bf16" else torch.float16
+    for length, places in ((1008, (1, 16, 700, 1000)), (9000, (40, 1030, 4100, 8900))):
+        streamed, _, decoder, step = build(name, length, "cuda", kv=kv, max_position_embeddings=16384)
+        ids = torch.arange(length, device="cuda").unsqueeze(0) * 31 % 512
+        for place in places:
+            found = []
+            for _ in range(20):
+                decoder.prefill(ids[:, :place])
+                decoder.token.fill_(int(ids[0, place]))
+                step.launch()
+                found.append(step.logits.clone())
+            assert all(torch.equal(logits, found[0]) for logits in found), (length, place)
+            decoder.prefill(ids[:, :place])
+            decoder.token.fill_(int(ids[0, place]))
+            want = decode_logits(streamed, decoder.token, decoder.position, decoder.cache).flatten().float()
+            error = float((found[0] - want).norm() / want.norm())
+            assert error < NATIVE_BOUNDS[dtype] / 2, (length, place, error)
 
 
 @torch.no_grad()

@@ -37,8 +37,12 @@ class PickingStep(FakeStep):
 def generator(monkeypatch):
     fake_kernels(monkeypatch, PickingStep)
     monkeypatch.setattr(PickingStep, "recorded", 0)
-    monkeypatch.setattr("lowbit.generate.generator.make_runner", lambda made, batch, length: NativeRunner(made, length))
+    monkeypatch.setattr("lowbit.generate.generator.make_runner", natively)
     return Generator(model(torch.float16), context=64)
+
+
+def natively(made, batch, length, kv=""):
+    return NativeRunner(made, length, kv)
 
 
 def ids(stream):
@@ -54,6 +58,16 @@ def test_its_tokens_are_those_of_the_models_own_modules(generator, sampling):
         assert ids(generator(PROMPT, 12, sampling=sampling, stop_at_eos=False)) == want
     assert generator.runner.name == "lowbit's CUDA kernels, one graph per token"
     assert generator.runner.position == len(PROMPT) + 11
+
+
+@pytest.mark.parametrize("kv", ["int8", "fp8"])
+def test_a_quantized_cache_is_named_and_gives_the_modules_tokens(generator, kv):
+    found = Generator(generator.model, context=64, kv=kv)
+    plain = Generator(generator.model, context=64)
+    plain.runner = DecoderRunner(generator.model, 1, 64, kv)
+    assert ids(found(PROMPT, 12, stop_at_eos=False)) == ids(plain(PROMPT, 12, stop_at_eos=False))
+    assert found.runner.name == f"lowbit's CUDA kernels, one graph per token, KV cache in {kv}"
+    assert plain.runner.name == f"PyTorch modules, KV cache in {kv}"
 
 
 def test_another_kind_of_sampling_is_recorded_anew(generator):

@@ -50,6 +50,31 @@ def test_a_rate_is_the_median_of_its_rounds(monkeypatch):
     assert calls == [128] * 40
 
 
+def test_caches_are_named():
+    assert native_step._caches("bf16,fp8, int8") == ["", "fp8", "int8"]
+    with pytest.raises(LowbitError, match="unknown KV cache format in --kv 'int4'; known: bf16, fp8, int8"):
+        native_step._caches("bf16,int4")
+
+
+def test_each_cache_is_measured_with_its_name(monkeypatch, capsys):
+    """The command's own lines, over fake kernels: what ran is in each."""
+    fake_kernels(monkeypatch)
+    monkeypatch.setattr(native_step, "rate", lambda step, context, count, where: 100.0)
+    monkeypatch.setattr(native_step, "attention_us", lambda step, context: 2.0)
+    monkeypatch.setattr(native_step, "operations", lambda step, made: {"head": (1, 3.0, 4.0)})
+    lines = list(native_step._measure(model(torch.float16), "int8", "fp8", 1.0, [16, 32], [8], 2))
+    assert {line["kv"] for line in lines} == {"fp8"}
+    assert [line["what"] for line in lines] == [
+        *("ready", "decode", "decode", "repeats", "attention", "attention", "kernel"),
+    ]
+    assert lines[0]["attention"] == "a fake's: fp8"
+    # 2 layers, 2 KV heads of 32 dimensions with an fp16 scale each, keys and values: 136 bytes per position and layer
+    assert lines[5]["gb_s"] == round(136 * 32 / 2.0 / 1e3)
+    plain = next(native_step._measure(model(torch.float16), "int8", "", 1.0, [16], [8], 2))
+    assert plain["kv"] == "float16"
+    assert native_step._line(plain).split()[:3] == ["int8", "float16", "ready"]
+
+
 @pytest.mark.parametrize(("noise", "want"), [(0.0, 0), (1e-3, 4)])
 def test_runs_that_differ_in_a_bit_are_counted(monkeypatch, noise, want):
     class Noisy(FakeStep):

@@ -57,11 +57,15 @@ def test_arguments_have_the_kernels_fields_in_their_order(name):
     assert fields == [field for field, _ in STRUCTURES[name]._fields_]
 
 
-@pytest.mark.parametrize(("name", "shape"), CASES, ids=[f"{name}-{shape['hidden']}" for name, shape in CASES])
-def test_the_decode_kernels_compile_for_sm90_without_spills(name, shape):
-    geometry = Geometry(name, **shape)
+@pytest.mark.parametrize(
+    ("name", "shape", "kv"),
+    [*((*case, "") for case in CASES), *(("int4_g128", shape, "int8") for shape in (LLAMA_8B, LLAMA_1B))],
+    ids=lambda value: f"{value['hidden']}" if isinstance(value, dict) else value or "16",
+)
+def test_the_decode_kernels_compile_for_sm90_without_spills(name, shape, kv):
+    geometry = Geometry(name, **shape, kv=kv)
     ku = 1024 if LAYOUTS[name].widest == 1024 and shape is LLAMA_8B else 256
-    kernels = (*runner.KERNELS, *prefill.KERNELS, f"unpack_kernel<{ku}>")
+    kernels = (*runner.kernels(geometry), *prefill.KERNELS, f"unpack_kernel<{ku}>")
     binary = nvrtc.compile_source(f"{SOURCE}\n{layout_checks()}", kernels, geometry.macros(), "sm_90a")
     assert set(binary.names) == set(kernels)
     found = binary.resources()

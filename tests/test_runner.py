@@ -47,6 +47,13 @@ def test_what_it_can_not_run_is_said_with_the_requirement(changes, name, capabil
     assert words in reason
 
 
+def test_caches_of_8_bits_can_run_and_others_are_told_from_them():
+    for kv in ("", "int8", "fp8"):
+        assert geometry.unmet(config(), "int4_g128", H200, kv=kv) is None
+    told = "attention in the native step reads a KV cache of 16 bits, int8, fp8; this one is int4"
+    assert geometry.unmet(config(), "int4_g128", H200, kv="int4") == ("capability", told)
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize(
     "widths",
@@ -180,13 +187,46 @@ def test_a_long_cache_has_clusters_of_16_where_the_device_holds_all_heads_at_onc
     made, dtype = streamed("int8", max_position_embeddings=2048)
     decoder = decoder_of(made, dtype, length)
     step = NativeStep(made, decoder.cache, decoder.token, decoder.position)
-    assert step.attention.startswith(words)
+    assert step.attention.startswith(f"KV cache in float16, {words}")
     step.launch()
     found, grid, threads, _, shared_bytes, _ = module.launched[2]
     assert (found, grid, threads) == (kernel, (2, splits), 256)
     assert shared_bytes <= 227 * 1024
     if length > 1024:
         assert module.asked == ("attention_kernel<3, 16>", (2, 16), 256, shared_bytes, 16)
+
+
+@pytest.mark.parametrize("kv", ["int8", "fp8"])
+def test_a_cache_of_codes_is_read_with_its_scales(module, kv):
+    made, dtype = streamed("int8", max_position_embeddings=2048)
+    for length, words in ((160, "8 blocks per KV head, 1 chunk"), (1040, "16 blocks per KV head, 4 chunks")):
+        decoder = generate.Decoder(made, 1, length, dtype, kv=kv)
+        step = NativeStep(made, decoder.cache, decoder.token, decoder.position)
+        assert step.attention == f"KV cache in {kv}, {words} ahead"
+        assert step.shape.macros()["KV"] == geometry.KV_CODES[kv]
+        module.launched.clear()
+        step.launch()
+        attention, layer = module.launched[2][3], decoder.cache.layers[0]
+        assert (attention.keys, attention.values) == (layer.keys.data_ptr(), layer.values.data_ptr())
+        assert (attention.key_scale, attention.value_scale) == (
+            layer.key_scale.data_ptr(),
+            layer.value_scale.data_ptr(),
+        )
+        assert step.shape.attention(1040).shared_bytes <= 227 * 1024
+
+
+def test_a_cache_that_attention_can_not_read_is_refused(module):
+    made, dtype = streamed("int8")
+    decoder = generate.Decoder(made, 1, 160, dtype, kv="int4")
+    with pytest.raises(LowbitError, match="reads a KV cache of 16 bits, int8 or fp8, this is int4"):
+        NativeStep(made, decoder.cache, decoder.token, decoder.position)
+    decoder = generate.Decoder(made, 1, 160, torch.bfloat16, kv="int8")
+    with pytest.raises(LowbitError, match=r"wants keys and values in torch.float16, got torch.bfloat16"):
+        NativeStep(made, decoder.cache, decoder.token, decoder.position)
+    decoder = generate.Decoder(made, 1, 160, dtype, kv="fp8")
+    decoder.cache.layers[0].keys = decoder.cache.layers[0].keys[:, :, :150]
+    with pytest.raises(LowbitError, match="is read 16 positions at a time, this one has 150"):
+        NativeStep(made, decoder.cache, decoder.token, decoder.position)
 
 
 def test_positions_have_the_models_own_rotation(module):
@@ -247,6 +287,7 @@ class FakeStep:
     def __init__(self, made, cache, token, position, progress=None, pick=None):
         self.pick = pick
         self.model, self.cache, self.token, self.position = made, cache, token, position
+        self.attention = f"a fake's: {getattr(cache.layers[0], 'name', '16 bits')}"
         self.shape = Geometry.of(made.config, "int4_g128")
         self.history = torch.zeros(cache.layers[0].keys.shape[2] + 1, dtype=torch.int64)
         self.captured = False

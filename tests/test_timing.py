@@ -12,6 +12,7 @@ from lowbit import compilers, process_state, timing
 from lowbit.cases import Case
 from lowbit.device import Device
 from lowbit.formats import FORMATS
+from lowbit.metrics import Measurement
 from lowbit.spent import Spent
 from lowbit.workloads import WORKLOADS, Workload
 
@@ -61,9 +62,16 @@ class Vram:
     def reset_peak(self): ...
 
 
-@pytest.mark.parametrize(("taken", "prompts"), [(True, [24] * 9), (False, None)])
-def test_a_native_prefill_is_that_of_our_kernels_where_they_take_the_model(monkeypatch, taken, prompts):
-    """The proof, three of the warm-up, an estimate, one untimed and three rounds; else the modules, as one graph."""
+KV_ROW = "a16w4_g128_lowbit_kv_fp8-recipe"
+
+
+@pytest.mark.parametrize(
+    ("row", "taken", "prompts"),
+    [("a16w4_g128-lowbit", True, [24] * 9), ("a16w4_g128-lowbit", False, None), (KV_ROW, True, None)],
+)
+def test_a_native_prefill_is_that_of_our_kernels_where_they_take_the_model(monkeypatch, row, taken, prompts):
+    """The proof, three of the warm-up, an estimate, one untimed and three rounds; else the modules, as one graph:
+    they alone fill a cache of codes."""
     fake_kernels(monkeypatch)
     monkeypatch.setattr(timing.native, "takes", lambda model, batch: taken)
     captured, decoders = [], []
@@ -71,16 +79,29 @@ def test_a_native_prefill_is_that_of_our_kernels_where_they_take_the_model(monke
     made = timing.Stopwatch._decoder
     monkeypatch.setattr(timing.Stopwatch, "_decoder", lambda *args: decoders.append(made(*args)) or decoders[-1])
     watch = timing.Stopwatch(CPU, None, Vram(), Spent(), lambda text: None)
-    case = Case("prefill", FORMATS["a16w4_g128-lowbit"], "native", Workload("p24", "prefill", 1, 24, 0, "small"))
+    case = Case("prefill", FORMATS[row], "native", Workload("p24", "prefill", 1, 24, 0, "small"))
     quantized = SimpleNamespace(model=model(torch.float16), dtype="fp16")
     found = SimpleNamespace(prefill_s=[], compile_s=None, yardstick_s=[])
     ids = timing.prompt(512, 1, 24, CPU)
     watch.time_prefill(case, quantized, ids, found, lambda timer, setup, rounds: [timer() for _ in range(3)])
     assert len(found.prefill_s) == 3
     (decoder,) = decoders
-    if taken:
+    if prompts:
         assert decoder.native_prefill.prompts == prompts
         assert not captured
     else:
         assert decoder.native_prefill is None
         assert captured == ["native"]
+
+
+def test_a_native_decode_says_how_it_reads_which_cache(monkeypatch):
+    fake_kernels(monkeypatch)
+    watch = timing.Stopwatch(CPU, None, Vram(), Spent(), lambda text: None)
+    case = Case("decode", FORMATS[KV_ROW], "native", Workload("b1_c8", "decode", 1, 8, 4, "small"))
+    quantized = SimpleNamespace(model=model(torch.float16), dtype="fp16")
+    found = Measurement("decode", prompt_tokens=8, new_tokens=4)
+    watch.time_decode(
+        case, quantized, timing.prompt(512, 1, 8, CPU), found, lambda timer, setup, rounds: (setup(), timer())
+    )
+    assert found.attention == "a fake's: fp8"
+    assert found.kv_bytes_per_token == 2 * 2 * 2 * (32 + 2)  # layers, keys and values, KV heads, codes and their scale

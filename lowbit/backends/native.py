@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.backends import shapes, targets
+from lowbit.backends import kv_requirement, shapes, targets
 from lowbit.errors import LowbitError
 from lowbit.formats import Format, Unmet, find
 from lowbit.formats.recipes import assignment, matrices
@@ -33,14 +33,14 @@ Choose = Callable[[str], str | None]
 
 
 def requirement(fmt: Format, device: Device, config: Any) -> Unmet | None:
-    """Rows of whole groups and whole bytes."""
+    """Rows of whole groups and whole bytes, and what the KV cache asks for."""
     row = weights.find(fmt.scheme)
     for shape in shapes(fmt, config):
         try:
             row.check(shape.n, shape.k, shape.name)
         except LowbitError as error:
             return Unmet("shape", str(error))
-    return None
+    return kv_requirement(fmt, device, config)
 
 
 def step_unmet(fmt: Format, device: Device, config: Any, batch: int = 1) -> Unmet | None:
@@ -50,7 +50,7 @@ def step_unmet(fmt: Format, device: Device, config: Any, batch: int = 1) -> Unme
     activations of one dtype, which is the row's.
     """
     for scheme in dict.fromkeys(scheme for _, scheme in _streams(fmt, config) if scheme is not None):
-        why = geometry.unmet(config, scheme, device.capability, batch)
+        why = geometry.unmet(config, scheme, device.capability, batch, fmt.kv)
         if why is not None:
             return Unmet(*why)
     if fmt.parts and (mixed := _unmixable(fmt, device, config)) is not None:
@@ -75,8 +75,6 @@ def _unmixable(fmt: Format, device: Device, config: Any) -> str | None:
     plain = [path for path, scheme in schemes.items() if scheme is None]
     if plain:
         return f"mode native multiplies with lowbit's own rows alone, and this recipe gives {plain[0]} none of them"
-    if fmt.kv:
-        return f"the decode kernels keep their KV cache in 16 bits, this recipe's is {fmt.kv}"
     wanted = {geometry.Geometry.of(config, scheme).dtype for scheme in schemes.values() if scheme is not None}
     has = device.dtype_for(fmt)
     if wanted != {torch.bfloat16 if has == "bf16" else torch.float16}:

@@ -89,6 +89,17 @@ RECIPES: tuple[Recipe, ...] = (
         "weights and KV cache",
         kv="int8",
     ),
+    *(
+        Recipe(
+            f"a16w4_g128_lowbit_kv_{kv}",
+            {"lm_head": "a16w4_g128-lowbit", REST: "a16w4_g128-lowbit"},
+            ("int4", "head4", "kv", "kv8"),
+            "nightly",
+            "lowbit's own weights; mode native reads the codes of the KV cache, eager dequantizes it first",
+            kv=kv,
+        )
+        for kv in ("int8", "fp8")
+    ),
     Recipe("a16w8_gemlite_head8", {"lm_head": "a16w8-gemlite", REST: "a16w8-gemlite"}, ("int8", "head8"), "nightly"),
 )
 

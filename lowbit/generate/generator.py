@@ -17,15 +17,17 @@ from torch import Tensor, nn
 
 from lowbit import backends, device, formats, models, packed_file
 from lowbit.backends import native
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, unknown
 from lowbit.formats import FORMATS, Format, stored
-from lowbit.formats.row import TABLES
+from lowbit.formats.row import KV_FORMATS, TABLES
 from lowbit.generate.detokenizer import Detokenizer
 from lowbit.generate.runner import Runner, make_runner
 from lowbit.hostmodel import Progress, silent
 from lowbit.kernels.stream import LAYOUTS
 from lowbit.sampling import GREEDY, Sampling
 
+CACHES = tuple(name for name in KV_FORMATS if name != "fp8_attn")
+"""What a Generator's KV cache can hold; attention that multiplies the codes themselves is for the benches."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -41,14 +43,17 @@ class Generator:
     """Generates from one prompt at a time with a model that may be quantized.
 
     ``context`` is the longest prompt and answer together; None lets the KV cache grow with what is asked, up to the
-    model's own limit. ``runner`` is what generates, once something was asked: its ``name`` tells which.
+    model's own limit. ``kv`` is what that cache holds: int8, fp8, int4, or "" for the activations' own dtype.
+    ``runner`` is what generates, once something was asked: its ``name`` tells which.
     """
 
-    def __init__(self, model: Any, tokenizer: Any = None, *, context: int | None = None) -> None:
+    def __init__(self, model: Any, tokenizer: Any = None, *, context: int | None = None, kv: str = "") -> None:
         limit = int(model.config.max_position_embeddings)
         if context is not None and not 1 <= context <= limit:
             raise LowbitError(f"context: expected 1 to {limit} tokens (max_position_embeddings), got {context}")
-        self.model, self.tokenizer, self.context = model, tokenizer, context
+        if kv and kv not in CACHES:
+            raise unknown("KV cache format of a Generator", kv, CACHES)
+        self.model, self.tokenizer, self.context, self.kv = model, tokenizer, context, kv
         self.runner: Runner | None = None
         self._limit = limit
         self._round = 0
@@ -62,21 +67,23 @@ class Generator:
         device: torch.device | str | None = None,
         tokenizer: Any = None,
         context: int | None = None,
+        kv: str | None = None,
         progress: Progress = silent,
     ) -> Generator:
         """A LlamaForCausalLM, a preset (``embedded``), a folder or a hub id, quantized.
 
-        ``format`` is a row's name or id (``a16w4_g128`` is ``a16w4_g128-lowbit``), None for the model as it is.
-        ``device`` defaults to the model's, for a name to the first GPU or the CPU. A model that is given stays as it
-        is; what is not quantized shares its memory. Raises LowbitError where the format can't run.
+        ``format`` is a row's name or id (``a16w4_g128`` is ``a16w4_g128-lowbit``), None for the model as it is; ``kv``
+        what the KV cache holds, None as the format says. ``device`` defaults to the model's, for a name to the first
+        GPU or the CPU. A model that is given stays as it is; what is not quantized shares its memory. Raises
+        LowbitError where the format can't run.
         """
         if isinstance(model, str | Path):
-            return cls._load(str(model), format, device, tokenizer, context, progress)
+            return cls._load(str(model), format, device, tokenizer, context, kv, progress)
         fmt = None if format is None else _find(format)
         target = torch.device(device) if device is not None else model.model.norm.weight.device
         if fmt is not None:
             _check(fmt, target, model.config)
-        return cls(_converted(model, fmt, target), tokenizer, context=context)
+        return cls(_converted(model, fmt, target), tokenizer, context=context, kv=_cache(fmt, kv))
 
     @classmethod
     def from_packed(
@@ -86,13 +93,21 @@ class Generator:
         device: torch.device | str = "cpu",
         tokenizer: Any = None,
         context: int | None = None,
+        kv: str = "",
     ) -> Generator:
         """From a file that ``save`` wrote, bit for bit. Raises LowbitError on any other file."""
-        return cls(packed_file.load(Path(path), device), tokenizer, context=context)
+        return cls(packed_file.load(Path(path), device), tokenizer, context=context, kv=kv)
 
     @classmethod
     def _load(
-        cls, name: str, format: str | None, wanted: Any, tokenizer: Any, context: int | None, progress: Progress
+        cls,
+        name: str,
+        format: str | None,
+        wanted: Any,
+        tokenizer: Any,
+        context: int | None,
+        kv: str | None,
+        progress: Progress,
     ) -> Generator:
         where = device.detect() if wanted is None else device.of(torch.device(wanted))
         choice = models.choose(name, "auto", where)
@@ -111,7 +126,7 @@ class Generator:
 
         packed = base.backend == "checkpoint"
         made = host.build(where.torch, dtype, transform, tables=_tables(fmt), packed=packed, progress=progress)
-        return cls(made, tokenizer or host.tokenizer, context=context)
+        return cls(made, tokenizer or host.tokenizer, context=context, kv=_cache(fmt, kv))
 
     def save(self, path: str | Path) -> None:
         """Write the packed model to one safetensors file. Raises LowbitError for other libraries' formats."""
@@ -169,7 +184,7 @@ class Generator:
         if self.runner is None or self.runner.length < tokens:
             self.runner = None  # its cache is freed before the larger one is made
             length = self.context or min(limit, max(SHORTEST, 1 << (tokens - 1).bit_length()))
-            self.runner = make_runner(self.model, 1, length)
+            self.runner = make_runner(self.model, 1, length, self.kv)
         return self.runner
 
     def _stream(self, runner: Runner, ids: Tensor, count: int, eos: frozenset[int], number: int) -> Iterator[Token]:
@@ -229,6 +244,13 @@ def _tables(fmt: Format | None) -> list[str]:
     return [name for name in TABLES if fmt is not None and name in fmt.targets]
 
 
+def _cache(fmt: Format | None, asked: str | None) -> str:
+    """What the KV cache holds: as asked, else as the format says."""
+    if asked is not None:
+        return asked
+    return "" if fmt is None else fmt.kv
+
+
 def _check(fmt: Format, target: torch.device, config: Any) -> None:
     unmet = backends.unmet(fmt, device.of(target), config)
     if unmet is not None:
@@ -256,6 +278,7 @@ def _converted(model: Any, fmt: Format | None, target: torch.device) -> Any:
 
 def _dtype(fmt: Format | None, target: torch.device, given: torch.dtype) -> torch.dtype:
     """A model keeps its dtype, but where the decode kernels want another one: fp16 beside integer weights."""
-    if fmt is None or fmt.backend != "lowbit" or fmt.scheme not in LAYOUTS or not native.streams(target):
-        return given
-    return torch.bfloat16 if fmt.scheme == "bf16" else torch.float16
+    rows = [] if fmt is None else formats.rows_of(fmt)
+    streamed = all(row.backend == "lowbit" and row.scheme in LAYOUTS for row in rows) and native.streams(target)
+    wanted = {torch.bfloat16 if row.scheme == "bf16" else torch.float16 for row in rows}
+    return wanted.pop() if streamed and len(wanted) == 1 else given

@@ -19,11 +19,13 @@ class NativeRunner:
 
     name = "lowbit's CUDA kernels, one graph per token"
 
-    def __init__(self, model: Any, length: int) -> None:
+    def __init__(self, model: Any, length: int, kv: str = "") -> None:
         self.length = length
+        if kv:
+            self.name = f"{self.name}, KV cache in {kv}"
         self._sampling = GREEDY
         self._sampler = Sampler(GREEDY, 1, model.model.norm.weight.device)
-        self._decoder = Decoder(model, 1, length, pick=self._pick)
+        self._decoder = Decoder(model, 1, length, pick=self._pick, kv=kv)
 
     def _pick(self, logits: Tensor) -> Tensor:
         return self._sampler(logits)
@@ -61,17 +63,18 @@ class NativeRunner:
         return self._decoder.decode(1)
 
 
-def takes(model: Any, batch: int) -> bool:
-    """Whether the kernels run this model: one sequence, streamed weights, a device that they are written for."""
+def takes(model: Any, batch: int, kv: str = "") -> bool:
+    """Whether the kernels run this model: one sequence, streamed weights, a device that they are written for, a KV
+    cache (``kv`` as Format.kv) that they read."""
     head = model.lm_head
     if batch != 1 or not isinstance(head, StreamLinear) or runner.unstreamed(model) is not None:
         return False
     device = head.part.stream.data.device
     if not native.streams(device):
         return False
-    return geometry.unmet(model.config, head.format, torch.cuda.get_device_capability(device)) is None
+    return geometry.unmet(model.config, head.format, torch.cuda.get_device_capability(device), kv=kv) is None
 
 
-def offer(model: Any, batch: int, length: int) -> NativeRunner | None:
+def offer(model: Any, batch: int, length: int, kv: str = "") -> NativeRunner | None:
     """For ``make_runner``: a runner of a model that the kernels take."""
-    return NativeRunner(model, length) if takes(model, batch) else None
+    return NativeRunner(model, length, kv) if takes(model, batch, kv) else None

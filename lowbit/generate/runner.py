@@ -35,8 +35,9 @@ class Runner(Protocol):
     def step(self) -> Tensor: ...
 
 
-Factory = Callable[[Any, int, int], Runner | None]
-"""(model, batch, length) -> a runner for it, or None where it can't: another device, format or shape."""
+Factory = Callable[[Any, int, int, str], Runner | None]
+"""(model, batch, length, what the KV cache holds) -> a runner for it, or None where it can't: another device, format,
+cache or shape. The cache is one of KV_FORMATS, "": the activations' own dtype."""
 
 _factories: dict[str, Factory] = {"native": native.offer}
 
@@ -51,13 +52,13 @@ def unregister_runner(name: str) -> None:
     del _factories[name]
 
 
-def make_runner(model: Any, batch: int, length: int) -> Runner:
+def make_runner(model: Any, batch: int, length: int, kv: str = "") -> Runner:
     """The first registered runner that takes this model on its device, else DecoderRunner, which takes any."""
     for factory in _factories.values():
-        runner = factory(model, batch, length)
+        runner = factory(model, batch, length, kv)
         if runner is not None:
             return runner
-    return DecoderRunner(model, batch, length)
+    return DecoderRunner(model, batch, length, kv)
 
 
 class DecoderRunner:
@@ -65,11 +66,13 @@ class DecoderRunner:
 
     name = "PyTorch modules"
 
-    def __init__(self, model: Any, batch: int, length: int) -> None:
+    def __init__(self, model: Any, batch: int, length: int, kv: str = "") -> None:
         self.length = length
+        if kv:
+            self.name = f"{self.name}, KV cache in {kv}"
         device = model.model.norm.weight.device
         self._sampler = Sampler(GREEDY, batch, device)
-        self._decoder = Decoder(model, batch, length, pick=lambda logits: self._sampler(logits))
+        self._decoder = Decoder(model, batch, length, pick=lambda logits: self._sampler(logits), kv=kv)
 
     @property
     def position(self) -> int:

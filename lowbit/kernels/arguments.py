@@ -20,7 +20,7 @@ Product = structure(
     "i:tiles i:rows i:ring i:batch",
 )
 Embed = structure("Embed", "p:table p:scale p:zero p:token p:x i:bits i:group i:offset i:step i:wide")
-Attention = structure("Attention", "p:qkv p:keys p:values p:rope p:position p:out i:length")
+Attention = structure("Attention", "p:qkv p:keys p:values p:key_scale p:value_scale p:rope p:position p:out i:length")
 Unpack = structure("Unpack", "p:weights p:row_scale p:out i:row0 i:rows i:k i:half i:bf16_out")
 Norm = structure("Norm", "p:residual p:added p:weight p:out")
 Rope = structure("Rope", "p:qkv p:keys p:values p:rope i:length")

@@ -31,6 +31,12 @@ SHORT_CACHE = SPLITS * ATTENTION_WARPS * CHUNK
 """Up to this length of the cache every warp of attention has one chunk, and its block fits beside a product's."""
 
 
+KV_CODES = {"": 0, "int8": 1, "fp8": 2}
+"""What the KV cache may hold, by lowbit.kvcache's names -> cuda/attention.cu's; the first are 16 bits."""
+AHEAD = {"": 3, "int8": 4, "fp8": 4}
+"""Chunks per warp on their way over a long cache: as large a block that a multiprocessor, which limits, has but one."""
+
+
 class AttentionPlan(NamedTuple):
     """How attention is launched: chunks per warp on their way, blocks per KV head, shared memory of each in bytes."""
 
@@ -57,10 +63,11 @@ class Geometry:
     kv_heads: int
     head_dim: int
     eps: float
+    kv: str = ""
 
     @classmethod
-    def of(cls, config: Any, format: str) -> Geometry:
-        """Of a transformers LlamaConfig."""
+    def of(cls, config: Any, format: str, kv: str = "") -> Geometry:
+        """Of a transformers LlamaConfig. ``kv`` is what the cache holds, one of KV_CODES."""
         return cls(
             format,
             config.hidden_size,
@@ -69,6 +76,7 @@ class Geometry:
             config.num_key_value_heads,
             roofline.head_dim(config),
             config.rms_norm_eps,
+            kv,
         )
 
     @property
@@ -87,7 +95,7 @@ class Geometry:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Activations, norms, embedding and KV cache."""
+        """Activations, norms, embedding and a KV cache of 16 bits."""
         return torch.bfloat16 if self.format == "bf16" else torch.float16
 
     def macros(self) -> dict[str, object]:
@@ -102,14 +110,22 @@ class Geometry:
             "HEAD_DIM": self.head_dim,
             "EPS": f"{self.eps!r}f" if "e" in repr(self.eps) or "." in repr(self.eps) else f"{self.eps!r}.f",
             "WARPS": self.warps,
+            "KV": KV_CODES[self.kv],
         }
 
     def attention(self, length: int, widest: int = LONG_SPLITS) -> AttentionPlan:
         """Of attention over a cache of ``length`` positions, by clusters of at most ``widest`` blocks."""
-        stages, splits = (1, SPLITS) if length <= SHORT_CACHE else (3, widest)
+        stages, splits = (1, SPLITS) if length <= SHORT_CACHE else (AHEAD[self.kv], widest)
         queries = self.heads // self.kv_heads
-        chunk = 2 * CHUNK * (self.head_dim + 8) * 2
+        number = 1 if self.kv else 2
+        chunk = 2 * CHUNK * (self.head_dim * number + 16) + (2 * CHUNK * 2 if self.kv else 0)  # padded rows, scales
         return AttentionPlan(stages, splits, ATTENTION_WARPS * stages * chunk + 4 * queries * (self.head_dim + 2))
+
+    @property
+    def attentions(self) -> tuple[str, ...]:
+        """The kernels of every plan."""
+        long = SHORT_CACHE + 1
+        return tuple(plan.kernel for plan in (self.attention(1), self.attention(long, SPLITS), self.attention(long)))
 
     def beside_attention(self, length: int) -> int:
         """Shared memory for a product that is to start while attention still runs, or the reverse.
@@ -137,7 +153,7 @@ class Geometry:
 
 
 def unmet(
-    config: Any, format: str, capability: tuple[int, int] | None, batch: int = 1
+    config: Any, format: str, capability: tuple[int, int] | None, batch: int = 1, kv: str = ""
 ) -> tuple[Literal["capability", "shape"], str] | None:
     """Why the runner can't decode this model in this weight format on this device: (kind, reason), or None."""
     if batch != 1:
@@ -149,6 +165,9 @@ def unmet(
         return "capability", f"needs SM90 (bulk copies, dependent launch; compiled and measured there), this is {sm}"
     if format not in LAYOUTS:
         return "capability", f"no decode kernel streams {format}; there are ones for {', '.join(LAYOUTS)}"
+    if kv not in KV_CODES:
+        known = ", ".join(name or "16 bits" for name in KV_CODES)
+        return "capability", f"attention in the native step reads a KV cache of {known}; this one is {kv}"
     shape = Geometry.of(config, format)
     if any(k % (2 * GROUP) for k in shape.widths):
         return "shape", f"every K must be a multiple of 256, this model has {shape.widths}"

@@ -30,8 +30,11 @@ PRODUCTS = {
     "down": "product_kernel<INTER, false, ADD_RESIDUAL>",
     "head": "product_kernel<HIDDEN, true, TO_LOGITS>",
 }
-ATTENTIONS = ("attention_kernel<1, 8>", "attention_kernel<3, 8>", "attention_kernel<3, 16>")
-KERNELS = (*PRODUCTS.values(), *ATTENTIONS, "embed_kernel")
+
+
+def kernels(shape: Geometry) -> tuple[str, ...]:
+    """All that a module of this shape holds."""
+    return (*PRODUCTS.values(), *shape.attentions, "embed_kernel")
 
 
 Pick = Callable[[Tensor], Tensor]
@@ -51,10 +54,10 @@ def _load(shape: Geometry, device: int, progress: Callable[[str], None] | None) 
     major, minor = torch.cuda.get_device_capability(device)
     source = nvrtc.read_sources("ptx", "common", "product", "attention", "embedding")
     with torch.cuda.device(device):
-        binary = nvrtc.compile_source(
-            source, KERNELS, shape.macros(), f"sm_{major}{minor}a", folder=nvrtc.cache_folder(), progress=progress
+        names, folder = kernels(shape), nvrtc.cache_folder()
+        return Module(
+            nvrtc.compile_source(source, names, shape.macros(), f"sm_{major}{minor}a", folder=folder, progress=progress)
         )
-        return Module(binary)
 
 
 def unstreamed(model: Any) -> str | None:
@@ -105,8 +108,9 @@ class _Launch:
 class NativeStep:
     """One step: reads ``token`` [1, 1] and ``position`` [1] (int64 on the device), runs, writes both.
 
-    ``cache`` is the StaticCache that the prefill filled, ``history`` [length] int64 gets the token of every position,
-    ``logits`` [vocabulary] fp32 are the last step's. Calling it replays one CUDA graph; the first call captures it.
+    ``cache`` is the StaticCache that the prefill filled, of 16 bits or of lowbit.kvcache's int8 or fp8 (``kv`` says
+    which, ``attention`` how it is read), ``history`` [length] int64 gets the token of every position, ``logits``
+    [vocabulary] fp32 are the last step's. Calling it replays one CUDA graph; the first call captures it.
     ``pick`` chooses the token from logits [1, 1, vocabulary] instead of arg max, by operations that a graph can hold.
     Linears may be of several weight formats, as a recipe mixes them, if their activations have one dtype.
     """
@@ -120,7 +124,8 @@ class NativeStep:
         progress: Callable[[str], None] | None = None,
         pick: Pick | None = None,
     ) -> None:
-        self.shape = Geometry.of(model.config, _stream_of(model.lm_head, "lm_head").format)
+        self.kv = attention_plan.held(cache)
+        self.shape = Geometry.of(model.config, _stream_of(model.lm_head, "lm_head").format, self.kv)
         self.token, self.position, self.pick = token, position, pick
         device = token.device
         keys = cache.layers[0].keys
@@ -130,7 +135,7 @@ class NativeStep:
         self._modules: dict[str, Module] = {}
         self._kept: list[Tensor] = []
         self._device, self._progress = device.index or 0, progress
-        self._expect(keys, "keys and values")
+        self._expect(cache.layers[0].dtype if self.kv else keys.dtype, "keys and values")
         self._buffers(model, device)
         self._clusters, self.attention = attention_plan.choose(self.shape, self.length, self._module(self.shape.format))
         self.plan = list(self._plan(model, cache))
@@ -144,12 +149,9 @@ class NativeStep:
             self._modules[name] = load(replace(self.shape, format=name), self._device, self._progress)
         return self._modules[name]
 
-    def _expect(self, tensor: Tensor, what: str) -> None:
-        if tensor.dtype != self.shape.dtype:
-            raise LowbitError(
-                f"the native step of {self.shape.format} wants {what} in {self.shape.dtype}, got {tensor.dtype}"
-            )
-        self._kept.append(tensor)
+    def _expect(self, dtype: torch.dtype, what: str) -> None:
+        if dtype != self.shape.dtype:
+            raise LowbitError(f"the native step of {self.shape.format} wants {what} in {self.shape.dtype}, got {dtype}")
 
     def _buffers(self, model: Any, device: torch.device) -> None:
         shape = self.shape
@@ -171,7 +173,7 @@ class NativeStep:
 
     def _plan(self, model: Any, cache: Any) -> Iterator[_Launch]:
         body = model.model
-        self._kept += [*(layer.keys for layer in cache.layers), *(layer.values for layer in cache.layers)]
+        self._cache = cache
         yield self._embedding(body.embed_tokens)
         for index, layer in enumerate(body.layers):
             attention, mlp = layer.self_attn, layer.mlp
@@ -205,7 +207,8 @@ class NativeStep:
             named["wide"] = int(packed.scale.dtype is torch.float32)
             self._kept += [tensor for tensor in named.values() if isinstance(tensor, Tensor)]
         else:
-            self._expect(table.weight, "an embedding")
+            self._expect(table.weight.dtype, "an embedding")
+            self._kept.append(table.weight)
             named = {"table": table.weight, "bits": 16, "group": self.shape.hidden}
         argument = fill(Embed, token=self.token, x=self.residual, **named)
         grid = -(-self.shape.hidden // 256), 1
@@ -220,7 +223,8 @@ class NativeStep:
             )
         weight = None if norm is None else norm.weight
         if weight is not None:
-            self._expect(weight, "norms")
+            self._expect(weight.dtype, "norms")
+            self._kept.append(weight)
         room = shape.beside_attention(self.length) if name in ("qkv", "o") else RING_BYTES
         ring, batch, shared = shape.shared(stream.k, stream.tiles, room)
         head = name == "head"
@@ -250,6 +254,8 @@ class NativeStep:
             qkv=self.qkv,
             keys=layer.keys,
             values=layer.values,
+            key_scale=layer.key_scale if self.kv else None,
+            value_scale=layer.value_scale if self.kv else None,
             rope=self.rope,
             position=self.position,
             out=self.attended,

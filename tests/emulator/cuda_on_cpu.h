@@ -382,3 +382,25 @@ inline uint32_t e4m3_to_halves(uint32_t w, int high) {
   }
   return r;
 }
+inline uint32_t floats_to_e4m3(float low, float high) {  // rounds to nearest, ties to even
+  uint32_t r = 0;
+  const float both[2] = {low, high};
+  for (int i = 0; i < 2; i++) {
+    const float a = min(std::fabs(both[i]), 448.f);
+    int e;
+    std::frexp(a, &e);  // a < 2^e
+    const float step = std::ldexp(1.f, max(e - 1, -6) - 3);
+    const float n = std::nearbyint(a / step);  // of steps: 0 to 16
+    const int exponent = max(e - 1, -6) + 7;   // biased; 1 is also that of what is below 2^-6
+    const uint32_t code = n < 8 ? (uint32_t)n : ((uint32_t)exponent << 3) + (uint32_t)n - 8;
+    r |= (std::isnan(both[i]) ? 0x7fu : code | (std::signbit(both[i]) ? 0x80u : 0)) << (8 * i);
+  }
+  return r;
+}
+inline uint32_t subtract_halves(uint32_t a, uint32_t b) {
+  uint32_t r = 0;
+  for (int i = 0; i < 32; i += 16)
+    r |= (uint32_t)emulator::half_bits(emulator::half_value((uint16_t)(a >> i)) - emulator::half_value((uint16_t)(b >> i))) << i;
+  return r;
+}
+inline uint32_t swap_middle_bytes(uint32_t w) { return (w & 0xff0000ffu) | (w >> 8 & 0xff00u) | (w << 8 & 0xff0000u); }

@@ -8,9 +8,24 @@
 //
 // (up to 8 query heads per KV head; Llama-3 has 3 or 4, the other columns are zeros). The new key is rotated and appended
 // here. Warps are merged in shared memory and blocks through their cluster's, in a fixed order: the bits repeat.
+//
+// KV: what the cache holds. 16 bits as the activations; or codes of 8 bits, int8 or e4m3, with an fp16 scale per head and
+// position, as lowbit/kvcache defines them (NARROW). Codes lie in shared memory as they come and become fp16, exactly, on
+// their way into an mma of fp16. ldmatrix moves 16 bits, so it hands out two codes where it moved one number:
+//   keys    a lane has 4 dimensions in a row of each 16, instead of 2 and 2: queries are loaded in that order;
+//   values  transposed are pairs of dimensions: even ones become the upper 8 rows of the mma, odd ones the lower 8.
+// A key's scale multiplies its scores, a value's its weights, which a power of two holds in fp16's range.
+enum { KV_16 = 0, KV_INT8 = 1, KV_FP8 = 2 };
+constexpr bool NARROW = KV != KV_16;
+template <bool> struct Codes { using One = uint16_t; using Two = uint32_t; };
+template <> struct Codes<true> { using One = uint8_t; using Two = uint16_t; };
+using Code = Codes<NARROW>::One;
+using CodePair = Codes<NARROW>::Two;
+
 struct Attention {
   const uint16_t* qkv;        // [QDIM + 2 KVDIM] of this token
-  uint16_t *keys, *values;    // [KV_HEADS][length][HEAD_DIM]
+  Code *keys, *values;        // [KV_HEADS][length][HEAD_DIM]
+  uint16_t *key_scale, *value_scale;  // [KV_HEADS][length] fp16, NARROW only
   const float2* rope;         // [length][HEAD_DIM / 2] (cos, sin)
   const int64_t* position;    // of this token
   uint16_t* out;              // [QDIM]
@@ -18,73 +33,124 @@ struct Attention {
 };
 constexpr int ATTENTION_WARPS = 8, CHUNK = 16;              // warps of a block, positions of a chunk
 constexpr int QUERIES = HEADS / KV_HEADS, HALF_DIM = HEAD_DIM / 2, K_TILES = HEAD_DIM / 16;
-constexpr int ROW = HEAD_DIM + 8;                           // padded: the 8 rows that ldmatrix reads at once share no bank
-constexpr int CHUNK_VALUES = CHUNK * ROW;                   // 16 bits each; of keys, then of values
+constexpr int PIECE = 16 / sizeof(Code);                    // codes that are copied at once
+constexpr int ROW = HEAD_DIM + PIECE;                       // padded: the 8 rows that ldmatrix reads at once share no bank
+constexpr int CHUNK_CODES = CHUNK * ROW;                    // of keys, then of values, then their scales
+constexpr int CHUNK_BYTES = 2 * CHUNK_CODES * (int)sizeof(Code) + (NARROW ? 2 * CHUNK * 2 : 0);
+constexpr float LARGEST = KV == KV_INT8 ? 127.f : 448.f;    // of a code
+constexpr float LIFT = KV == KV_INT8 ? 64.f : KV == KV_FP8 ? 256.f : 1.f;  // × a weight × 65504 / LARGEST fits fp16
 constexpr int OUTPUTS = QUERIES * HEAD_DIM;
 constexpr int RESULT = OUTPUTS + 2 * QUERIES;               // a warp's or block's: sums, then maxima, then weights
 constexpr float LOG2_E = 1.4426950408889634f;               // exponentials are powers of two here
 static_assert(QUERIES <= 8, "the heads of a group are the 8 columns of an mma");
-static_assert(RESULT * 4 <= CHUNK_VALUES * 2 * 2, "a warp's result takes the place of its first chunk");
+static_assert(RESULT * 4 <= CHUNK_BYTES && CHUNK_BYTES % 16 == 0, "a warp's result takes the place of its first chunk");
 
 __device__ __forceinline__ uint32_t pack16(float a, float b) { return (uint32_t)to16(a) | ((uint32_t)to16(b) << 16); }
-__device__ __forceinline__ uint32_t rotate_low(uint32_t low, uint32_t high, const float4& cs, float scale) {
-  const float2 x = from16x2(low), y = from16x2(high);
-  return pack16((x.x * cs.x - y.x * cs.y) * scale, (x.y * cs.z - y.y * cs.w) * scale);
+// As the mma takes them: in 16 bits as the cache's, beside codes in fp16
+__device__ __forceinline__ uint32_t pack_operand(float a, float b) {
+  if constexpr (!NARROW) return pack16(a, b);
+  return (uint32_t)__half_as_ushort(__float2half_rn(a)) | ((uint32_t)__half_as_ushort(__float2half_rn(b)) << 16);
 }
-__device__ __forceinline__ uint32_t rotate_high(uint32_t low, uint32_t high, const float4& cs, float scale) {
+__device__ __forceinline__ void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  if constexpr (NARROW) mma_f16(c, a0, a1, a2, a3, b0, b1);
+  else mma(c, a0, a1, a2, a3, b0, b1);
+}
+__device__ __forceinline__ float2 rotate_low(uint32_t low, uint32_t high, const float4& cs) {
   const float2 x = from16x2(low), y = from16x2(high);
-  return pack16((y.x * cs.x + x.x * cs.y) * scale, (y.y * cs.z + x.y * cs.w) * scale);
+  return make_float2(x.x * cs.x - y.x * cs.y, x.y * cs.z - y.y * cs.w);
+}
+__device__ __forceinline__ float2 rotate_high(uint32_t low, uint32_t high, const float4& cs) {
+  const float2 x = from16x2(low), y = from16x2(high);
+  return make_float2(y.x * cs.x + x.x * cs.y, y.y * cs.z + x.y * cs.w);
+}
+// Two codes of a word as two halves: bytes 0 and 1 or 2 and 3 (neighbours), 0 and 2 or 1 and 3 (every second one)
+template <bool SECOND> __device__ __forceinline__ void codes_to_halves(uint32_t w, uint32_t& a, uint32_t& b) {
+  if constexpr (KV == KV_INT8) {
+    w ^= 0x80808080u;  // code + 128, which is or-ed into 1024
+    a = subtract_halves(bytes_to_halves(w, SECOND ? 0x4240 : 0x4140), 0x64806480u);  // less 1152
+    b = subtract_halves(bytes_to_halves(w, SECOND ? 0x4341 : 0x4342), 0x64806480u);
+  } else {
+    if constexpr (SECOND) w = swap_middle_bytes(w);
+    a = e4m3_to_halves(w, 0), b = e4m3_to_halves(w, 1);
+  }
+}
+// A new key's or value's four numbers per lane -> its scale, and the same four as codes, two in each word
+__device__ __forceinline__ uint16_t to_codes(uint32_t& low, uint32_t& high) {
+  const float2 x = from16x2(low), y = from16x2(high);
+  float most = fmaxf(fmaxf(fabsf(x.x), fabsf(x.y)), fmaxf(fabsf(y.x), fabsf(y.y)));
+#pragma unroll
+  for (int d = 1; d < 32; d <<= 1) most = fmaxf(most, __shfl_xor_sync(~0u, most, d));
+  const uint16_t scale = __half_as_ushort(__float2half_rn(fmaxf(most / LARGEST, 5.9604644775390625e-08f)));  // 2^-24
+  const float s = __half2float(__ushort_as_half(scale));
+  auto pair = [&](float a, float b) -> uint32_t {
+    a = fminf(fmaxf(a / s, -LARGEST), LARGEST), b = fminf(fmaxf(b / s, -LARGEST), LARGEST);
+    if constexpr (KV == KV_FP8) return floats_to_e4m3(a, b);
+    return ((uint32_t)(int)rintf(a) & 255u) | (((uint32_t)(int)rintf(b) & 255u) << 8);
+  };
+  low = pair(x.x, x.y), high = pair(y.x, y.y);
+  return scale;
 }
 // STAGES chunks per warp on their way: 1 leaves room for a product's block beside this one, more keep memory busy.
-template <int STAGES, int SPLITS> __global__ void __maxnreg__(96) attention_kernel(const __grid_constant__ Attention a) {
+template <int STAGES, int SPLITS> __global__ void __maxnreg__(NARROW ? 104 : 96) attention_kernel(const __grid_constant__ Attention a) {
   static_assert(OUTPUTS % SPLITS == 0 && OUTPUTS / SPLITS <= ATTENTION_WARPS * 32, "each block finishes its share");
   SHARED_MEMORY(memory);
   const int t = threadIdx.x, lane = t & 31, warp = t >> 5, g = lane >> 2, quarter = lane & 3, kv = blockIdx.x, split = blockIdx.y;
-  uint16_t* own = (uint16_t*)memory + warp * STAGES * 2 * CHUNK_VALUES;
-  float* result = (float*)(memory + ATTENTION_WARPS * STAGES * 4 * CHUNK_VALUES);
+  uint8_t* own = memory + warp * STAGES * CHUNK_BYTES;
+  float* result = (float*)(memory + ATTENTION_WARPS * STAGES * CHUNK_BYTES);
   // Written by the step before, whose kernels are all done: may be read before the wait, and so may the old cache
   const int position = (int)*a.position, chunks = position / CHUNK + 1;
   const size_t first_row = (size_t)kv * a.length;
   auto chunk_of = [&](int i) { return (i * ATTENTION_WARPS + warp) * SPLITS + split; };
   auto fetch = [&](int i) {
     const int first = chunk_of(i) * CHUNK;
-    uint16_t* to = own + i % STAGES * 2 * CHUNK_VALUES;
+    Code* to = (Code*)(own + i % STAGES * CHUNK_BYTES);
     if (first <= position) {
 #pragma unroll 2
-      for (int n = 0; n < CHUNK * HEAD_DIM / 8 / 32; n++) {
-        const int piece = n * 32 + lane, row = piece / (HEAD_DIM / 8), column = piece % (HEAD_DIM / 8) * 8;
+      for (int n = 0; n < CHUNK * HEAD_DIM / PIECE / 32; n++) {
+        const int piece = n * 32 + lane, row = piece / (HEAD_DIM / PIECE), column = piece % (HEAD_DIM / PIECE) * PIECE;
         const bool there = first + row < position;  // zeros for the rest: what is weighted with 0 must be finite
         const size_t from = (first_row + (there ? first + row : 0)) * HEAD_DIM + column;
         copy_ahead(to + row * ROW + column, a.keys + from, there);
-        copy_ahead(to + CHUNK_VALUES + row * ROW + column, a.values + from, there);
+        copy_ahead(to + CHUNK_CODES + row * ROW + column, a.values + from, there);
+      }
+      if constexpr (NARROW) {  // two pieces of 8 scales for keys and for values
+        if (lane < 4) {
+          const int at = first + (lane & 1) * 8;
+          const bool there = at < position;
+          copy_ahead(to + 2 * CHUNK_CODES + lane * 16, (lane & 2 ? a.value_scale : a.key_scale) + first_row + (there ? at : 0), there);
+        }
       }
     }
     close_copies();
   };
 #pragma unroll
   for (int i = 0; i < STAGES; i++) fetch(i);
+  // Operand B of an mma holds these two pairs of dimensions in a lane, counted from a head's first
+  auto pair_of = [&](int kt, int i) { return kt * 8 + (NARROW ? quarter * 2 + i : i * 4 + quarter); };
   const float4* rope = (const float4*)(a.rope + (size_t)position * HALF_DIM);  // two dimensions each
   float4 cs[K_TILES / 2][2], new_cs = __ldg(rope + (lane < HALF_DIM / 2 ? lane : 0));
 #pragma unroll
-  for (int kt = 0; kt < K_TILES / 2; kt++) cs[kt][0] = __ldg(rope + kt * 8 + quarter), cs[kt][1] = __ldg(rope + kt * 8 + 4 + quarter);
+  for (int kt = 0; kt < K_TILES / 2; kt++) cs[kt][0] = __ldg(rope + pair_of(kt, 0)), cs[kt][1] = __ldg(rope + pair_of(kt, 1));
   const int newest = position / CHUNK, new_turn = newest / SPLITS / ATTENTION_WARPS;
   const bool owner = chunk_of(new_turn) == newest;  // this warp's chunk holds the new position
   wait_for_previous();
   if (t == 0) let_next_start();
 
-  uint32_t q[K_TILES][2];  // operand B: head g, dimensions kt * 16 + quarter * 2, and 8 further
+  uint32_t q[K_TILES][2];  // operand B: head g
   const uint32_t* from = (const uint32_t*)(a.qkv + (kv * QUERIES + g) * HEAD_DIM);
 #pragma unroll
   for (int kt = 0; kt < K_TILES; kt++)
 #pragma unroll
-    for (int i = 0; i < 2; i++) q[kt][i] = g < QUERIES ? load_dependent(from + kt * 8 + i * 4 + quarter) : 0u;
+    for (int i = 0; i < 2; i++) q[kt][i] = g < QUERIES ? load_dependent(from + pair_of(kt, i)) : 0u;
   uint32_t key0 = 0, key1 = 0, value0 = 0, value1 = 0;
+  uint16_t new_key_scale = 0, new_value_scale = 0;
   if (owner && lane < HALF_DIM / 2) {
     const uint32_t* new_key = (const uint32_t*)(a.qkv + QDIM + kv * HEAD_DIM) + lane;
     const uint32_t* new_value = (const uint32_t*)(a.qkv + QDIM + KVDIM + kv * HEAD_DIM) + lane;
     const uint32_t low = load_dependent(new_key), high = load_dependent(new_key + HALF_DIM / 2);
     value0 = load_dependent(new_value), value1 = load_dependent(new_value + HALF_DIM / 2);
-    key0 = rotate_low(low, high, new_cs, 1.f), key1 = rotate_high(low, high, new_cs, 1.f);
+    const float2 x = rotate_low(low, high, new_cs), y = rotate_high(low, high, new_cs);
+    key0 = pack16(x.x, x.y), key1 = pack16(y.x, y.y);
   }
   const float scale = LOG2_E * rsqrtf((float)HEAD_DIM);
 #pragma unroll
@@ -92,35 +158,64 @@ template <int STAGES, int SPLITS> __global__ void __maxnreg__(96) attention_kern
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const uint32_t low = q[kt][i], high = q[kt + K_TILES / 2][i];
-      q[kt][i] = rotate_low(low, high, cs[kt][i], scale), q[kt + K_TILES / 2][i] = rotate_high(low, high, cs[kt][i], scale);
+      const float2 x = rotate_low(low, high, cs[kt][i]), y = rotate_high(low, high, cs[kt][i]);
+      q[kt][i] = pack_operand(x.x * scale, x.y * scale), q[kt + K_TILES / 2][i] = pack_operand(y.x * scale, y.y * scale);
     }
+  if constexpr (NARROW)
+    if (owner) new_key_scale = to_codes(key0, key1), new_value_scale = to_codes(value0, value1);
 
   float o[K_TILES][4] = {}, most[2] = {-1e30f, -1e30f}, weight[2] = {};  // of heads quarter * 2 and quarter * 2 + 1
-  const int key_at = ((lane & 7) + (lane >> 3 & 1) * 8) * ROW + (lane >> 4) * 8;    // ldmatrix: 8 rows per quarter of a warp
-  const int value_at = ((lane & 7) + (lane >> 4) * 8) * ROW + (lane >> 3 & 1) * 8;
+  const int key_at = ((lane & 7) + (lane >> 3 & 1) * 8) * ROW + (lane >> 4) * PIECE;  // ldmatrix: 8 rows per quarter of a warp
+  const int value_at = NARROW ? key_at : ((lane & 7) + (lane >> 4) * 8) * ROW + (lane >> 3 & 1) * PIECE;
   int i = 0;
   for (; chunk_of(i) < chunks; i++) {
-    uint16_t *keys = own + i % STAGES * 2 * CHUNK_VALUES, *values = keys + CHUNK_VALUES;
+    Code *keys = (Code*)(own + i % STAGES * CHUNK_BYTES), *values = keys + CHUNK_CODES;
+    uint16_t* scales = (uint16_t*)(values + CHUNK_CODES);
     wait_copies<STAGES - 1>();
     __syncwarp();
     if (owner && i == new_turn) {
       if (lane < HALF_DIM / 2) {
         const size_t to = (first_row + position) * HEAD_DIM;
-        uint32_t *k = (uint32_t*)(keys + position % CHUNK * ROW) + lane, *v = (uint32_t*)(values + position % CHUNK * ROW) + lane;
-        uint32_t *cache_k = (uint32_t*)(a.keys + to) + lane, *cache_v = (uint32_t*)(a.values + to) + lane;
+        CodePair *k = (CodePair*)(keys + position % CHUNK * ROW) + lane, *v = (CodePair*)(values + position % CHUNK * ROW) + lane;
+        CodePair *cache_k = (CodePair*)(a.keys + to) + lane, *cache_v = (CodePair*)(a.values + to) + lane;
         k[0] = key0, k[HALF_DIM / 2] = key1, v[0] = value0, v[HALF_DIM / 2] = value1;
         cache_k[0] = key0, cache_k[HALF_DIM / 2] = key1, cache_v[0] = value0, cache_v[HALF_DIM / 2] = value1;
+      }
+      if constexpr (NARROW) {
+        if (lane == 0) {
+          scales[position % CHUNK] = a.key_scale[first_row + position] = new_key_scale;
+          scales[CHUNK + position % CHUNK] = a.value_scale[first_row + position] = new_value_scale;
+        }
       }
       __syncwarp();
     }
     float s[4] = {};  // positions g and g + 8, two heads each
-#pragma unroll
-    for (int kt = 0; kt < K_TILES; kt++) {
-      uint32_t k[4];
-      load_matrices(k, keys + key_at + kt * 16);
-      mma(s, k[0], k[1], k[2], k[3], q[kt][0], q[kt][1]);
-    }
+    [[maybe_unused]] float value_scale[2];  // theirs
     const int first = chunk_of(i) * CHUNK;
+    if constexpr (NARROW) {
+#pragma unroll
+      for (int kt = 0; kt < K_TILES; kt += 2) {
+        uint32_t k[4], low[4], high[4];
+        load_matrices(k, keys + key_at + kt * 16);
+#pragma unroll
+        for (int n = 0; n < 4; n++) codes_to_halves<false>(k[n], low[n], high[n]);
+        multiply(s, low[0], low[1], high[0], high[1], q[kt][0], q[kt][1]);
+        multiply(s, low[2], low[3], high[2], high[3], q[kt + 1][0], q[kt + 1][1]);
+      }
+#pragma unroll
+      for (int n = 0; n < 2; n++) {  // beyond the position a scale may be anything
+        const float key_scale = __half2float(__ushort_as_half(scales[g + n * 8]));
+        s[n * 2] *= key_scale, s[n * 2 + 1] *= key_scale;
+        value_scale[n] = first + g + n * 8 > position ? 0.f : LIFT * __half2float(__ushort_as_half(scales[CHUNK + g + n * 8]));
+      }
+    } else {
+#pragma unroll
+      for (int kt = 0; kt < K_TILES; kt++) {
+        uint32_t k[4];
+        load_matrices(k, keys + key_at + kt * 16);
+        multiply(s, k[0], k[1], k[2], k[3], q[kt][0], q[kt][1]);
+      }
+    }
     if (first + g > position) s[0] = s[1] = -1e30f;
     if (first + g + 8 > position) s[2] = s[3] = -1e30f;
     float change[2];
@@ -133,13 +228,29 @@ template <int STAGES, int SPLITS> __global__ void __maxnreg__(96) attention_kern
       s[j] = exp2f(s[j] - now), s[2 + j] = exp2f(s[2 + j] - now);
       weight[j] = weight[j] * change[j] + s[j] + s[2 + j];
     }
-    const uint32_t w0 = transpose_matrix(pack16(s[0], s[1])), w1 = transpose_matrix(pack16(s[2], s[3]));
-#pragma unroll
-    for (int dt = 0; dt < K_TILES; dt++) {
-      uint32_t v[4];
-      load_matrices_transposed(v, values + value_at + dt * 16);
+    if constexpr (NARROW) s[0] *= value_scale[0], s[1] *= value_scale[0], s[2] *= value_scale[1], s[3] *= value_scale[1];
+    const uint32_t w0 = transpose_matrix(pack_operand(s[0], s[1])), w1 = transpose_matrix(pack_operand(s[2], s[3]));
+    auto add_values = [&](int dt, uint32_t v0, uint32_t v1, uint32_t v2, uint32_t v3) {
       o[dt][0] *= change[0], o[dt][1] *= change[1], o[dt][2] *= change[0], o[dt][3] *= change[1];
-      mma(o[dt], v[0], v[1], v[2], v[3], w0, w1);
+      multiply(o[dt], v0, v1, v2, v3, w0, w1);
+    };
+    if constexpr (NARROW) {
+#pragma unroll
+      for (int dt = 0; dt < K_TILES; dt += 2) {
+        uint32_t v[4], even[4], odd[4];
+        load_matrices_transposed(v, values + value_at + dt * 16);
+#pragma unroll
+        for (int n = 0; n < 4; n++) codes_to_halves<true>(v[n], even[n], odd[n]);
+        add_values(dt, even[0], odd[0], even[1], odd[1]);
+        add_values(dt + 1, even[2], odd[2], even[3], odd[3]);
+      }
+    } else {
+#pragma unroll
+      for (int dt = 0; dt < K_TILES; dt++) {
+        uint32_t v[4];
+        load_matrices_transposed(v, values + value_at + dt * 16);
+        add_values(dt, v[0], v[1], v[2], v[3]);
+      }
     }
     __syncwarp();  // all lanes have read the chunk
     fetch(i + STAGES);
@@ -157,14 +268,17 @@ template <int STAGES, int SPLITS> __global__ void __maxnreg__(96) attention_kern
       const int h = quarter * 2 + j;
       if (h < QUERIES) {
 #pragma unroll
-        for (int dt = 0; dt < K_TILES; dt++) mine[h * HEAD_DIM + dt * 16 + g] = o[dt][j], mine[h * HEAD_DIM + dt * 16 + g + 8] = o[dt][2 + j];
+        for (int dt = 0; dt < K_TILES; dt++) {
+          float* to = mine + h * HEAD_DIM + dt * 16 + (NARROW ? g * 2 : g);
+          to[0] = o[dt][j], to[NARROW ? 1 : 8] = o[dt][2 + j];
+        }
         if (g == 0) mine[OUTPUTS + h] = most[j], mine[OUTPUTS + QUERIES + h] = weight[j];
       }
     }
   }
   __syncthreads();
   const int active = min(ATTENTION_WARPS, (chunks - split + SPLITS - 1) / SPLITS);  // warps with a result; at most 0: none
-  const int stride = STAGES * CHUNK_VALUES;                                         // of their results, in floats
+  const int stride = STAGES * CHUNK_BYTES / 4;                                      // of their results, in floats
   for (int n = t; n < OUTPUTS; n += ATTENTION_WARPS * 32) {
     const int h = n / HEAD_DIM;
     const float* first = (const float*)memory;
@@ -190,7 +304,7 @@ template <int STAGES, int SPLITS> __global__ void __maxnreg__(96) attention_kern
     }
 #pragma unroll
     for (int r = 0; r < SPLITS; r++) { const float c = exp2f(m[r] - now); total += c * l[r], sum += c * v[r]; }
-    a.out[kv * OUTPUTS + n] = to16(sum / total);
+    a.out[kv * OUTPUTS + n] = to16(sum / (NARROW ? total * LIFT : total));
   }
   cluster_sync();  // a block's shared memory lives until its peers have read it
 }

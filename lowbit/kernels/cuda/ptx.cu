@@ -72,6 +72,21 @@ __device__ __forceinline__ uint32_t e4m3_to_halves(uint32_t w, int high) {  // t
   asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(r) : "h"(two));
   return r;
 }
+__device__ __forceinline__ uint32_t floats_to_e4m3(float low, float high) {  // two codes; beyond 448: 448
+  uint16_t r;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(high), "f"(low));
+  return r;
+}
+__device__ __forceinline__ uint32_t subtract_halves(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+__device__ __forceinline__ uint32_t swap_middle_bytes(uint32_t w) {  // bytes 0, 2, 1, 3
+  uint32_t r;
+  asm("prmt.b32 %0, %1, 0, 0x3120;" : "=r"(r) : "r"(w));
+  return r;
+}
 __device__ __forceinline__ void copy_ahead(void* to, const void* from, bool there) {  // 16 bytes; zeros if nothing is there
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0) : "memory");
 }
