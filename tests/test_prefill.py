@@ -165,12 +165,14 @@ def test_a_length_runs_then_is_recorded_then_replayed(graphs):
     for number in (5, 5, 7, 5, 7):
         runs(number)
     assert ran == [5, 5, 7, 7]  # each once by itself, once into its graph
-    assert graphs == [("record", "a pool"), ("replay", 0), ("replay", 0), ("record", "a pool"), ("replay", 1)]
+    assert graphs == [("record", "pool 0"), ("replay", 0), ("replay", 0), ("record", "pool 0"), ("replay", 1)]
     assert runs.recorded == [5, 7]
     runs.forget()
     runs(5)
     assert ran[4:] == [5]
     assert runs.recorded == []
+    runs(5)
+    assert graphs[5:] == [("record", "pool 1"), ("replay", 2)]  # torch refuses a pool whose graphs are all gone
 
 
 def test_the_graphs_used_last_are_kept(graphs):

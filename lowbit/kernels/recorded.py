@@ -74,7 +74,7 @@ class RecordedRuns:
             self._graphs.popitem(last=False)
 
     def _record(self, number: int) -> torch.cuda.CUDAGraph:
-        if self._pool is None:
+        if not self.recorded:  # a pool whose graphs are all gone can't be captured into again
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
