@@ -1,6 +1,6 @@
 """``python -m lowbit`` and the ``lowbit`` command: what runs here (formats, models), and compare two runs offline.
 
-Exit codes: 0 fine, 1 NEW is worse than OLD (compare), 2 unusable input.
+Exit codes: 0 fine, 1 NEW is worse than OLD (compare), 2 unusable input, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lowbit.device import Device
 
 OK, WORSE, UNUSABLE = 0, 1, 2
+INTERRUPTED = 130  # as a shell counts SIGINT
 MIB = 1024 * 1024
 
 
@@ -29,7 +30,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lowbit",
         description="Low-bit Llama formats on this machine. The measuring itself is `pytest benches`.",
-        epilog="exit codes: 0 fine, 1 NEW is worse than OLD (compare), 2 unusable input",
+        epilog="exit codes: 0 fine, 1 NEW is worse than OLD (compare), 2 unusable input, 130 Ctrl-C",
     )
     parser.add_argument("--version", action="version", version=f"lowbit {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -64,6 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LowbitError as error:
         print(f"lowbit: error: {error}", file=sys.stderr)
         return UNUSABLE
+    except KeyboardInterrupt:
+        print("lowbit: interrupted", file=sys.stderr)
+        return INTERRUPTED
     except BrokenPipeError:  # `lowbit formats | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK

@@ -181,6 +181,7 @@ def to_document(merged: Merged) -> dict[str, Any]:
     """The file: a kept run where there is one, else all of them with their cases' names told apart."""
     parts = [_part(run) for run in merged.runs]
     if len(parts) == 1:
+        parts[0]["lowbit"]["conflicts"] = merged.conflicts
         return parts[0]
     benchmarks = []
     for number, (part, label) in enumerate(zip(parts, labels([run.header for run in merged.runs]), strict=True)):

@@ -20,6 +20,8 @@ from lowbit.runs import Run
 from lowbit.trend import Trend
 
 OK, CHANGED = 0, 1
+SHOWN = 20
+"""Conflicts of a merge that are printed; the file names all."""
 KEPT_RUNS = Path(".lowbit") / "runs"
 
 
@@ -114,8 +116,10 @@ def merge_runs(options: argparse.Namespace) -> int:
             f"{header.model} ({header.load_format}) on {header.device}: {count(len(run.entries), 'case')}{unfinished}"
         )
     print(f"{count(len(chosen), 'run')} merged into {options.output}")
-    for conflict in merged.conflicts:
+    for conflict in merged.conflicts[:SHOWN]:
         print(f"conflict: {conflict}")
+    if more := merged.conflicts[SHOWN:]:
+        print(f"and {count(len(more), 'more conflict')}, named in {options.output} (lowbit.conflicts)")
     return CHANGED if merged.conflicts or broken else OK
 
 

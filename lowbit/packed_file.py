@@ -31,7 +31,10 @@ PARTS = ("codes", "scale", "zero", "tensor_scale")
 
 
 def save(model: Any, path: Path) -> None:
-    """Write a LlamaForCausalLM with packed modules to ``path``, whole or not at all. Raises LowbitError if none is."""
+    """Write a LlamaForCausalLM with packed modules to ``path``, whole or not at all.
+
+    Raises LowbitError for a model without any, and when the disk refuses.
+    """
     packed = packed_modules(model)
     if not packed:
         raise LowbitError(f"{path}: expected a model with lowbit's packed weights, got one without; quantize it first")
@@ -48,11 +51,15 @@ def save(model: Any, path: Path) -> None:
         "aliases": json.dumps(aliases),
         "config": json.dumps(model.config.to_dict() | {"quantization_config": None}),  # the tensors are no longer those
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-        draft = Path(folder) / path.name
-        save_file(tensors, draft, metadata)
-        draft.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
+            draft = Path(folder) / path.name
+            save_file(tensors, draft, metadata)
+            draft.replace(path)
+    except (OSError, SafetensorError) as error:
+        why = (error.strerror if isinstance(error, OSError) else None) or error
+        raise LowbitError(f"can't write {path}: {why}; free space, or choose another place") from error
 
 
 def _describe(module: PackedModule) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from lowbit import cases
 from lowbit.cases import KINDS, SUITE_MODES, Case
 from lowbit.errors import LowbitError, unknown
 from lowbit.formats import FORMATS
+from lowbit.report.layout import count
 
 if TYPE_CHECKING:
     from lowbit.device import Device
@@ -194,12 +195,13 @@ def run(options: argparse.Namespace) -> int:
     known = sum(one.recorded for one in planned)
     minutes = sum(part.seconds for part in parts) / 60
     print(
-        f"{choice.name} on {kind}, suite {options.suite}, {', '.join(kinds)}: {len(planned)} cases in {len(parts)} "
-        f"parts, about {minutes:,.0f} min ({known} cases by stored runs, the others a guess)"
+        f"{choice.name} on {kind}, suite {options.suite}, {', '.join(kinds)}: {count(len(planned), 'case')} in "
+        f"{count(len(parts), 'part')}, about {minutes:,.0f} min "
+        f"({count(known, 'case')} by stored runs, the others a guess)"
     )
     for number, (part, line) in enumerate(zip(parts, lines, strict=True), start=1):
         long = "" if part.seconds <= 60 * options.minutes else f", more than {options.minutes:g}: one case takes that"
-        print(f"\npart {number}: {len(part.cases)} cases, about {part.seconds / 60:.1f} min{long}\n{line}")
+        print(f"\npart {number}: {count(len(part.cases), 'case')}, about {part.seconds / 60:.1f} min{long}\n{line}")
     print(
         "\nCut short? The same command with --resume goes on. All parts as one: python -m lowbit merge RUN… -o ALL.json"
     )

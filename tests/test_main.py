@@ -170,6 +170,14 @@ def test_the_module_runs_and_help_and_compare_need_no_torch(kept_run):
     assert version.stdout == f"lowbit {__version__}\n"
 
 
+def test_ctrl_c_is_one_line(kept_run, capsys, monkeypatch):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lowbit.comparison.compare_runs", interrupt)
+    assert compare(capsys, *[kept_run("old", **OLD)] * 2) == (130, "", "lowbit: interrupted\n")
+
+
 def test_a_reader_that_stops_early_is_no_error(kept_run):
     old = kept_run("old", **OLD)
     command = f"{sys.executable} -m lowbit compare {old} {old} | true; exit ${{PIPESTATUS[0]}}"

@@ -9,7 +9,7 @@ import sys
 import pytest
 from nights import DECODE, TORCH, decode, keep
 
-from lowbit import comparison, history, merge, runs
+from lowbit import comparison, history, merge, nightly, runs
 from lowbit.__main__ import main
 from lowbit.errors import LowbitError
 from lowbit.formats import Unmet
@@ -174,6 +174,26 @@ def test_a_conflict_names_the_files_that_it_is_between(tmp_path, capsys):
     code, out, _ = run(capsys, tmp_path / "0.json", tmp_path / "1.json", "-o", tmp_path / "all.json")
     assert code == 1
     assert f"180) in {tmp_path / '0.json'}, measured (decode_tok_s 179) in {tmp_path / '1.json'}; kept: that of " in out
+
+
+def test_of_many_conflicts_some_are_printed_and_all_are_in_the_file(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(nightly, "SHOWN", 1)
+    for night in range(2):
+        keep(tmp_path / "runs", [decode(decode_tok_s=180.0 + night), int4(decode_tok_s=268.0 + night)], night=night)
+    code, out, _ = run(capsys, tmp_path / "runs", "-o", tmp_path / "all.json")
+    assert (code, out.count("conflict: ")) == (1, 1)
+    assert f"and 1 more conflict, named in {tmp_path / 'all.json'} (lowbit.conflicts)" in out
+    document = json.loads((tmp_path / "all.json").read_text())
+    assert [BF16 in document["lowbit"]["conflicts"][0], len(document["lowbit"]["conflicts"])] == [True, 2]
+    assert runs.read(tmp_path / "all.json").entries[BF16].record.metrics["decode_tok_s"] == 181.0
+
+
+def test_a_merge_of_two_environments_is_no_run_and_says_why(tmp_path, capsys):
+    keep(tmp_path / "a", [decode(decode_tok_s=180.0)])
+    keep(tmp_path / "b", [decode(decode_tok_s=185.0)], night=1, environment={**TORCH, "torch": "2.13.0"})
+    run(capsys, tmp_path / "a", tmp_path / "b", "-o", tmp_path / "all.json")
+    with pytest.raises(LowbitError, match=r"a merge of 2 .*they differ in model, protocol or environment"):
+        runs.read(tmp_path / "all.json")
 
 
 def test_a_device_is_taken_out_of_a_merge(tmp_path, capsys):

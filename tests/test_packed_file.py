@@ -7,7 +7,7 @@ import json
 import pytest
 import tiny
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -191,3 +191,18 @@ def test_a_model_without_packed_weights_is_not_saved(tmp_path):
     with pytest.raises(LowbitError, match="expected a model with lowbit's packed weights, got one without"):
         packed_file.save(model(), tmp_path / "packed.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_refuses_is_named_and_nothing_is_left(tmp_path, monkeypatch):
+    made = quantized(FORMATS["a16w4_g128-lowbit"])
+    (tmp_path / "file").touch()
+    with pytest.raises(LowbitError, match=r"can't write .*/file/model.safetensors: .*; free space, or choose another"):
+        packed_file.save(made, tmp_path / "file" / "model.safetensors")
+
+    def fill_up(*args):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(packed_file, "save_file", fill_up)
+    with pytest.raises(LowbitError, match=r"can't write .*: I/O error: No space left on device"):
+        packed_file.save(made, tmp_path / "model.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -127,5 +127,5 @@ def test_stored_runs_give_the_seconds(tmp_path, capsys):
     assert plan.recorded_seconds([tmp_path], "llama-3.1-8b", "cuda") == {case.nodeid: 123.0}
     assert main([*PLAN, "--kind", "decode", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
-    assert "(1 cases by stored runs, the others a guess)" in shown
+    assert "(1 case by stored runs, the others a guess)" in shown
     assert re.search(r"\npart 1: \d+ cases, about \d+\.\d min\npytest ", shown)

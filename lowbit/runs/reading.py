@@ -130,9 +130,14 @@ def _from_document(path: Path) -> Run:
     kind = data["lowbit"].get("kind", "file of another kind")
     if kind == "merge":
         devices = dict.fromkeys(part["header"]["device"] for part in data["lowbit"]["runs"])
+        way_out = (
+            f"take a device's out: python -m lowbit merge {path} --device {next(iter(devices))} -o ONE.json"
+            if len(devices) > 1
+            else "they differ in model, protocol or environment: merge those of one environment"
+        )
         raise LowbitError(
             f"{path}: expected one lowbit run, got a merge of {len(data['lowbit']['runs'])} (on {', '.join(devices)}); "
-            f"take a device's out: python -m lowbit merge {path} --device {next(iter(devices))} -o ONE.json"
+            f"{way_out}"
         )
     if kind != "run":
         raise LowbitError(f"{path}: expected a lowbit run, got a {kind}")
