@@ -66,6 +66,11 @@ __device__ __forceinline__ uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t 
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(pick));
   return r;
 }
+__device__ __forceinline__ uint32_t bytes_to_halves(uint32_t w, uint32_t pick) {  // bytes q -> halves 1024 + q
+  uint32_t r;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(w), "r"(0x64646464u), "r"(pick));
+  return r;
+}
 __device__ __forceinline__ uint32_t e4m3_to_halves(uint32_t w, int high) {  // two e4m3 -> two halves, exact
   uint32_t r;
   uint16_t two = high ? (uint16_t)(w >> 16) : (uint16_t)w;
