@@ -248,3 +248,35 @@ def test_an_option_that_is_not_read_names_itself(name, part, changes, expected):
     values["config_groups"]["group_0"][part] |= changes
     with pytest.raises(LowbitError, match=expected):
         checkpoint.make_config({"model_type": "llama", "quantization_config": values}, "config.json")
+
+
+WHERE = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
+]
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize(("format", "kind"), [("fp8_e4m3", "float"), ("int8", "int")])
+@torch.no_grad()
+def test_any_number_of_rows_on_any_device(where, rows, dynamic, format, kind):
+    """A GPU's torch._int_mm wants more than 16 rows, its torch._scaled_mm sizes in multiples of 16."""
+    generator = torch.Generator().manual_seed(rows)
+    packed = quantize(torch.randn(96, 64, generator=generator), format)
+    scale = None if dynamic else torch.tensor([1 / 16])
+    linear = StoredLinear(packed, inputs=Inputs(kind, dynamic), input_scale=scale).to(where)
+    x = torch.randn(1, rows, 64, generator=generator).bfloat16().to(where)
+    want = linear.quantize_inputs(x[0]).values() @ linear.defined().T
+    assert linear(x).shape == (1, rows, 96)
+    assert (linear(x)[0].float() - want).norm() <= 2**-8 * want.norm()
+
+
+@torch.no_grad()
+def test_quantized_inputs_compile_as_one_graph():
+    linear = StoredLinear(quantize(torch.randn(32, 64), "fp8_e4m3"), inputs=Inputs("float", dynamic=True))
+    linear.settle()
+    x = torch.randn(1, 2, 64).bfloat16()
+    compiled = torch.compile(linear, fullgraph=True, dynamic=False, backend="eager")
+    assert torch.equal(compiled(x), linear(x))

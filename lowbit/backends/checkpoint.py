@@ -38,6 +38,8 @@ def quantize(module: nn.Module, fmt: Format, dtype: torch.dtype) -> None:
     if "head" in fmt.options and type(head) is nn.Linear:
         module._modules["lm_head"] = NativeLinear.from_linear(head, fmt.options["head"])
     for path, child in module.named_modules():
+        if isinstance(child, StoredLinear):
+            child.settle()
         if "native" in fmt.modes and isinstance(child, NativeLinear) and child.format != fmt.scheme:
             raise LowbitError(
                 f"{fmt.id} needs every linear in {fmt.scheme}, but {path} is {child.format}: its bf16 scales are "

@@ -127,6 +127,7 @@ def as_row(stored: Stored) -> Format:
     """The row that multiplies with the linears exactly as they are stored."""
     native, inputs = streamed_as(stored), stored.inputs
     decodes = native is not None and stored.head
+    scaled = inputs is not None and stored.kind == "float" and not (stored.group_size or inputs.group_size)
     note = "the checkpoint's own codes and scales, bit for bit; quality is taken against what they stand for"
     if inputs is not None:
         note = f"{note}; inputs in 8 bits, {'dynamic' if inputs.dynamic else 'by their stored scale'}"
@@ -140,8 +141,8 @@ def as_row(stored: Stored) -> Format:
         "calibrated",
         group_size=stored.group_size,
         targets=(*LINEARS, "lm_head") if stored.head else LINEARS,
-        fast=decodes,
-        modes=("eager", "native") if decodes else ("eager",),
+        fast=decodes or scaled,
+        modes=("eager", "native") if decodes else ("eager", "reduce-overhead") if inputs else ("eager",),
         note=f"{note}; columns are put in the order of their groups at every product" if stored.ordered else note,
         **(FP16_FIRST if decodes else {}),
     )

@@ -59,6 +59,7 @@ class StoredLinear(NativeLinear):
     ) -> None:
         super().__init__(packed, bias)
         self.inputs = inputs
+        self.multiplies_fp8: bool | None = None
         for name, tensor in (("order", order), ("input_scale", input_scale), ("input_zero", input_zero)):
             self.register_buffer(name, tensor)
 
@@ -124,11 +125,16 @@ class StoredLinear(NativeLinear):
         assert how is not None
         if self.n % 16 or self.k % 16 or how.group_size or self.packed.row.group_size:
             return DEFINITION
-        where = self.codes.device
         if (self.format, how.kind, dtype) == ("fp8_e4m3", "float", torch.bfloat16):
-            able = where.type == "cpu" or torch.cuda.get_device_capability(where) >= (8, 9)
-            return SCALED if able else DEFINITION
+            if self.multiplies_fp8 is None:
+                self.settle()
+            return SCALED if self.multiplies_fp8 else DEFINITION
         return INTEGER if (self.format, how.kind, how.symmetric) == ("int8", "int", True) else DEFINITION
+
+    def settle(self) -> None:
+        """Ask the device once what it can do: a compiler's graph can't."""
+        where = self.codes.device
+        self.multiplies_fp8 = where.type == "cpu" or torch.cuda.get_device_capability(where) >= (8, 9)
 
     def _scaled(self, flat: Quantized) -> Tensor:
         assert self.scale is not None

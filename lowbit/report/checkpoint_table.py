@@ -50,11 +50,11 @@ def section() -> list[str]:
         "bit; quality is taken against what they stand for. Mode `native` wants a packed head too, which lowbit makes. "
         "One of each kind; bits and group size stand in the name:",
         "",
-        "| published as | row, eager | row for mode native |",
-        "| --- | --- | --- |",
+        "| published as | row | modes | row for mode native |",
+        "| --- | --- | --- | --- |",
     ]
     for how, said in EXAMPLES:
         own, *with_head = stored.as_rows(how)
         head = code(with_head[0].id) if with_head else "–"
-        lines.append(f"| {how.layout}, {said} | {code(own.id)} | {head} |")
+        lines.append(f"| {how.layout}, {said} | {code(own.id)} | {', '.join(own.modes)} | {head} |")
     return lines
