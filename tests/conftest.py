@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,8 @@ import pytest
 
 if TYPE_CHECKING:
     from fakes import Bench
+
+    from lowbit import texts
 
 HERE = Path(__file__).parent
 DYNAMO_ON_3_13_0 = "ignore:Guards may run slower on Python 3.13.0:RuntimeWarning"
@@ -36,3 +39,30 @@ def bench(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Bench:
     from fakes import Bench  # brings torch in
 
     return Bench(pytester, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of two layers on disk, with a tokenizer; nobody writes to it."""
+    import tiny_lab
+
+    return tiny_lab.save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def story(tmp_path_factory: pytest.TempPathFactory) -> texts.Source:
+    """A text in that tokenizer's words."""
+    import tiny_lab
+
+    return tiny_lab.write_story(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture
+def same_formats() -> Iterator[None]:
+    """The rows that models bring along are gone after each test."""
+    from lowbit.formats import FORMATS
+
+    before = dict(FORMATS)
+    yield
+    for name in set(FORMATS) - set(before):
+        del FORMATS[name]

@@ -8,7 +8,6 @@ import weakref
 from types import SimpleNamespace
 
 import pytest
-import tiny_lab
 import torch
 from tiny_lab import CPU, DECODE, PREFILL, decode, make_lab, run_rounds, take
 
@@ -27,18 +26,8 @@ CPU_FORMATS = [row for row in FORMATS.values() if "cpu" in row.devices and row.s
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_lab.save_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return tiny_lab.write_story(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="module")
-def bench(folder, source):
-    made = make_lab(folder, source)
+def bench(tiny_folder, story):
+    made = make_lab(tiny_folder, story)
     yield made
     made.close()
 
@@ -104,8 +93,8 @@ def test_samples_are_those_of_the_rounds(bench):
     assert record.metrics["decode_tok_s"] == pytest.approx(tokens / sorted(record.samples["decode_s"])[1], rel=2)
 
 
-def test_seconds_by_purpose_stay_within_the_wall(folder, source):
-    bench = make_lab(folder, source)
+def test_seconds_by_purpose_stay_within_the_wall(tiny_folder, story):
+    bench = make_lab(tiny_folder, story)
     record = take(bench, Case("quality", FORMATS["bf16-torch"]))
     wall = record.info["wall_s"] + take(bench, decode()).info["wall_s"]
     spent = bench.spent
@@ -126,8 +115,8 @@ def test_a_compiled_case(bench):
     assert accounted_for(record) == expected_metrics("decode")
 
 
-def test_notes_of_the_host_model_reach_the_record(folder, source):
-    bench = make_lab(folder, source)
+def test_notes_of_the_host_model_reach_the_record(tiny_folder, story):
+    bench = make_lab(tiny_folder, story)
     bench.host.notes.append("3 of 4 pieces of host memory are not page-locked")
     assert take(bench, decode()).info["notes"] == ["3 of 4 pieces of host memory are not page-locked"]
     bench.close()
@@ -140,11 +129,11 @@ def test_cuda_graphs_given_up_are_noted(bench, monkeypatch):
     assert record.info["notes"] == ["decode[bf16-torch-eager-b2_c0]: Inductor gave up its CUDA graphs, 2 times"]
 
 
-def test_the_runs_own_processes_do_not_disturb(folder, source, monkeypatch):
+def test_the_runs_own_processes_do_not_disturb(tiny_folder, story, monkeypatch):
     seen = []
     read = lab.CardState.read
     monkeypatch.setattr(lab.CardState, "read", lambda nvml, own: seen.append(own) or read(nvml, own))
-    bench = make_lab(folder, source, own_pids=lambda: {11, 12})
+    bench = make_lab(tiny_folder, story, own_pids=lambda: {11, 12})
     take(bench, decode())
     assert seen == [{11, 12}, {11, 12}]
     bench.close()
@@ -184,11 +173,11 @@ def test_a_case_leaves_the_process_as_it_was(bench, fmt):
     assert settings() == before
 
 
-def test_order_does_not_matter_to_quality(folder, source):
+def test_order_does_not_matter_to_quality(tiny_folder, story):
     """Two random orders, each in a lab of its own."""
     found = []
     for seed in (1, 2):
-        bench = make_lab(folder, source)
+        bench = make_lab(tiny_folder, story)
         rows = [row for row in CPU_FORMATS if bench.unmet(Case("quality", row)) is None]
         random.Random(seed).shuffle(rows)
         found.append({row.id: take(bench, Case("quality", row)).metrics for row in rows})
@@ -204,8 +193,8 @@ def _quality(values):
     return {name: value for name, value in values.items() if name.startswith(("ppl_", "kld_", "top1_"))}
 
 
-def test_quality_beside_dummy_weights_keeps_no_model_of_the_format_before(folder):
-    choice = models.choose(str(folder), "dummy", CPU, {})
+def test_quality_beside_dummy_weights_keeps_no_model_of_the_format_before(tiny_folder):
+    choice = models.choose(str(tiny_folder), "dummy", CPU, {})
     bench = lab.Lab(CPU, choice, texts.choose_source(choice.name, "dummy", 512, None), progress=lambda text: None)
     bench._ceilings = Ceilings(10.0, 10.0, 0.1)
     take(bench, Case("quality", FORMATS["bf16-torch"]))  # the reference is made here, and what was loaded freed for it
@@ -227,8 +216,8 @@ def test_quality_beside_dummy_weights_keeps_no_model_of_the_format_before(folder
 
 
 @pytest.mark.parametrize("case", [decode(), Case("quality", FORMATS["a16w8-torchao"])], ids=lambda case: case.kind)
-def test_nan_weights_are_an_error_that_names_the_case(folder, source, case):
-    bench = make_lab(folder, source)
+def test_nan_weights_are_an_error_that_names_the_case(tiny_folder, story, case):
+    bench = make_lab(tiny_folder, story)
     if case.kind == "quality":
         bench._scorer.reference(bench.host)  # of whole weights: the format's own NaN must show
     with torch.no_grad():
@@ -238,13 +227,13 @@ def test_nan_weights_are_an_error_that_names_the_case(folder, source, case):
     bench.close()
 
 
-def test_a_reference_that_does_not_fit_is_streamed(folder, source):
+def test_a_reference_that_does_not_fit_is_streamed(tiny_folder, story):
     """On a card too small for bf16 the reference logits come layer by layer, and are the same."""
     case = Case("quality", FORMATS["a16w8-torchao"])
-    whole = make_lab(folder, source)
+    whole = make_lab(tiny_folder, story)
     expected = take(whole, case)
     whole.close()
-    small = make_lab(folder, source, dataclasses.replace(CPU, total_mib=4.0))
+    small = make_lab(tiny_folder, story, dataclasses.replace(CPU, total_mib=4.0))
     need = scoring.reference_mib(FORMATS["bf16-torch"], small.host_config, 32)
     assert measure.memory_fits(small.device, need).kind == "memory"
     record = take(small, case)
@@ -256,8 +245,8 @@ def test_a_reference_that_does_not_fit_is_streamed(folder, source):
     small.close()
 
 
-def test_quality_beside_dummy_weights_is_the_embedded_models(folder, source):
-    bench = make_lab(folder, source)
+def test_quality_beside_dummy_weights_is_the_embedded_models(tiny_folder, story):
+    bench = make_lab(tiny_folder, story)
     stand_in = bench.host
     bench.choice = dataclasses.replace(bench.choice, load_format="dummy")
     bench._embedded = dataclasses.replace(stand_in, name="embedded")

@@ -6,7 +6,6 @@ import dataclasses
 import gc
 
 import pytest
-import tiny_lab
 import torch
 from tiny_lab import CPU, decode, make_lab
 from torch._subclasses.fake_tensor import FakeTensor
@@ -19,18 +18,8 @@ ROWS = [row for row in FORMATS.values() if "cpu" in row.devices and row.suite ==
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_lab.save_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return tiny_lab.write_story(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="module")
-def bench(folder, source):
-    made = make_lab(folder, source)
+def bench(tiny_folder, story):
+    made = make_lab(tiny_folder, story)
     yield made
     made.close()
 
@@ -53,8 +42,8 @@ def live_bytes():
     return sum(storages.values())
 
 
-def test_thirteen_builds_take_no_more_memory_than_one(folder, source):
-    bench = make_lab(folder, source)
+def test_thirteen_builds_take_no_more_memory_than_one(tiny_folder, story):
+    bench = make_lab(tiny_folder, story)
     assert bench.host.checkpoint_bytes > 2**20  # read: the master counts before
     rows = [row for row in ROWS if bench.unmet(decode(row.id)) is None]
     gc.collect()
@@ -89,9 +78,9 @@ def test_the_native_mode_says_what_it_needs(bench):
     assert str(unmet) == "capability: needs cuda (lowbit's own kernels), this is cpu"
 
 
-def test_what_does_not_fit_is_unmet_with_the_figures(folder, source):
+def test_what_does_not_fit_is_unmet_with_the_figures(tiny_folder, story):
     small = dataclasses.replace(CPU, total_mib=6.0)
-    bench = make_lab(folder, source, small)
+    bench = make_lab(tiny_folder, story, small)
     assert bench.unmet(decode()) is None
     cache = Workload("b64_c192", "decode", 64, 192, 8, "small")
     unmet = bench.unmet(decode("a16w8-torchao", workload=cache))

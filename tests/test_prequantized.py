@@ -43,14 +43,7 @@ SCHEMES = {
 }
 IDS = torch.arange(24).view(2, 12) * 5 % 128
 
-
-@pytest.fixture(autouse=True)
-def same_formats():
-    """The rows that models bring along are gone after each test."""
-    before = dict(FORMATS)
-    yield
-    for name in set(FORMATS) - set(before):
-        del FORMATS[name]
+pytestmark = pytest.mark.usefixtures("same_formats")
 
 
 def choose(folder: Path, load_format: str = "auto") -> models.Choice:

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import tiny_llama
 import torch
 from tiny_lab import CPU, DECODE, PREFILL, SHAPE, decode, make_lab, take
 
@@ -28,14 +27,9 @@ GPU = dataclasses.replace(CPU, kind="cuda", capability=(9, 0))
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    return tiny_llama.add_tokenizer(tiny_llama.save(tmp_path_factory.mktemp("model"), **SHAPE))
-
-
-@pytest.fixture(scope="module")
-def bench(model_folder, tmp_path_factory):
+def bench(tiny_folder, tmp_path_factory):
     profiler = Profiler(CPU, tmp_path_factory.mktemp("profiles"))
-    made = make_lab(model_folder, texts.Source("story", 32, None), profiler=profiler)
+    made = make_lab(tiny_folder, texts.Source("story", 32, None), profiler=profiler)
     yield made
     made.close()
 
@@ -142,18 +136,18 @@ def test_a_gpus_case_has_a_snapshot_also_when_it_fails(tmp_path, monkeypatch):
     assert "profile" not in record.info
 
 
-def test_without_a_profiler_a_record_has_no_profile(model_folder):
-    made = make_lab(model_folder, texts.Source("story", 32, None))
+def test_without_a_profiler_a_record_has_no_profile(tiny_folder):
+    made = make_lab(tiny_folder, texts.Source("story", 32, None))
     assert "profile" not in take(made, decode()).info
     made.close()
 
 
-def test_pytest_benches_profile_on_this_cpu(model_folder, tmp_path):
+def test_pytest_benches_profile_on_this_cpu(tiny_folder, tmp_path):
     """The command itself, in a process of its own: files, table, nothing kept."""
     for name in ("benches", "conftest.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --import-mode=importlib\n")
-    arguments = ["benches", "--profile", "--model", str(model_folder), "-k", "bf16-torch-eager and decode"]
+    arguments = ["benches", "--profile", "--model", str(tiny_folder), "-k", "bf16-torch-eager and decode"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "CI"))}
     environment |= {"PYTHONPATH": str(ROOT)}
     result = subprocess.run(

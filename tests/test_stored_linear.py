@@ -49,14 +49,7 @@ NAMES = {
     "int8_g64": "a16w8_ct_int8_g64",
 }
 
-
-@pytest.fixture(autouse=True)
-def same_formats():
-    """The rows that models bring along are gone after each test."""
-    before = dict(FORMATS)
-    yield
-    for name in set(FORMATS) - set(before):
-        del FORMATS[name]
+pytestmark = pytest.mark.usefixtures("same_formats")
 
 
 def choose(folder: Path) -> models.Choice:
