@@ -189,6 +189,9 @@ def test_a_new_case_fails_with_advice(bench):
     result.assert_outcomes(passed=5, failed=5)
     advice = f'accept it with: pytest benches --update-baselines -k "test_decode[{DECODE}]"'
     assert f"decode[{DECODE}] on fake-gpu: not in the baseline 0001_embedded-auto.json; {advice}" in result.stdout.str()
+    told = "lowbit: 5 of them not in the baseline (suite quick): those that run here fail as new, until accepted with: "
+    assert f"{told}pytest benches --update-baselines" in result.stdout.str()
+    assert told not in bench.run("--benchmark-compare", "-k", "bf16").stdout.str()
 
 
 def test_a_vanished_case_is_a_failure_of_its_own(bench):

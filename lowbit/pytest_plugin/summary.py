@@ -70,7 +70,23 @@ def expectation_lines(bench: BenchSession, nodeids: Sequence[str], *, workers: i
     basis = "by the last kept runs" if measured else "a guess until a run is kept"
     processes = f" × {count(bench.settings.baseline_runs, 'run')}" if bench.settings.update_baselines else ""
     duration = f"about {minutes:.0f} min" if minutes >= 1 else "less than a minute"
-    return [f"lowbit: {count(len(nodeids), 'case')}, {duration}{processes} ({basis})"]
+    return [
+        f"lowbit: {count(len(nodeids), 'case')}, {duration}{processes} ({basis})",
+        *_new_to_the_baseline(bench, nodeids),
+    ]
+
+
+def _new_to_the_baseline(bench: BenchSession, nodeids: Sequence[str]) -> list[str]:
+    """Said before they are measured: a baseline of a smaller suite lacks cases by the hundred."""
+    if bench.baseline is None:
+        return []
+    new = sum(nodeid not in bench.baseline.rows and nodeid not in bench.baseline.skips for nodeid in nodeids)
+    if not new:
+        return []
+    return [
+        f"lowbit: {new} of them not in the baseline (suite {bench.baseline.header.suite}): those that run here fail as "
+        f"new, until accepted with: {bench.accept_command()}"
+    ]
 
 
 def announce_workers_run(bench: BenchSession, nodeids: list[str]) -> bool:
