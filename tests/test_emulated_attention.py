@@ -126,13 +126,14 @@ TURN = SPLITS * ATTENTION_WARPS * 16
 
 
 @pytest.mark.parametrize(
-    ("length", "widest", "splits", "positions"),
+    ("length", "way", "splits", "positions"),
     [
-        (SHORT_CACHE, 16, 8, (0, 15, 128, 1023)),
-        (LONGEST, 8, 8, (TURN - 1, TURN, 5 * TURN)),
-        (LONGEST, 16, 16, (0, 255, 2 * TURN, 10 * TURN + 8)),
+        (SHORT_CACHE, 0, 8, (0, 15, 128, 1023)),
+        (LONGEST, 0, 16, (0, 255, 2 * TURN, 10 * TURN + 8)),
+        (LONGEST, 1, 16, (0, 2 * TURN - 1, 6 * TURN, 10 * TURN + 8)),
+        (LONGEST, 2, 8, (TURN - 1, 5 * TURN)),
     ],
-    ids=["short", "8 blocks", "16 blocks"],
+    ids=["short", "16 blocks", "16 small blocks", "8 blocks"],
 )
 @pytest.mark.parametrize(
     ("name", "kv", "heads"),
@@ -144,11 +145,10 @@ TURN = SPLITS * ATTENTION_WARPS * 16
     ],
     ids=lambda value: f"{value['head_dim']}" if isinstance(value, dict) else value or "16",
 )
-def test_a_token_sees_every_position_of_its_cache(compiled, length, widest, splits, positions, name, kv, heads):
+def test_a_token_sees_every_position_of_its_cache(compiled, length, way, splits, positions, name, kv, heads):
     shape = shape_of(name, kv, heads)
-    plan = shape.attention(length, widest)
-    stages = 1 if length == SHORT_CACHE else AHEAD[kv]
-    assert plan.kernel == f"attention_kernel<{stages}, {splits}>"
+    plan = shape.attention(length)[way]
+    assert plan.splits == splits
     assert plan.kernel in shape.attentions
     for position in positions:
         step = Step(shape, length, position)
@@ -159,7 +159,7 @@ def test_a_token_sees_every_position_of_its_cache(compiled, length, widest, spli
 @pytest.mark.parametrize("kv", AHEAD)
 def test_what_lies_behind_the_position_has_no_weight(compiled, kv):
     shape = shape_of(kv=kv)
-    plan = shape.attention(LONGEST)
+    plan = shape.attention(LONGEST)[1]
     clean, stale = Step(shape, LONGEST, 700), Step(shape, LONGEST, 700)
     for side in (stale.keys, stale.values):
         side.parts[0][:, 700:] = 100 if kv else math.nan
@@ -177,11 +177,11 @@ def test_codes_of_rows_of_every_size_keep_their_weight(compiled, kv, name):
     """Scales from 1e-3 to 1e3 of one another, a key of zeros, and values near fp16's end."""
     shape = shape_of(name, kv)
     step = Step(shape, SHORT_CACHE, 300, spread=2.0)
-    step.run(compiled(shape), shape.attention(SHORT_CACHE))
+    step.run(compiled(shape), shape.attention(SHORT_CACHE)[0])
     assert step.error() < (8e-3 if name == "bf16" else 1e-3)
     step = Step(shape, SHORT_CACHE, 0)
     step.qkv[-2] = 0
     step.qkv[-1] *= 6e4 / step.qkv[-1].abs().max()
-    step.run(compiled(shape), shape.attention(SHORT_CACHE))
+    step.run(compiled(shape), shape.attention(SHORT_CACHE)[0])
     assert step.out.isfinite().all()
     assert step.error() < (8e-3 if name == "bf16" else 1e-3)

@@ -87,16 +87,14 @@ class Recorder:
     """In the place of a loaded cubin."""
 
     def __init__(self):
-        self.launched = []
+        self.launched, self.asked, self.fitting = [], [], {}
 
     def function(self, kernel):
         return kernel
 
-    fitting = 8
-
     def clusters(self, kernel, grid, threads, *, shared_bytes, cluster):
-        self.asked = kernel, grid, threads, shared_bytes, cluster
-        return self.fitting
+        self.asked.append((kernel, grid, threads, shared_bytes, cluster))
+        return self.fitting.get(kernel, 8)
 
     def launch(self, kernel, grid, threads, argument, *, shared_bytes=0, overlap=False, cluster=1):
         self.launched.append((kernel, grid, threads, argument, shared_bytes, overlap))
@@ -165,35 +163,51 @@ def test_a_step_is_5_kernels_per_layer_in_order_with_the_models_own_memory(modul
     assert (qkv.row_scale is None) == (name in ("bf16", "int4_g128"))
 
 
+ONE = "of 2 clusters of 16, 3 chunks ahead, this device holds 1"
+NONE = "of 2 clusters of 16, 1 chunk ahead, this device holds 0"
+
+
 @pytest.mark.parametrize(
-    ("length", "fitting", "kernel", "splits", "words"),
+    ("length", "fitting", "kernel", "words"),
     [
-        (1024, 0, "attention_kernel<1, 8>", 8, "8 blocks per KV head, 1 chunk ahead"),
-        (1040, 8, "attention_kernel<3, 16>", 16, "16 blocks per KV head, 3 chunks ahead"),
-        (1040, 2, "attention_kernel<3, 16>", 16, "16 blocks per KV head, 3 chunks ahead"),
-        (
-            1040,
-            1,
-            "attention_kernel<3, 8>",
-            8,
-            "8 blocks per KV head, 3 chunks ahead: of 2 clusters of 16 this device ",
-        ),
+        (1024, (0, 0), "attention_kernel<1, 8>", "8 blocks per KV head, 1 chunk ahead"),
+        (1040, (2, 9), "attention_kernel<3, 16>", "16 blocks per KV head, 3 chunks ahead"),
+        (1040, (1, 2), "attention_kernel<1, 16>", f"16 blocks per KV head, 1 chunk ahead; {ONE}"),
+        (1040, (1, 0), "attention_kernel<3, 8>", f"8 blocks per KV head, 3 chunks ahead; {ONE}; {NONE}"),
     ],
 )
 def test_a_long_cache_has_clusters_of_16_where_the_device_holds_all_heads_at_once(
-    module, length, fitting, kernel, splits, words
+    module, length, fitting, kernel, words
 ):
-    module.fitting = fitting
-    made, dtype = streamed("int8", max_position_embeddings=2048)
+    module.fitting = dict(zip(("attention_kernel<3, 16>", "attention_kernel<1, 16>"), fitting, strict=True))
+    made, dtype = streamed("int4_g128", max_position_embeddings=2048)
     decoder = decoder_of(made, dtype, length)
     step = NativeStep(made, decoder.cache, decoder.token, decoder.position)
-    assert step.attention.startswith(f"KV cache in float16, {words}")
+    assert step.attention == f"KV cache in float16, {words}"
     step.launch()
     found, grid, threads, _, shared_bytes, _ = module.launched[2]
-    assert (found, grid, threads) == (kernel, (2, splits), 256)
+    plan = step.ways[0]
+    assert (found, grid, threads, shared_bytes) == (kernel, (2, plan.splits), 256, plan.shared_bytes)
     assert shared_bytes <= 227 * 1024
+    beside = module.launched[1][4] + shared_bytes + 2 * geometry.RESERVED_BYTES
+    assert step.shape.beside_attention(plan) == geometry.RING_BYTES or beside <= geometry.SHARED_BYTES
     if length > 1024:
-        assert module.asked == ("attention_kernel<3, 16>", (2, 16), 256, shared_bytes, 16)
+        kernel, grid, threads, shared_bytes, cluster = module.asked[0]
+        assert (kernel, grid, threads, cluster) == ("attention_kernel<3, 16>", (2, 16), 256, 16)
+        other = NativeStep(made, decoder.cache, decoder.token, decoder.position, way=step.ways[-1])
+        assert other.attention.startswith("KV cache in float16, 8 blocks per KV head, 3 chunks ahead")
+
+
+def test_small_blocks_of_8bs_attention_leave_room_for_another_or_for_a_product():
+    for kv in geometry.KV_CODES:
+        shape = Geometry("int4_g128", 4096, 14336, 32, 8, 128, 1e-5, kv)
+        _, small, _ = shape.attention(8192)
+        assert 2 * (small.shared_bytes + geometry.RESERVED_BYTES) <= geometry.SHARED_BYTES
+        room = shape.beside_attention(small)
+        assert room + small.shared_bytes + 2 * geometry.RESERVED_BYTES <= geometry.SHARED_BYTES
+        assert shape.shared(4096, 384, room)[0] >= shape.warps
+        for plan in shape.attention(8192):
+            assert plan.shared_bytes <= 227 * 1024
 
 
 @pytest.mark.parametrize("kv", ["int8", "fp8"])
@@ -212,7 +226,6 @@ def test_a_cache_of_codes_is_read_with_its_scales(module, kv):
             layer.key_scale.data_ptr(),
             layer.value_scale.data_ptr(),
         )
-        assert step.shape.attention(1040).shared_bytes <= 227 * 1024
 
 
 def test_a_cache_that_attention_can_not_read_is_refused(module):
@@ -287,6 +300,7 @@ class FakeStep:
     def __init__(self, made, cache, token, position, progress=None, pick=None):
         self.pick = pick
         self.model, self.cache, self.token, self.position = made, cache, token, position
+        self.ways = ["the first"]
         self.attention = f"a fake's: {getattr(cache.layers[0], 'name', '16 bits')}"
         self.shape = Geometry.of(made.config, "int4_g128")
         self.history = torch.zeros(cache.layers[0].keys.shape[2] + 1, dtype=torch.int64)

@@ -23,18 +23,25 @@ def held(cache: Any) -> str:
     return kv
 
 
-def choose(shape: Geometry, length: int, module: Module) -> tuple[AttentionPlan, str]:
-    """How attention over a cache of ``length`` positions is launched on ``module``'s device, and that in words.
+def fitting(shape: Geometry, length: int, module: Module) -> tuple[list[AttentionPlan], str]:
+    """The ways to launch attention over a cache of ``length`` positions that suit ``module``'s device, the best first,
+    and in words why a better one does not.
 
-    A cluster lies within one of a GPU's processing clusters (GPCs), which differ in how many multiprocessors work. Of
-    16 blocks it is taken only where all KV heads' run at once; else 8 blocks per KV head, and the words say so.
+    A cluster lies within one of a GPU's processing clusters (GPCs), some of which may have less than 16 working
+    multiprocessors. Clusters of 16 blocks are for devices that hold those of all KV heads at once.
     """
-    plan, cache = shape.attention(length), f"KV cache in {shape.kv or str(shape.dtype).removeprefix('torch.')}"
-    if plan.splits == SPLITS:
-        return plan, f"{cache}, {plan}"
-    grid, threads = (shape.kv_heads, plan.splits), ATTENTION_WARPS * 32
-    fit = module.clusters(plan.kernel, grid, threads, shared_bytes=plan.shared_bytes, cluster=plan.splits)
-    if fit >= shape.kv_heads:
-        return plan, f"{cache}, {plan}"
-    narrow = shape.attention(length, SPLITS)
-    return narrow, f"{cache}, {narrow}: of {shape.kv_heads} clusters of {plan.splits} this device holds {fit}"
+    found, refused = [], ""
+    for plan in shape.attention(length):
+        if plan.splits > SPLITS:
+            grid, threads = (shape.kv_heads, plan.splits), ATTENTION_WARPS * 32
+            fit = module.clusters(plan.kernel, grid, threads, shared_bytes=plan.shared_bytes, cluster=plan.splits)
+            if fit < shape.kv_heads:
+                refused += f"; of {shape.kv_heads} clusters of {plan.splits}, {plan.ahead}, this device holds {fit}"
+                continue
+        found.append(plan)
+    return found, refused
+
+
+def words(shape: Geometry, plan: AttentionPlan) -> str:
+    """What attention reads, and how."""
+    return f"KV cache in {shape.kv or str(shape.dtype).removeprefix('torch.')}, {plan}"

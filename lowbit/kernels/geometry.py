@@ -33,8 +33,9 @@ SHORT_CACHE = SPLITS * ATTENTION_WARPS * CHUNK
 
 KV_CODES = {"": 0, "int8": 1, "fp8": 2}
 """What the KV cache may hold, by lowbit.kvcache's names -> cuda/attention.cu's; the first are 16 bits."""
-AHEAD = {"": 3, "int8": 4, "fp8": 4}
-"""Chunks per warp on their way over a long cache: as large a block that a multiprocessor, which limits, has but one."""
+AHEAD, FEW_AHEAD = {"": 3, "int8": 4, "fp8": 4}, {"": 1, "int8": 2, "fp8": 2}
+"""Chunks per warp on their way over a long cache: in a block that has a multiprocessor for itself, and in one that
+shares it with another or with a product's."""
 
 
 class AttentionPlan(NamedTuple):
@@ -48,8 +49,12 @@ class AttentionPlan(NamedTuple):
     def kernel(self) -> str:
         return f"attention_kernel<{self.stages}, {self.splits}>"
 
+    @property
+    def ahead(self) -> str:
+        return f"{self.stages} chunk{'s' * (self.stages > 1)} ahead"
+
     def __str__(self) -> str:
-        return f"{self.splits} blocks per KV head, {self.stages} chunk{'s' * (self.stages > 1)} ahead"
+        return f"{self.splits} blocks per KV head, {self.ahead}"
 
 
 @dataclass(frozen=True)
@@ -113,9 +118,14 @@ class Geometry:
             "KV": KV_CODES[self.kv],
         }
 
-    def attention(self, length: int, widest: int = LONG_SPLITS) -> AttentionPlan:
-        """Of attention over a cache of ``length`` positions, by clusters of at most ``widest`` blocks."""
-        stages, splits = (1, SPLITS) if length <= SHORT_CACHE else (AHEAD[self.kv], widest)
+    def attention(self, length: int) -> tuple[AttentionPlan, ...]:
+        """How attention over a cache of ``length`` positions may be launched, the best first; the last one anywhere."""
+        if length <= SHORT_CACHE:
+            return (self._plan(1, SPLITS),)
+        many, few = AHEAD[self.kv], FEW_AHEAD[self.kv]
+        return self._plan(many, LONG_SPLITS), self._plan(few, LONG_SPLITS), self._plan(many, SPLITS)
+
+    def _plan(self, stages: int, splits: int) -> AttentionPlan:
         queries = self.heads // self.kv_heads
         number = 1 if self.kv else 2
         chunk = 2 * CHUNK * (self.head_dim * number + 16) + (2 * CHUNK * 2 if self.kv else 0)  # padded rows, scales
@@ -124,19 +134,16 @@ class Geometry:
     @property
     def attentions(self) -> tuple[str, ...]:
         """The kernels of every plan."""
-        long = SHORT_CACHE + 1
-        return tuple(plan.kernel for plan in (self.attention(1), self.attention(long, SPLITS), self.attention(long)))
+        return tuple(plan.kernel for plan in self.attention(1) + self.attention(SHORT_CACHE + 1))
 
-    def beside_attention(self, length: int) -> int:
+    def beside_attention(self, plan: AttentionPlan) -> int:
         """Shared memory for a product that is to start while attention still runs, or the reverse.
 
         At 8 bits and more memory is what a product waits for, and a longer ring is worth more (docs/kernels.md).
         """
-        plan = self.attention(length)
-        if LAYOUTS[self.format].bits > 4:
+        if LAYOUTS[self.format].bits > 4 or plan.stages == AHEAD[self.kv]:
             return RING_BYTES
-        room = SHARED_BYTES - 2 * RESERVED_BYTES - plan.shared_bytes
-        return RING_BYTES if plan.stages > 1 else min(RING_BYTES, room)
+        return min(RING_BYTES, SHARED_BYTES - 2 * RESERVED_BYTES - plan.shared_bytes)
 
     def shared(self, k: int, tiles: int, room: int = RING_BYTES) -> tuple[int, int, int]:
         """Stages in the ring, row tiles per batch, bytes of shared memory for a product of ``tiles`` row tiles."""

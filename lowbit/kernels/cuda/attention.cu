@@ -90,7 +90,8 @@ __device__ __forceinline__ uint16_t to_codes(uint32_t& low, uint32_t& high) {
   low = pair(x.x, x.y), high = pair(y.x, y.y);
   return scale;
 }
-// STAGES chunks per warp on their way: 1 leaves room for a product's block beside this one, more keep memory busy.
+// STAGES chunks per warp on their way: few leave room for a product's block beside this one, more keep memory busy. Over a
+// long cache (16 SPLITS) a chunk's keys are waited for, and replaced by the next chunk's, apart from its values.
 template <int STAGES, int SPLITS> __global__ void __maxnreg__(NARROW ? 104 : 96) attention_kernel(const __grid_constant__ Attention a) {
   static_assert(OUTPUTS % SPLITS == 0 && OUTPUTS / SPLITS <= ATTENTION_WARPS * 32, "each block finishes its share");
   SHARED_MEMORY(memory);
@@ -101,7 +102,9 @@ template <int STAGES, int SPLITS> __global__ void __maxnreg__(NARROW ? 104 : 96)
   const int position = (int)*a.position, chunks = position / CHUNK + 1;
   const size_t first_row = (size_t)kv * a.length;
   auto chunk_of = [&](int i) { return (i * ATTENTION_WARPS + warp) * SPLITS + split; };
-  auto fetch = [&](int i) {
+  constexpr bool APART = SPLITS > 8;
+  constexpr int LATER = APART ? 2 * STAGES - 1 : STAGES - 1;  // groups of copies that may still be on their way
+  auto fetch = [&](int i, bool with_keys, bool with_values) {
     const int first = chunk_of(i) * CHUNK;
     Code* to = (Code*)(own + i % STAGES * CHUNK_BYTES);
     if (first <= position) {
@@ -110,11 +113,11 @@ template <int STAGES, int SPLITS> __global__ void __maxnreg__(NARROW ? 104 : 96)
         const int piece = n * 32 + lane, row = piece / (HEAD_DIM / PIECE), column = piece % (HEAD_DIM / PIECE) * PIECE;
         const bool there = first + row < position;  // zeros for the rest: what is weighted with 0 must be finite
         const size_t from = (first_row + (there ? first + row : 0)) * HEAD_DIM + column;
-        copy_ahead(to + row * ROW + column, a.keys + from, there);
-        copy_ahead(to + CHUNK_CODES + row * ROW + column, a.values + from, there);
+        if (with_keys) copy_ahead(to + row * ROW + column, a.keys + from, there);
+        if (with_values) copy_ahead(to + CHUNK_CODES + row * ROW + column, a.values + from, there);
       }
-      if constexpr (NARROW) {  // two pieces of 8 scales for keys and for values
-        if (lane < 4) {
+      if constexpr (NARROW) {  // two pieces of 8 scales for keys and for values, with the keys
+        if (with_keys && lane < 4) {
           const int at = first + (lane & 1) * 8;
           const bool there = at < position;
           copy_ahead(to + 2 * CHUNK_CODES + lane * 16, (lane & 2 ? a.value_scale : a.key_scale) + first_row + (there ? at : 0), there);
@@ -124,7 +127,10 @@ template <int STAGES, int SPLITS> __global__ void __maxnreg__(NARROW ? 104 : 96)
     close_copies();
   };
 #pragma unroll
-  for (int i = 0; i < STAGES; i++) fetch(i);
+  for (int i = 0; i < STAGES; i++) {
+    if constexpr (APART) fetch(i, true, false), fetch(i, false, true);
+    else fetch(i, true, true);
+  }
   // Operand B of an mma holds these two pairs of dimensions in a lane, counted from a head's first
   auto pair_of = [&](int kt, int i) { return kt * 8 + (NARROW ? quarter * 2 + i : i * 4 + quarter); };
   const float4* rope = (const float4*)(a.rope + (size_t)position * HALF_DIM);  // two dimensions each
@@ -171,15 +177,19 @@ template <int STAGES, int SPLITS> __global__ void __maxnreg__(NARROW ? 104 : 96)
   for (; chunk_of(i) < chunks; i++) {
     Code *keys = (Code*)(own + i % STAGES * CHUNK_BYTES), *values = keys + CHUNK_CODES;
     uint16_t* scales = (uint16_t*)(values + CHUNK_CODES);
-    wait_copies<STAGES - 1>();
+    auto append_value = [&] {
+      CodePair *v = (CodePair*)(values + position % CHUNK * ROW) + lane;
+      CodePair *cache_v = (CodePair*)(a.values + (first_row + position) * HEAD_DIM) + lane;
+      v[0] = value0, v[HALF_DIM / 2] = value1, cache_v[0] = value0, cache_v[HALF_DIM / 2] = value1;
+    };
+    wait_copies<LATER>();
     __syncwarp();
     if (owner && i == new_turn) {
       if (lane < HALF_DIM / 2) {
-        const size_t to = (first_row + position) * HEAD_DIM;
-        CodePair *k = (CodePair*)(keys + position % CHUNK * ROW) + lane, *v = (CodePair*)(values + position % CHUNK * ROW) + lane;
-        CodePair *cache_k = (CodePair*)(a.keys + to) + lane, *cache_v = (CodePair*)(a.values + to) + lane;
-        k[0] = key0, k[HALF_DIM / 2] = key1, v[0] = value0, v[HALF_DIM / 2] = value1;
-        cache_k[0] = key0, cache_k[HALF_DIM / 2] = key1, cache_v[0] = value0, cache_v[HALF_DIM / 2] = value1;
+        CodePair *k = (CodePair*)(keys + position % CHUNK * ROW) + lane;
+        CodePair *cache_k = (CodePair*)(a.keys + (first_row + position) * HEAD_DIM) + lane;
+        k[0] = key0, k[HALF_DIM / 2] = key1, cache_k[0] = key0, cache_k[HALF_DIM / 2] = key1;
+        if constexpr (!APART) append_value();
       }
       if constexpr (NARROW) {
         if (lane == 0) {
@@ -216,6 +226,10 @@ template <int STAGES, int SPLITS> __global__ void __maxnreg__(NARROW ? 104 : 96)
         multiply(s, k[0], k[1], k[2], k[3], q[kt][0], q[kt][1]);
       }
     }
+    if constexpr (APART) {
+      __syncwarp();  // all lanes have read the keys and the scales
+      fetch(i + STAGES, true, false);
+    }
     if (first + g > position) s[0] = s[1] = -1e30f;
     if (first + g + 8 > position) s[2] = s[3] = -1e30f;
     float change[2];
@@ -234,6 +248,14 @@ template <int STAGES, int SPLITS> __global__ void __maxnreg__(NARROW ? 104 : 96)
       o[dt][0] *= change[0], o[dt][1] *= change[1], o[dt][2] *= change[0], o[dt][3] *= change[1];
       multiply(o[dt], v0, v1, v2, v3, w0, w1);
     };
+    if constexpr (APART) {
+      wait_copies<LATER>();
+      __syncwarp();
+      if (owner && i == new_turn) {
+        if (lane < HALF_DIM / 2) append_value();
+        __syncwarp();
+      }
+    }
     if constexpr (NARROW) {
 #pragma unroll
       for (int dt = 0; dt < K_TILES; dt += 2) {
@@ -253,7 +275,7 @@ template <int STAGES, int SPLITS> __global__ void __maxnreg__(NARROW ? 104 : 96)
       }
     }
     __syncwarp();  // all lanes have read the chunk
-    fetch(i + STAGES);
+    fetch(i + STAGES, !APART, true);
   }
 
   // The warps of a block. One without a chunk has no result.
