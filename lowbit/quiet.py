@@ -83,6 +83,8 @@ _LOGGERS = frozenset({"bitsandbytes"})
 Silenced before the import. A handler that keeps records (pytest's) would keep the frames of their exceptions, and
 with these what the importing functions hold, a model among it.
 """
+_TORCH = "torch.utils._pytree"
+"""Logs a deprecation per class of torchao's, by a handler with the stream that torch found when it was imported."""
 _hushed: set[str] = set()
 
 
@@ -97,8 +99,8 @@ def quiet_import(name: str) -> ModuleType:
         return loaded
     with captured_output() as output, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if name in _LOGGERS:
-            logging.getLogger(name).setLevel(logging.ERROR)
+        for logger in {name} & _LOGGERS | {_TORCH}:
+            logging.getLogger(logger).setLevel(logging.ERROR)
         try:
             module = importlib.import_module(name)
             if hush := _HUSH.get(name):

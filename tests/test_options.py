@@ -24,3 +24,17 @@ def test_a_value_that_can_not_serve_is_refused(bench, option, value, message):
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines([f"ERROR: {option}: {message}"])
     assert bench.runs() == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("-p", "no:benchmark"), "benches need pytest-benchmark: it is not loaded (-p no:benchmark?)"),
+        (("--benchmark-disable",), "--benchmark-disable: a bench without timing measures nothing; leave it out"),
+    ],
+)
+def test_benches_do_not_run_without_timing(bench, arguments, message):
+    result = bench.run(*arguments)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert f"ERROR: {message}" in result.stderr.str()
+    assert bench.runs() == []

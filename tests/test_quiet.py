@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 import sys
 import textwrap
 
@@ -94,3 +95,18 @@ def test_a_loud_librarys_import_logs_nothing(library, monkeypatch, caplog):
     quiet_import(name)
     logging.getLogger(f"{name}.ops").warning("a cast")
     assert caplog.records == []
+
+
+def test_torchs_handler_with_an_earlier_stream_is_silent_too():
+    """pytest's capture gives torch such a stream. In a process of its own: torch and transformers are imported once."""
+    code = (
+        "import io, sys\n"
+        "shown, sys.stderr = sys.stderr, io.StringIO()\n"
+        "import torch\n"
+        "captured, sys.stderr = sys.stderr, shown\n"
+        "from lowbit.quiet import quiet_import\n"
+        "quiet_import('transformers')\n"
+        "print(captured.getvalue())\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (result.stdout.strip(), result.stderr) == ("", "")

@@ -166,6 +166,10 @@ class Settings:
     def from_config(cls, config: pytest.Config) -> Settings:
         """Raises pytest.UsageError on values that exclude each other."""
         option = config.option
+        if not hasattr(option, "benchmark_compare"):
+            raise pytest.UsageError("benches need pytest-benchmark: it is not loaded (-p no:benchmark?)")
+        if option.benchmark_disable:
+            raise pytest.UsageError("--benchmark-disable: a bench without timing measures nothing; leave it out")
         if option.suite not in SUITE_MODES:
             raise pytest.UsageError(f"--suite: unknown suite {option.suite!r}; known: {', '.join(SUITE_MODES)}")
         if option.baseline_runs < 1:
@@ -189,7 +193,7 @@ class Settings:
         seconds = DEFAULT_SECONDS if option.auto_seconds is None else option.auto_seconds
         if seconds <= 0:
             raise pytest.UsageError(f"--auto-seconds: expected more than 0, got {seconds:g}")
-        compare = getattr(option, "benchmark_compare", None)
+        compare = option.benchmark_compare
         if compare and option.update_baselines:
             raise pytest.UsageError("--benchmark-compare judges a run, --update-baselines accepts it: give one of them")
         if option.baseline_patch is not None and not (compare or option.compare_if_baseline):
