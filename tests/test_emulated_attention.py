@@ -129,11 +129,13 @@ TURN = SPLITS * ATTENTION_WARPS * 16
     ("length", "way", "splits", "positions"),
     [
         (SHORT_CACHE, 0, 8, (0, 15, 128, 1023)),
-        (LONGEST, 0, 16, (0, 255, 2 * TURN, 10 * TURN + 8)),
-        (LONGEST, 1, 16, (0, 2 * TURN - 1, 6 * TURN, 10 * TURN + 8)),
-        (LONGEST, 2, 8, (TURN - 1, 5 * TURN)),
+        (LONGEST, 0, 16, (255, 2 * TURN, 10 * TURN + 8)),
+        (LONGEST, 1, 14, (13 * 16, 14 * 128 * 4 + 5)),
+        (LONGEST, 2, 12, (200, 12 * 128 * 5 + 1)),
+        (LONGEST, 3, 16, (0, 2 * TURN - 1, 10 * TURN + 8)),
+        (LONGEST, 4, 8, (TURN - 1, 5 * TURN)),
     ],
-    ids=["short", "16 blocks", "16 small blocks", "8 blocks"],
+    ids=["short", "16 blocks", "14 blocks", "12 blocks", "16 small blocks", "8 blocks"],
 )
 @pytest.mark.parametrize(
     ("name", "kv", "heads"),
@@ -159,7 +161,7 @@ def test_a_token_sees_every_position_of_its_cache(compiled, length, way, splits,
 @pytest.mark.parametrize("kv", AHEAD)
 def test_what_lies_behind_the_position_has_no_weight(compiled, kv):
     shape = shape_of(kv=kv)
-    plan = shape.attention(LONGEST)[1]
+    plan = shape.attention(LONGEST)[3]
     clean, stale = Step(shape, LONGEST, 700), Step(shape, LONGEST, 700)
     for side in (stale.keys, stale.values):
         side.parts[0][:, 700:] = 100 if kv else math.nan

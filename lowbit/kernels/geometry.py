@@ -24,9 +24,10 @@ MAX_RING, PLANE_GAP = 48, 64
 """Stages of a ring at most; bytes between the two planes of x's digits (cuda/product.cu)."""
 ATTENTION_WARPS, CHUNK = 8, 16
 """Attention: warps of a block, positions of a chunk (cuda/attention.cu says the same)."""
-SPLITS, LONG_SPLITS = 8, 16
+SPLITS, LONG_SPLITS = 8, (16, 14, 12)
 """Blocks of a cluster of attention, which is one KV head's: as many as every device allows; over a long cache as many
-as SM90 can. 8 KV heads then keep 128 multiprocessors loading instead of 64, of which each takes about 40 GB/s."""
+as SM90 can, or as a GPC has that lacks a few. 8 KV heads then keep 96 to 128 multiprocessors loading instead of 64, of
+which each takes about 40 GB/s."""
 SHORT_CACHE = SPLITS * ATTENTION_WARPS * CHUNK
 """Up to this length of the cache every warp of attention has one chunk, and its block fits beside a product's."""
 
@@ -123,7 +124,8 @@ class Geometry:
         if length <= SHORT_CACHE:
             return (self._plan(1, SPLITS),)
         many, few = AHEAD[self.kv], FEW_AHEAD[self.kv]
-        return self._plan(many, LONG_SPLITS), self._plan(few, LONG_SPLITS), self._plan(many, SPLITS)
+        long = tuple(self._plan(many, splits) for splits in LONG_SPLITS)
+        return *long, self._plan(few, LONG_SPLITS[0]), self._plan(many, SPLITS)
 
     def _plan(self, stages: int, splits: int) -> AttentionPlan:
         queries = self.heads // self.kv_heads

@@ -79,7 +79,8 @@ class Module:
         """How many clusters of this launch the device can hold at once; 0 where it takes none of this size."""
         config = self._config(grid, threads, shared_bytes, cluster)
         code, count = self._driver.cuOccupancyMaxActiveClusters(self.function(kernel), config)
-        if code == self._driver.CUresult.CUDA_ERROR_INVALID_CLUSTER_SIZE:
+        results = self._driver.CUresult
+        if code in (results.CUDA_ERROR_INVALID_CLUSTER_SIZE, results.CUDA_ERROR_INVALID_VALUE):
             return 0
         return int(_checked((code, count), f"asking how many clusters of {kernel} fit"))
 

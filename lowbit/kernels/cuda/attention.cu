@@ -1,5 +1,5 @@
 // ---------------------------------------------------------------------------------------------- attention
-// Grouped-query attention of one new token over the cache. A cluster of SPLITS blocks (8; 16 over a long cache, see
+// Grouped-query attention of one new token over the cache. A cluster of SPLITS blocks (8; over a long cache up to 16,
 // lowbit/kernels/geometry.py) works for one KV head and all the query heads that share it, so that keys and values are
 // read once. Positions come in chunks of 16, dealt to the blocks and to their warps in turn; a warp copies its own chunks
 // into shared memory, from before the wait on, and multiplies with mma.m16n8k16:
@@ -91,9 +91,10 @@ __device__ __forceinline__ uint16_t to_codes(uint32_t& low, uint32_t& high) {
   return scale;
 }
 // STAGES chunks per warp on their way: few leave room for a product's block beside this one, more keep memory busy. Over a
-// long cache (16 SPLITS) a chunk's keys are waited for, and replaced by the next chunk's, apart from its values.
-template <int STAGES, int SPLITS> __global__ void __maxnreg__(NARROW ? 104 : 96) attention_kernel(const __grid_constant__ Attention a) {
-  static_assert(OUTPUTS % SPLITS == 0 && OUTPUTS / SPLITS <= ATTENTION_WARPS * 32, "each block finishes its share");
+// long cache (more than 8 SPLITS) a chunk's keys are waited for, and replaced by the next chunk's, apart from its values.
+template <int STAGES, int SPLITS> __global__ void __maxnreg__(!NARROW ? 96 : STAGES > 2 ? 112 : 104) attention_kernel(const __grid_constant__ Attention a) {
+  constexpr int SHARE = (OUTPUTS + SPLITS - 1) / SPLITS;  // of the outputs, which a block finishes
+  static_assert(SHARE <= ATTENTION_WARPS * 32, "a thread for each");
   SHARED_MEMORY(memory);
   const int t = threadIdx.x, lane = t & 31, warp = t >> 5, g = lane >> 2, quarter = lane & 3, kv = blockIdx.x, split = blockIdx.y;
   uint8_t* own = memory + warp * STAGES * CHUNK_BYTES;
@@ -316,8 +317,8 @@ template <int STAGES, int SPLITS> __global__ void __maxnreg__(NARROW ? 104 : 96)
   }
   // The blocks of the cluster: each finishes its share of the outputs
   cluster_sync();
-  if (t < OUTPUTS / SPLITS) {
-    const int n = split * (OUTPUTS / SPLITS) + t, h = n / HEAD_DIM;
+  if (t < SHARE && (OUTPUTS % SPLITS == 0 || split * SHARE + t < OUTPUTS)) {
+    const int n = split * SHARE + t, h = n / HEAD_DIM;
     float m[SPLITS], l[SPLITS], v[SPLITS], now = -1e30f, total = 0.f, sum = 0.f;
 #pragma unroll
     for (int r = 0; r < SPLITS; r++) {
