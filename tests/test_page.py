@@ -8,6 +8,7 @@ import json
 import math
 import random
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -350,6 +351,21 @@ def test_runs_of_two_devices_are_refused(folder: Path, tmp_path: Path, capsys: p
     assert report(runs.list_runs(folder / "runs")[0], writer.path, "-o", tmp_path / "r.html") == 2
     assert "expected runs of one device" in capsys.readouterr().err
     assert not (tmp_path / "r.html").exists()
+
+
+def test_a_newest_run_that_was_killed_as_it_began_is_left_out(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = tmp_path / "runs"
+    whole = runs.list_runs(folder / "runs")[-1]
+    shutil.copytree(whole, kept / whole.name)
+    (kept / "30000101T000000.000000Z-1-0000").mkdir()
+    (kept / "30000101T000000.000000Z-1-0000" / "journal.jsonl").touch()
+    assert report("-o", tmp_path / "r.html", "--history", kept, "--baseline", "none") == 0
+    captured = capsys.readouterr()
+    assert "left out: " in captured.err
+    assert "got no whole line (killed as it began); move its folder away" in captured.err
+    assert (tmp_path / "r.html").exists()
 
 
 def test_without_a_run_the_command_says_how_to_make_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

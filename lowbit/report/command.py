@@ -56,15 +56,12 @@ def run(options: argparse.Namespace) -> int:
 
 def gather(options: argparse.Namespace) -> Content:
     """What is to be shown. Raises LowbitError for files of different subjects, and where there is nothing to show."""
-    from lowbit import comparison, runs
+    from lowbit import comparison
     from lowbit.baselines import Baseline
     from lowbit.report import content, since
 
     limits = {"max_kld": options.max_kld, "max_vram_mib": options.max_vram}
-    kept = runs.list_runs(options.history)
-    if not options.runs and not kept:
-        raise LowbitError(f"{options.history}: no kept run to report on; make one with `pytest benches`, or name files")
-    sides = [comparison.read(path) for path in options.runs or kept[-1:]]
+    sides = [comparison.read(path) for path in options.runs] or [_newest(options.history)]
     shown = [side for side in sides if not isinstance(side, Baseline)]
     _refuse_mixed(sides)
     if not shown:
@@ -80,6 +77,18 @@ def gather(options: argparse.Namespace) -> Content:
     for reason in unreadable:
         print(f"lowbit: left out of the history: {reason}", file=sys.stderr)
     return since.with_history(told, history)
+
+
+def _newest(history: Path) -> Run:
+    """The newest kept run that can be read; a later one that was killed as it began costs itself."""
+    from lowbit import runs
+
+    for path in reversed(runs.list_runs(history)):
+        try:
+            return runs.read(path)
+        except LowbitError as error:
+            print(f"lowbit: left out: {error}", file=sys.stderr)
+    raise LowbitError(f"{history}: no kept run to report on; make one with `pytest benches`, or name files")
 
 
 def _refuse_mixed(sides: list[Run | Baseline]) -> None:

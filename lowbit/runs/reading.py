@@ -106,7 +106,9 @@ def _read_journal(path: Path) -> Run:
     except OSError as error:
         raise LowbitError(f"{path}: can't read this run ({error.strerror})") from error
     if not lines:
-        raise LowbitError(f"{path}: expected a run's journal, got no whole line")
+        raise LowbitError(
+            f"{path}: expected a run's journal, got no whole line (killed as it began); move its folder away"
+        )
     run = Run(path.parent, _header(path, _line(path, 1, lines[0])))
     for number, raw in enumerate(lines[1:], start=2):
         data = _line(path, number, raw)
