@@ -1,9 +1,9 @@
 """lowbit's pytest plugin: the only package that imports pytest. Hooks only; what they do stands in the modules beside.
 
-options.py: the command line; collection.py: cases as tests; session.py: one run's state; measurement.py: its
-cases; gate.py: their verdicts;
-updating.py: ``--update-baselines``; patching.py: ``--baseline-patch``; summary.py: what is printed; reporting.py: files
-about the run; products.py: single kernels; xdist.py: one GPU per worker; children.py: fresh processes.
+options.py: the command line; collection.py: cases as tests; session.py: one run's state; measurement.py: one case;
+gate.py: its verdicts; updating.py: ``--update-baselines``; patching.py: ``--baseline-patch``; summary.py: what is
+printed; reporting.py: files about the run; products.py: single kernels; xdist.py, gpus.py: one GPU per worker;
+children.py: fresh processes.
 """
 
 from __future__ import annotations
