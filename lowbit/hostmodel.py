@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.hostmemory import Arena, PinningFailed, worker_count
+from lowbit.kernels.keeping import kept_together
 from lowbit.kernels.modules import packed_modules, unpack_linears
 
 Progress = Callable[[str], None]
@@ -109,7 +110,7 @@ class HostModel:
         model = self.skeleton()
         model.config.dtype = dtype
         layers = model.model.layers
-        with torch.no_grad():
+        with torch.no_grad(), kept_together(device):
             for index, layer in enumerate(layers):
                 _move(layer.modules(), device, dtype)
                 if not packed:

@@ -130,6 +130,7 @@ def test_the_allocators_peak(cuda, monkeypatch):
 def test_a_case_alone_and_after_others_has_the_same_peak(cuda, monkeypatch):
     fake = fake_pynvml.install(monkeypatch)
     monkeypatch.setattr(measure, "_use_libraries", lambda device, dtype: None)
+    monkeypatch.setattr(measure, "_use_a_graph", lambda device: None)
     with Nvml.open(CARD) as card:
         meter = VramMeter(CARD, card)
         fake.processes = {ME: 700.0}
@@ -149,10 +150,12 @@ def test_a_case_alone_and_after_others_has_the_same_peak(cuda, monkeypatch):
     [((7, 5), {torch.float16, torch.float32}), ((8, 0), {torch.float16, torch.float32, torch.bfloat16})],
 )
 def test_the_warm_up_uses_every_dtype_of_the_card(cuda, monkeypatch, capability, expected):
-    used = []
+    used, graphs = [], []
     monkeypatch.setattr(measure, "_use_libraries", lambda device, dtype: used.append(dtype))
+    monkeypatch.setattr(measure, "_use_a_graph", graphs.append)
     VramMeter(Device("cuda", 0, "A card", "a-card", capability, None, 1, None, None), None).warm_up()
     assert set(used) == expected
+    assert len(graphs) == 1  # else its memory would be the first case's that captures one
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

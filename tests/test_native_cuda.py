@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from streaming import build
+from torch import nn
 
+from lowbit import native_step
 from lowbit.generate.decoder import decode_logits
 from lowbit.generate.proof import NATIVE_BOUNDS
 from lowbit.kernels import geometry, nvrtc
+from lowbit.kernels.keeping import kept_together
 from lowbit.kernels.prefill import NativePrefill
 from lowbit.kernels.stream import LAYOUTS
 
@@ -104,3 +109,20 @@ def test_a_prompt_gives_the_same_bits_with_and_without_its_graph(made):
         assert int(decoder.token) == int(step.logits.argmax())
         assert all(torch.equal(logits, found[0][0]) and torch.equal(keys, found[0][1]) for logits, keys in found)
     assert run.recorded == [24, 130, 1]
+
+
+@torch.no_grad()
+def test_streams_hold_little_more_of_the_card_than_their_bytes():
+    gc.collect()
+    torch.cuda.empty_cache()
+    before, kept = torch.cuda.memory_reserved(), []
+    with kept_together(torch.device("cuda", torch.cuda.current_device())):
+        for _ in range(12):
+            linears = nn.ModuleDict({"o_proj": nn.Linear(4096, 4096, bias=False, device="cuda", dtype=torch.float16)})
+            native_step.attach(linears, "int4_g128")
+            kept.append(linears)
+    del linears
+    gc.collect()
+    torch.cuda.empty_cache()
+    size = sum(one["o_proj"].part.stream.data.numel() for one in kept)
+    assert torch.cuda.memory_reserved() - before < 1.2 * size + (32 << 20)

@@ -23,6 +23,7 @@ from lowbit.formats.row import KV_FORMATS, TABLES
 from lowbit.generate.detokenizer import Detokenizer
 from lowbit.generate.runner import Runner, make_runner
 from lowbit.hostmodel import Progress, silent
+from lowbit.kernels.keeping import kept_together
 from lowbit.kernels.stream import LAYOUTS
 from lowbit.sampling import GREEDY, Sampling
 
@@ -267,10 +268,11 @@ def _converted(model: Any, fmt: Format | None, target: torch.device) -> Any:
     owners = {"lm_head": made, "embed_tokens": made.model}
     tables = nn.ModuleDict({name: getattr(owners[name], name) for name in _tables(fmt)})
     dtype = _dtype(fmt, target, made.model.norm.weight.dtype)
-    for part in (*made.model.layers, tables):
-        part.to(target, dtype)
-        if fmt is not None:
-            backends.get(fmt.backend).quantize(part, fmt, dtype)
+    with kept_together(target):
+        for part in (*made.model.layers, tables):
+            part.to(target, dtype)
+            if fmt is not None:
+                backends.get(fmt.backend).quantize(part, fmt, dtype)
     for name, table in tables.items():
         setattr(owners[name], name, table)
     return made.to(target, dtype).eval()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lowbit.kernels.keeping import keep
 from lowbit.kernels.stream import TILE, Stream, concatenate, interleave, pack_stream, unpack_stream
 from lowbit.kernels.weights import Packed
 
@@ -90,7 +91,8 @@ def attach(module: nn.Module, packed: Callable[[nn.Module], Packed | None]) -> i
 
 def _replace(parent: nn.Module, names: tuple[str, ...], parts: list[Packed]) -> int:
     woven = len(parts) == 2
-    stream = pack_stream(interleave(*parts) if woven else concatenate(parts) if len(parts) > 1 else parts[0])
+    made = pack_stream(interleave(*parts) if woven else concatenate(parts) if len(parts) > 1 else parts[0])
+    stream = replace(made, data=keep(made.data), row_scale=None if made.row_scale is None else keep(made.row_scale))
     row = 0
     for index, (name, part) in enumerate(zip(names, parts, strict=True)):
         own = StreamPart(stream, part.n, half=index + 1) if woven else StreamPart(stream, part.n, row0=row)

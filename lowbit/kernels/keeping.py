@@ -1,0 +1,41 @@
+"""Where packed weights lie on a GPU: together, apart from what comes and goes while a model is quantized.
+
+torch's allocator puts a tensor into any freed block that is large enough. Weights that are packed one by one would so
+land in pieces of what the 16-bit weights before them have left, and each keeps the whole piece from the card: int4 of
+the 8B shape then holds 5,926 MiB instead of 4,920 (measured on an H200, torch 2.11).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_pool: ContextVar[Any] = ContextVar("pool", default=None)
+
+
+@contextmanager
+def kept_together(device: torch.device) -> Iterator[None]:
+    """Inside, ``keep`` gives all tensors one memory pool of their own. It ends with the last of them."""
+    pool = None
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            pool = torch.cuda.MemPool()
+    token = _pool.set(pool)
+    try:
+        yield
+    finally:
+        _pool.reset(token)
+
+
+def keep(tensor: Tensor) -> Tensor:
+    """The tensor in the pool of the ``kept_together`` around: a copy, on a GPU. Itself elsewhere."""
+    pool = _pool.get()
+    if pool is None or not tensor.is_cuda:
+        return tensor
+    with torch.cuda.use_mem_pool(pool, tensor.device):
+        return tensor.clone()

@@ -1,0 +1,60 @@
+"""Packed weights in a memory pool of their own, with a GPU's allocator pretended (test_native_cuda.py: a real one)."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lowbit.kernels.keeping import keep, kept_together
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def inside(monkeypatch):
+    """The pools that are in use, outermost first."""
+    used = []
+
+    @contextmanager
+    def use(pool, device):
+        assert device == GPU
+        used.append(pool)
+        yield
+        used.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "MemPool", object)
+    monkeypatch.setattr(torch.cuda, "use_mem_pool", use)
+    return used
+
+
+def on_gpu(used):
+    """A tensor whose copy is the pools it was made in."""
+    return SimpleNamespace(is_cuda=True, device=GPU, clone=lambda: list(used))
+
+
+def test_all_that_is_kept_lies_in_one_pool_and_each_model_has_its_own(inside):
+    with kept_together(GPU):
+        first, second = keep(on_gpu(inside)), keep(on_gpu(inside))
+    with kept_together(GPU):
+        other = keep(on_gpu(inside))
+    assert len(first) == 1
+    assert first == second != other
+    assert inside == []
+
+
+def test_outside_nothing_is_copied(inside):
+    tensor = on_gpu(inside)
+    assert keep(tensor) is tensor
+    with pytest.raises(ValueError, match="packing"), kept_together(GPU):
+        raise ValueError("packing")
+    assert keep(tensor) is tensor
+
+
+def test_a_cpu_has_no_pools():
+    tensor = torch.ones(3)
+    with kept_together(torch.device("cpu")):
+        assert keep(tensor) is tensor
