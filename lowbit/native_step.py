@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lowbit import device, generate, kvcache, models, prefill_times
 from lowbit.errors import LowbitError, unknown
-from lowbit.kernels import geometry, nvrtc, runner, stream_modules
+from lowbit.kernels import geometry, nvrtc, stream_modules
 from lowbit.kernels.geometry import Geometry
 from lowbit.kernels.quantizer import quantize
 from lowbit.kernels.stream import LAYOUTS
@@ -130,14 +130,6 @@ def _measure(
             us = attention_us(step, context)
             gb_s = per_position * context / us / 1e3  # of keys and values
             yield told | {"what": "attention", "context": context, "us": round(us, 2), "gb_s": round(gb_s)}
-    context, count = max(contexts), min(tokens)
-    for way in step.ways[1:] if context + count <= length else ():
-        other = runner.NativeStep(model, decoder.cache, decoder.token, decoder.position, way=way)
-        line = told | {"what": "instead", "attention": str(way), "context": context, "tokens": count}
-        yield line | {
-            "tok_s": round(rate(other, context, count, where), 1),
-            "us": round(attention_us(other, context), 2),
-        }
     for kernel, (calls, us, gb_s) in operations(step, model).items():
         yield told | {"what": "kernel", "us": round(us, 2), "calls": calls, "gb_s": round(gb_s), "of": kernel}
 

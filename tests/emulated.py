@@ -13,8 +13,6 @@ from lowbit.kernels import nvrtc
 HEADER = Path(__file__).parent / "emulator" / "cuda_on_cpu.h"
 ARGUMENTS = {"product": "Product", "attention": "Attention", "embed": "Embed", "unpack": "Unpack"}
 ARGUMENTS |= {"norm": "Norm", "rope": "Rope", "silu": "Silu"}
-CLUSTERS = 8
-"""Of 16 blocks that the emulated device holds at once, as an H200 does."""
 
 
 def unmet():
@@ -28,7 +26,7 @@ class EmulatedModule:
     """In the place of lowbit.kernels.launch.Module: the same kernels, compiled for the CPU."""
 
     def __init__(self, folder, sources, kernels, macros):
-        self.kernels, self.fitting = list(kernels), CLUSTERS
+        self.kernels = list(kernels)
         cases = "\n".join(
             f"    case {i}: emulator::launch([](const void* a) {{ {name}(*(const {self._argument(name)}*)a); }}, "
             "argument, x, y, cluster, threads, shared); return;"
@@ -54,10 +52,6 @@ class EmulatedModule:
 
     def function(self, kernel):
         assert kernel in self.kernels
-
-    def clusters(self, kernel, grid, threads, *, shared_bytes, cluster):
-        assert kernel in self.kernels
-        return self.fitting
 
     def launch(self, kernel, grid, threads, argument, *, shared_bytes=0, overlap=False, cluster=1):
         x, y = grid

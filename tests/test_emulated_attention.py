@@ -98,11 +98,11 @@ class Step:
         argument = fill(Attention, qkv=self.qkv, rope=self.rope, position=at, out=self.out, length=self.length, **named)
         module.launch(
             plan.kernel,
-            (kv, plan.splits),
+            (kv, SPLITS),
             ATTENTION_WARPS * 32,
             argument,
             shared_bytes=plan.shared_bytes,
-            cluster=plan.splits,
+            cluster=SPLITS,
         )
         key = rotated(self.qkv[heads : heads + kv], self.rope, self.position)
         self.keys.check(before[0], self.position, key, exact=self.position == 0)  # which turns by no angle
@@ -122,20 +122,16 @@ class Step:
 
 
 TURN = SPLITS * ATTENTION_WARPS * 16
-"""Positions after which the warps of 8 blocks are dealt their next chunks; twice as many with 16."""
+"""Positions after which the warps of a cluster are dealt their next chunks."""
 
 
 @pytest.mark.parametrize(
-    ("length", "way", "splits", "positions"),
+    ("length", "positions"),
     [
-        (SHORT_CACHE, 0, 8, (0, 15, 128, 1023)),
-        (LONGEST, 0, 16, (255, 2 * TURN, 10 * TURN + 8)),
-        (LONGEST, 1, 14, (13 * 16, 14 * 128 * 4 + 5)),
-        (LONGEST, 2, 12, (200, 12 * 128 * 5 + 1)),
-        (LONGEST, 3, 16, (0, 2 * TURN - 1, 10 * TURN + 8)),
-        (LONGEST, 4, 8, (TURN - 1, 5 * TURN)),
+        (SHORT_CACHE, (0, 15, 128, 1023)),
+        (LONGEST, (0, 255, TURN - 1, 2 * TURN, 5 * TURN, 10 * TURN + 8)),
     ],
-    ids=["short", "16 blocks", "14 blocks", "12 blocks", "16 small blocks", "8 blocks"],
+    ids=["short", "long"],
 )
 @pytest.mark.parametrize(
     ("name", "kv", "heads"),
@@ -147,10 +143,10 @@ TURN = SPLITS * ATTENTION_WARPS * 16
     ],
     ids=lambda value: f"{value['head_dim']}" if isinstance(value, dict) else value or "16",
 )
-def test_a_token_sees_every_position_of_its_cache(compiled, length, way, splits, positions, name, kv, heads):
+def test_a_token_sees_every_position_of_its_cache(compiled, length, positions, name, kv, heads):
     shape = shape_of(name, kv, heads)
-    plan = shape.attention(length)[way]
-    assert plan.splits == splits
+    plan = shape.attention(length)
+    assert plan.stages == (1 if length == SHORT_CACHE else AHEAD[kv])
     assert plan.kernel in shape.attentions
     for position in positions:
         step = Step(shape, length, position)
@@ -161,7 +157,7 @@ def test_a_token_sees_every_position_of_its_cache(compiled, length, way, splits,
 @pytest.mark.parametrize("kv", AHEAD)
 def test_what_lies_behind_the_position_has_no_weight(compiled, kv):
     shape = shape_of(kv=kv)
-    plan = shape.attention(LONGEST)[3]
+    plan = shape.attention(LONGEST)
     clean, stale = Step(shape, LONGEST, 700), Step(shape, LONGEST, 700)
     for side in (stale.keys, stale.values):
         side.parts[0][:, 700:] = 100 if kv else math.nan
@@ -179,11 +175,11 @@ def test_codes_of_rows_of_every_size_keep_their_weight(compiled, kv, name):
     """Scales from 1e-3 to 1e3 of one another, a key of zeros, and values near fp16's end."""
     shape = shape_of(name, kv)
     step = Step(shape, SHORT_CACHE, 300, spread=2.0)
-    step.run(compiled(shape), shape.attention(SHORT_CACHE)[0])
+    step.run(compiled(shape), shape.attention(SHORT_CACHE))
     assert step.error() < (8e-3 if name == "bf16" else 1e-3)
     step = Step(shape, SHORT_CACHE, 0)
     step.qkv[-2] = 0
     step.qkv[-1] *= 6e4 / step.qkv[-1].abs().max()
-    step.run(compiled(shape), shape.attention(SHORT_CACHE)[0])
+    step.run(compiled(shape), shape.attention(SHORT_CACHE))
     assert step.out.isfinite().all()
     assert step.error() < (8e-3 if name == "bf16" else 1e-3)

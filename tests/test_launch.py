@@ -21,13 +21,11 @@ class FakeDriver:
     CUfunction_attribute = SimpleNamespace(
         CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared",
         CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT="carveout",
-        CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED="large clusters",
     )
     CUlaunchAttributeID = SimpleNamespace(
         CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION="overlap",
         CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION="cluster",
     )
-    CUresult = SimpleNamespace(CUDA_ERROR_INVALID_CLUSTER_SIZE=912, CUDA_ERROR_INVALID_VALUE=1)
 
     def __init__(self):
         self.code, self.prepared, self.launched = Code(0), [], []
@@ -48,10 +46,6 @@ class FakeDriver:
         self.prepared.append((function, attribute, value))
         return (self.code,)
 
-    def cuOccupancyMaxActiveClusters(self, function, config):
-        self.asked = config, function
-        return self.code, 7
-
     def cuLaunchKernelEx(self, config, function, pointers, extra):
         argument = ctypes.cast(pointers, ctypes.POINTER(ctypes.c_void_p))[0]
         self.launched.append((config, function, ctypes.c_int.from_address(argument).value))
@@ -71,7 +65,7 @@ def driver(monkeypatch):
     return found
 
 
-NAMES = {"product_kernel<HIDDEN>": "mangled", "embed_kernel": "embed", "attention_kernel<3, 16>": "attention"}
+NAMES = {"product_kernel<HIDDEN>": "mangled", "embed_kernel": "embed", "attention_kernel<3>": "attention"}
 
 
 def test_a_kernel_is_launched_on_torchs_stream_with_its_argument(driver):
@@ -94,25 +88,15 @@ def test_a_kernel_is_launched_on_torchs_stream_with_its_argument(driver):
     assert driver.prepared == largest
 
 
-def test_blocks_of_a_cluster_are_launched_together_and_counted_before(driver):
+def test_blocks_of_a_cluster_are_launched_together(driver):
     module = launch.Module(Binary(b"cubin", NAMES))
-    name = "attention_kernel<3, 16>"
-    module.launch(name, (8, 16), 256, Argument(1), shared_bytes=1000, overlap=True, cluster=16)
-    assert module.clusters(name, (8, 16), 256, shared_bytes=1000, cluster=16) == 7
-    for config, function in (driver.launched[0][:2], driver.asked):
-        assert function == b"attention"
-        assert (config.gridDimX, config.gridDimY, config.sharedMemBytes) == (8, 16, 1000)
-        assert config.attrs[0].id == "cluster"
-        assert vars(config.attrs[0].value.clusterDim) == {"x": 1, "y": 16, "z": 1}
-        assert config.numAttrs == len(config.attrs)
-    assert [one.id for one in driver.launched[0][0].attrs] == ["cluster", "overlap"]
-    assert (b"attention", "large clusters", 1) in driver.prepared
-    for refused in (912, 1):  # a device that knows no clusters of this size
-        driver.code = Code(refused)
-        assert module.clusters(name, (8, 16), 256, shared_bytes=1000, cluster=16) == 0
-    driver.code = Code(700)
-    with pytest.raises(LowbitError, match="asking how many clusters of attention_kernel<3, 16> fit"):
-        module.clusters(name, (8, 16), 256, shared_bytes=1000, cluster=16)
+    module.launch("attention_kernel<3>", (8, 8), 256, Argument(1), shared_bytes=1000, overlap=True, cluster=8)
+    ((config, function, _),) = driver.launched
+    assert function == b"attention"
+    assert (config.gridDimX, config.gridDimY, config.sharedMemBytes) == (8, 8, 1000)
+    assert [one.id for one in config.attrs] == ["cluster", "overlap"]
+    assert vars(config.attrs[0].value.clusterDim) == {"x": 1, "y": 8, "z": 1}
+    assert config.numAttrs == 2
 
 
 def test_the_bindings_own_structures_hold_both_attributes(monkeypatch):
@@ -120,11 +104,11 @@ def test_the_bindings_own_structures_hold_both_attributes(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
     module = object.__new__(launch.Module)
     module._driver = real
-    config = module._config((8, 16), 256, 1000, 16, True)
+    config = module._config((8, 8), 256, 1000, 8, True)
     cluster, overlap = config.attrs
     assert config.numAttrs == 2
     assert cluster.id == real.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-    assert (cluster.value.clusterDim.x, cluster.value.clusterDim.y, cluster.value.clusterDim.z) == (1, 16, 1)
+    assert (cluster.value.clusterDim.x, cluster.value.clusterDim.y, cluster.value.clusterDim.z) == (1, 8, 1)
     assert overlap.id == real.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     assert overlap.value.programmaticStreamSerializationAllowed == 1
 

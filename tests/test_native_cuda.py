@@ -59,7 +59,7 @@ def test_logits_are_those_of_the_same_weights_in_fp32_at_every_position(made):
 @pytest.mark.parametrize("name", ["int4_g128", "bf16"])
 @torch.no_grad()
 def test_long_caches_of_every_kind_give_the_modules_logits_and_the_same_bits(name, kv):
-    """From short caches' one cluster of 8 blocks per KV head to 16 blocks whose warps go around several times."""
+    """From short caches, where a warp has one chunk, to long ones, whose warps go around several times."""
     dtype = torch.bfloat16 if name == "bf16" else torch.float16
     for length, places in ((1008, (1, 16, 700, 1000)), (9000, (40, 1030, 4100, 8900))):
         streamed, _, decoder, step = build(name, length, "cuda", kv=kv, max_position_embeddings=16384)

@@ -70,12 +70,6 @@ def test_each_cache_is_measured_with_its_name(monkeypatch, capsys):
     assert lines[0]["attention"] == "a fake's: fp8"
     # 2 layers, 2 KV heads of 32 dimensions with an fp16 scale each, keys and values: 136 bytes per position and layer
     assert lines[5]["gb_s"] == round(136 * 32 / 2.0 / 1e3)
-    asked = []
-    monkeypatch.setattr(runner, "NativeStep", lambda *args, way: asked.append(way) or "another step")
-    monkeypatch.setattr(native_step, "differing", lambda decoder, *args: decoder.native.ways.append("another way") or 0)
-    lines = list(native_step._measure(model(torch.float16), "int8", "fp8", 1.0, [16, 32], [8], 2))
-    (other,) = [line for line in lines if line["what"] == "instead"]
-    assert (other["attention"], other["context"], other["tok_s"], asked) == ("another way", 32, 100.0, ["another way"])
     plain = next(native_step._measure(model(torch.float16), "int8", "", 1.0, [16], [8], 2))
     assert plain["kv"] == "float16"
     assert native_step._line(plain).split()[:3] == ["int8", "float16", "ready"]

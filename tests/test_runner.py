@@ -87,14 +87,10 @@ class Recorder:
     """In the place of a loaded cubin."""
 
     def __init__(self):
-        self.launched, self.asked, self.fitting = [], [], {}
+        self.launched = []
 
     def function(self, kernel):
         return kernel
-
-    def clusters(self, kernel, grid, threads, *, shared_bytes, cluster):
-        self.asked.append((kernel, grid, threads, shared_bytes, cluster))
-        return self.fitting.get(kernel, 8)
 
     def launch(self, kernel, grid, threads, argument, *, shared_bytes=0, overlap=False, cluster=1):
         self.launched.append((kernel, grid, threads, argument, shared_bytes, overlap))
@@ -137,7 +133,7 @@ def test_a_step_is_5_kernels_per_layer_in_order_with_the_models_own_memory(modul
     kernels = [kernel for kernel, *_ in module.launched]
     layer = [
         runner.PRODUCTS["qkv"],
-        "attention_kernel<1, 8>",
+        "attention_kernel<1>",
         runner.PRODUCTS["o"],
         runner.PRODUCTS["gate_up"],
         runner.PRODUCTS["down"],
@@ -163,66 +159,36 @@ def test_a_step_is_5_kernels_per_layer_in_order_with_the_models_own_memory(modul
     assert (qkv.row_scale is None) == (name in ("bf16", "int4_g128"))
 
 
-LARGE = {"attention_kernel<3, 16>": 1, "attention_kernel<3, 14>": 1, "attention_kernel<3, 12>": 0}
-REFUSED = "; ".join(
-    f"of 2 clusters of {blocks}, 3 chunks ahead, this device holds {fit}" for blocks, fit in ((16, 1), (14, 1), (12, 0))
-)
-
-
-@pytest.mark.parametrize(
-    ("length", "fitting", "kernel", "words"),
-    [
-        (1024, LARGE, "attention_kernel<1, 8>", "8 blocks per KV head, 1 chunk ahead"),
-        (1040, {}, "attention_kernel<3, 16>", "16 blocks per KV head, 3 chunks ahead"),
-        (
-            *(1040, {"attention_kernel<3, 16>": 1}, "attention_kernel<3, 14>"),
-            "14 blocks per KV head, 3 chunks ahead; of 2 clusters of 16, 3 chunks ahead, this device holds 1",
-        ),
-        (1040, LARGE, "attention_kernel<1, 16>", f"16 blocks per KV head, 1 chunk ahead; {REFUSED}"),
-        (
-            *(1040, LARGE | {"attention_kernel<1, 16>": 0}, "attention_kernel<3, 8>"),
-            f"8 blocks per KV head, 3 chunks ahead; {REFUSED}; of 2 clusters of 16, 1 chunk ahead, this device holds 0",
-        ),
-    ],
-)
-def test_a_long_cache_has_the_largest_clusters_of_which_the_device_holds_all_heads_at_once(
-    module, length, fitting, kernel, words
-):
-    module.fitting = fitting
+@pytest.mark.parametrize(("length", "stages"), [(1024, 1), (1040, 3)])
+def test_attention_over_a_short_cache_leaves_room_for_a_product(module, length, stages):
     made, dtype = streamed("int4_g128", max_position_embeddings=2048)
     decoder = decoder_of(made, dtype, length)
     step = NativeStep(made, decoder.cache, decoder.token, decoder.position)
-    assert step.attention == f"KV cache in float16, {words}"
+    assert step.attention == f"KV cache in float16, {step.shape.attention(length)}"
     step.launch()
-    found, grid, threads, _, shared_bytes, _ = module.launched[2]
-    plan = step.ways[0]
-    assert (found, grid, threads, shared_bytes) == (kernel, (2, plan.splits), 256, plan.shared_bytes)
-    assert shared_bytes <= 227 * 1024
+    kernel, grid, threads, _, shared_bytes, _ = module.launched[2]
+    assert (kernel, grid, threads) == (f"attention_kernel<{stages}>", (2, geometry.SPLITS), 256)
+    assert shared_bytes == step.shape.attention(length).shared_bytes
     beside = module.launched[1][4] + shared_bytes + 2 * geometry.RESERVED_BYTES
-    assert step.shape.beside_attention(plan) == geometry.RING_BYTES or beside <= geometry.SHARED_BYTES
-    if length > 1024:
-        kernel, grid, threads, shared_bytes, cluster = module.asked[0]
-        assert (kernel, grid, threads, cluster) == ("attention_kernel<3, 16>", (2, 16), 256, 16)
-        other = NativeStep(made, decoder.cache, decoder.token, decoder.position, way=step.ways[-1])
-        assert other.attention.startswith("KV cache in float16, 8 blocks per KV head, 3 chunks ahead")
+    assert (step.shape.beside_attention(length) == geometry.RING_BYTES) == (length > 1024)
+    assert length > 1024 or beside <= geometry.SHARED_BYTES
 
 
-def test_small_blocks_of_8bs_attention_leave_room_for_another_or_for_a_product():
-    for kv in geometry.KV_CODES:
-        shape = Geometry("int4_g128", 4096, 14336, 32, 8, 128, 1e-5, kv)
-        (small,) = (plan for plan in shape.attention(8192) if plan.stages == geometry.FEW_AHEAD[kv])
-        assert 2 * (small.shared_bytes + geometry.RESERVED_BYTES) <= geometry.SHARED_BYTES
-        room = shape.beside_attention(small)
-        assert room + small.shared_bytes + 2 * geometry.RESERVED_BYTES <= geometry.SHARED_BYTES
-        assert shape.shared(4096, 384, room)[0] >= shape.warps
-        for plan in shape.attention(8192):
-            assert plan.shared_bytes <= 227 * 1024
+@pytest.mark.parametrize("kv", geometry.KV_CODES)
+def test_8bs_attention_fits_a_multiprocessor_and_over_a_short_cache_beside_a_product(kv):
+    shape = Geometry("int4_g128", 4096, 14336, 32, 8, 128, 1e-5, kv)
+    long, short = shape.attention(8192), shape.attention(1024)
+    assert long.shared_bytes <= 227 * 1024
+    assert 2 * (long.shared_bytes + geometry.RESERVED_BYTES) > geometry.SHARED_BYTES  # it has one for itself
+    room = shape.beside_attention(1024)
+    assert room + short.shared_bytes + 2 * geometry.RESERVED_BYTES <= geometry.SHARED_BYTES
+    assert shape.shared(4096, 384, room)[0] >= shape.warps
 
 
 @pytest.mark.parametrize("kv", ["int8", "fp8"])
 def test_a_cache_of_codes_is_read_with_its_scales(module, kv):
     made, dtype = streamed("int8", max_position_embeddings=2048)
-    for length, words in ((160, "8 blocks per KV head, 1 chunk"), (1040, "16 blocks per KV head, 4 chunks")):
+    for length, words in ((160, "8 blocks per KV head, 1 chunk"), (1040, "8 blocks per KV head, 4 chunks")):
         decoder = generate.Decoder(made, 1, length, dtype, kv=kv)
         step = NativeStep(made, decoder.cache, decoder.token, decoder.position)
         assert step.attention == f"KV cache in {kv}, {words} ahead"
@@ -309,7 +275,6 @@ class FakeStep:
     def __init__(self, made, cache, token, position, progress=None, pick=None):
         self.pick = pick
         self.model, self.cache, self.token, self.position = made, cache, token, position
-        self.ways = ["the first"]
         self.attention = f"a fake's: {getattr(cache.layers[0], 'name', '16 bits')}"
         self.shape = Geometry.of(made.config, "int4_g128")
         self.history = torch.zeros(cache.layers[0].keys.shape[2] + 1, dtype=torch.int64)

@@ -24,38 +24,31 @@ MAX_RING, PLANE_GAP = 48, 64
 """Stages of a ring at most; bytes between the two planes of x's digits (cuda/product.cu)."""
 ATTENTION_WARPS, CHUNK = 8, 16
 """Attention: warps of a block, positions of a chunk (cuda/attention.cu says the same)."""
-SPLITS, LONG_SPLITS = 8, (16, 14, 12)
-"""Blocks of a cluster of attention, which is one KV head's: as many as every device allows; over a long cache as many
-as SM90 can, or as a GPC has that lacks a few. 8 KV heads then keep 96 to 128 multiprocessors loading instead of 64, of
-which each takes about 40 GB/s."""
+SPLITS = 8
+"""Blocks of a cluster of attention, which is one KV head's: as many as every device allows (cuda/attention.cu says the
+same). An H200 does not hold all of 8 larger clusters at once (docs/kernels.md)."""
 SHORT_CACHE = SPLITS * ATTENTION_WARPS * CHUNK
 """Up to this length of the cache every warp of attention has one chunk, and its block fits beside a product's."""
 
 
 KV_CODES = {"": 0, "int8": 1, "fp8": 2}
 """What the KV cache may hold, by lowbit.kvcache's names -> cuda/attention.cu's; the first are 16 bits."""
-AHEAD, FEW_AHEAD = {"": 3, "int8": 4, "fp8": 4}, {"": 1, "int8": 2, "fp8": 2}
-"""Chunks per warp on their way over a long cache: in a block that has a multiprocessor for itself, and in one that
-shares it with another or with a product's."""
+AHEAD = {"": 3, "int8": 4, "fp8": 4}
+"""Chunks per warp on their way over a long cache: as large a block that a multiprocessor, which limits, has but one."""
 
 
 class AttentionPlan(NamedTuple):
-    """How attention is launched: chunks per warp on their way, blocks per KV head, shared memory of each in bytes."""
+    """How attention is launched: chunks per warp on their way, shared memory of each of its SPLITS blocks in bytes."""
 
     stages: int
-    splits: int
     shared_bytes: int
 
     @property
     def kernel(self) -> str:
-        return f"attention_kernel<{self.stages}, {self.splits}>"
-
-    @property
-    def ahead(self) -> str:
-        return f"{self.stages} chunk{'s' * (self.stages > 1)} ahead"
+        return f"attention_kernel<{self.stages}>"
 
     def __str__(self) -> str:
-        return f"{self.splits} blocks per KV head, {self.ahead}"
+        return f"{SPLITS} blocks per KV head, {self.stages} chunk{'s' * (self.stages > 1)} ahead"
 
 
 @dataclass(frozen=True)
@@ -119,33 +112,27 @@ class Geometry:
             "KV": KV_CODES[self.kv],
         }
 
-    def attention(self, length: int) -> tuple[AttentionPlan, ...]:
-        """How attention over a cache of ``length`` positions may be launched, the best first; the last one anywhere."""
-        if length <= SHORT_CACHE:
-            return (self._plan(1, SPLITS),)
-        many, few = AHEAD[self.kv], FEW_AHEAD[self.kv]
-        long = tuple(self._plan(many, splits) for splits in LONG_SPLITS)
-        return *long, self._plan(few, LONG_SPLITS[0]), self._plan(many, SPLITS)
-
-    def _plan(self, stages: int, splits: int) -> AttentionPlan:
+    def attention(self, length: int) -> AttentionPlan:
+        """How attention over a cache of ``length`` positions is launched."""
+        stages = 1 if length <= SHORT_CACHE else AHEAD[self.kv]
         queries = self.heads // self.kv_heads
         number = 1 if self.kv else 2
         chunk = 2 * CHUNK * (self.head_dim * number + 16) + (2 * CHUNK * 2 if self.kv else 0)  # padded rows, scales
-        return AttentionPlan(stages, splits, ATTENTION_WARPS * stages * chunk + 4 * queries * (self.head_dim + 2))
+        return AttentionPlan(stages, ATTENTION_WARPS * stages * chunk + 4 * queries * (self.head_dim + 2))
 
     @property
     def attentions(self) -> tuple[str, ...]:
-        """The kernels of every plan."""
-        return tuple(plan.kernel for plan in self.attention(1) + self.attention(SHORT_CACHE + 1))
+        """The kernels of every length."""
+        return self.attention(1).kernel, self.attention(SHORT_CACHE + 1).kernel
 
-    def beside_attention(self, plan: AttentionPlan) -> int:
+    def beside_attention(self, length: int) -> int:
         """Shared memory for a product that is to start while attention still runs, or the reverse.
 
         At 8 bits and more memory is what a product waits for, and a longer ring is worth more (docs/kernels.md).
         """
-        if LAYOUTS[self.format].bits > 4 or plan.stages == AHEAD[self.kv]:
+        if LAYOUTS[self.format].bits > 4 or length > SHORT_CACHE:
             return RING_BYTES
-        return min(RING_BYTES, SHARED_BYTES - 2 * RESERVED_BYTES - plan.shared_bytes)
+        return min(RING_BYTES, SHARED_BYTES - 2 * RESERVED_BYTES - self.attention(length).shared_bytes)
 
     def shared(self, k: int, tiles: int, room: int = RING_BYTES) -> tuple[int, int, int]:
         """Stages in the ring, row tiles per batch, bytes of shared memory for a product of ``tiles`` row tiles."""

@@ -46,8 +46,6 @@ class Module:
             settings = {kinds.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT: 100}  # percent
             if not kernel.startswith(("embed", "unpack")):
                 settings[kinds.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES] = MAX_SHARED_BYTES
-            if kernel.startswith("attention"):  # by clusters of 16: more than every device takes
-                settings[kinds.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED] = 1
             for attribute, value in settings.items():
                 _checked(self._driver.cuFuncSetAttribute(found, attribute, value), f"preparing {kernel}")
             self._functions[kernel] = found
@@ -75,18 +73,7 @@ class Module:
             f"launching {kernel}",
         )
 
-    def clusters(self, kernel: str, grid: tuple[int, int], threads: int, *, shared_bytes: int, cluster: int) -> int:
-        """How many clusters of this launch the device can hold at once; 0 where it takes none of this size."""
-        config = self._config(grid, threads, shared_bytes, cluster)
-        code, count = self._driver.cuOccupancyMaxActiveClusters(self.function(kernel), config)
-        results = self._driver.CUresult
-        if code in (results.CUDA_ERROR_INVALID_CLUSTER_SIZE, results.CUDA_ERROR_INVALID_VALUE):
-            return 0
-        return int(_checked((code, count), f"asking how many clusters of {kernel} fit"))
-
-    def _config(
-        self, grid: tuple[int, int], threads: int, shared_bytes: int, cluster: int, overlap: bool = False
-    ) -> Any:
+    def _config(self, grid: tuple[int, int], threads: int, shared_bytes: int, cluster: int, overlap: bool) -> Any:
         driver = self._driver
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = grid[0], grid[1], 1

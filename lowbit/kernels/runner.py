@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lowbit.errors import LowbitError
 from lowbit.kernels import attention_plan, nvrtc, weights
 from lowbit.kernels.arguments import Attention, Embed, Product, fill
-from lowbit.kernels.geometry import ATTENTION_WARPS, BLOCKS, RING_BYTES, AttentionPlan, Geometry
+from lowbit.kernels.geometry import ATTENTION_WARPS, BLOCKS, RING_BYTES, SPLITS, Geometry
 from lowbit.kernels.launch import Module
 from lowbit.kernels.modules import NativeEmbedding, NativeLinear
 from lowbit.kernels.stream import LAYOUTS, Stream
@@ -112,8 +112,7 @@ class NativeStep:
     which, ``attention`` how it is read), ``history`` [length] int64 gets the token of every position, ``logits``
     [vocabulary] fp32 are the last step's. Calling it replays one CUDA graph; the first call captures it.
     ``pick`` chooses the token from logits [1, 1, vocabulary] instead of arg max, by operations that a graph can hold.
-    Linears may be of several weight formats, as a recipe mixes them, if their activations have one dtype. ``way`` is
-    one of ``ways``, those in which attention may run here; None takes the first.
+    Linears may be of several weight formats, as a recipe mixes them, if their activations have one dtype.
     """
 
     def __init__(
@@ -124,7 +123,6 @@ class NativeStep:
         position: Tensor,
         progress: Callable[[str], None] | None = None,
         pick: Pick | None = None,
-        way: AttentionPlan | None = None,
     ) -> None:
         self.kv = attention_plan.held(cache)
         self.shape = Geometry.of(model.config, _stream_of(model.lm_head, "lm_head").format, self.kv)
@@ -139,9 +137,7 @@ class NativeStep:
         self._device, self._progress = device.index or 0, progress
         self._expect(cache.layers[0].dtype if self.kv else keys.dtype, "keys and values")
         self._buffers(model, device)
-        self.ways, refused = attention_plan.fitting(self.shape, self.length, self._module(self.shape.format))
-        self._way = way or self.ways[0]
-        self.attention = attention_plan.words(self.shape, self._way) + refused
+        self.attention = attention_plan.words(self.shape, self.length)
         self.plan = list(self._plan(model, cache))
         self._graph: torch.cuda.CUDAGraph | None = None
 
@@ -229,7 +225,7 @@ class NativeStep:
         if weight is not None:
             self._expect(weight.dtype, "norms")
             self._kept.append(weight)
-        room = shape.beside_attention(self._way) if name in ("qkv", "o") else RING_BYTES
+        room = shape.beside_attention(self.length) if name in ("qkv", "o") else RING_BYTES
         ring, batch, shared = shape.shared(stream.k, stream.tiles, room)
         head = name == "head"
         argument = fill(
@@ -258,9 +254,9 @@ class NativeStep:
             held |= {"key_scale": layer.key_scale, "value_scale": layer.value_scale}
         own = {"qkv": self.qkv, "rope": self.rope, "position": self.position, "out": self.attended}
         argument = fill(Attention, **held, **own, length=self.length)
-        way, module = self._way, self._module(self.shape.format)
-        grid = self.shape.kv_heads, way.splits
-        return _Launch(module, way.kernel, grid, ATTENTION_WARPS * 32, argument, way.shared_bytes, True, way.splits)
+        plan, module = self.shape.attention(self.length), self._module(self.shape.format)
+        grid = self.shape.kv_heads, SPLITS
+        return _Launch(module, plan.kernel, grid, ATTENTION_WARPS * 32, argument, plan.shared_bytes, cluster=SPLITS)
 
     def launch(self) -> None:
         """The step's kernels, one by one, on the current stream; then ``pick``, if it is not greedy."""

@@ -1,8 +1,8 @@
 // ---------------------------------------------------------------------------------------------- attention
-// Grouped-query attention of one new token over the cache. A cluster of SPLITS blocks (8; over a long cache up to 16,
-// lowbit/kernels/geometry.py) works for one KV head and all the query heads that share it, so that keys and values are
-// read once. Positions come in chunks of 16, dealt to the blocks and to their warps in turn; a warp copies its own chunks
-// into shared memory, from before the wait on, and multiplies with mma.m16n8k16:
+// Grouped-query attention of one new token over the cache. A cluster of SPLITS blocks works for one KV head and all the
+// query heads that share it, so that keys and values are read once. Positions come in chunks of 16, dealt to the blocks
+// and to their warps in turn; a warp copies its own chunks into shared memory, from before the wait on, and multiplies
+// with mma.m16n8k16:
 //
 //   scores [16 positions x 8 heads] = keys [16 x HEAD_DIM] · queries        sums [HEAD_DIM x 8 heads] += values^T · weights
 //
@@ -31,6 +31,7 @@ struct Attention {
   uint16_t* out;              // [QDIM]
   int length;
 };
+constexpr int SPLITS = 8;                                   // blocks of a cluster
 constexpr int ATTENTION_WARPS = 8, CHUNK = 16;              // warps of a block, positions of a chunk
 constexpr int QUERIES = HEADS / KV_HEADS, HALF_DIM = HEAD_DIM / 2, K_TILES = HEAD_DIM / 16;
 constexpr int PIECE = 16 / sizeof(Code);                    // codes that are copied at once
@@ -90,11 +91,9 @@ __device__ __forceinline__ uint16_t to_codes(uint32_t& low, uint32_t& high) {
   low = pair(x.x, x.y), high = pair(y.x, y.y);
   return scale;
 }
-// STAGES chunks per warp on their way: few leave room for a product's block beside this one, more keep memory busy. Over a
-// long cache (more than 8 SPLITS) a chunk's keys are waited for, and replaced by the next chunk's, apart from its values.
-template <int STAGES, int SPLITS> __global__ void __maxnreg__(!NARROW ? 96 : STAGES > 2 ? 112 : 104) attention_kernel(const __grid_constant__ Attention a) {
-  constexpr int SHARE = (OUTPUTS + SPLITS - 1) / SPLITS;  // of the outputs, which a block finishes
-  static_assert(SHARE <= ATTENTION_WARPS * 32, "a thread for each");
+// STAGES chunks per warp on their way: 1 leaves room for a product's block beside this one, more keep memory busy.
+template <int STAGES> __global__ void __maxnreg__(NARROW ? 104 : 96) attention_kernel(const __grid_constant__ Attention a) {
+  static_assert(OUTPUTS % SPLITS == 0 && OUTPUTS / SPLITS <= ATTENTION_WARPS * 32, "each block finishes its share");
   SHARED_MEMORY(memory);
   const int t = threadIdx.x, lane = t & 31, warp = t >> 5, g = lane >> 2, quarter = lane & 3, kv = blockIdx.x, split = blockIdx.y;
   uint8_t* own = memory + warp * STAGES * CHUNK_BYTES;
@@ -103,9 +102,7 @@ template <int STAGES, int SPLITS> __global__ void __maxnreg__(!NARROW ? 96 : STA
   const int position = (int)*a.position, chunks = position / CHUNK + 1;
   const size_t first_row = (size_t)kv * a.length;
   auto chunk_of = [&](int i) { return (i * ATTENTION_WARPS + warp) * SPLITS + split; };
-  constexpr bool APART = SPLITS > 8;
-  constexpr int LATER = APART ? 2 * STAGES - 1 : STAGES - 1;  // groups of copies that may still be on their way
-  auto fetch = [&](int i, bool with_keys, bool with_values) {
+  auto fetch = [&](int i) {
     const int first = chunk_of(i) * CHUNK;
     Code* to = (Code*)(own + i % STAGES * CHUNK_BYTES);
     if (first <= position) {
@@ -114,11 +111,11 @@ template <int STAGES, int SPLITS> __global__ void __maxnreg__(!NARROW ? 96 : STA
         const int piece = n * 32 + lane, row = piece / (HEAD_DIM / PIECE), column = piece % (HEAD_DIM / PIECE) * PIECE;
         const bool there = first + row < position;  // zeros for the rest: what is weighted with 0 must be finite
         const size_t from = (first_row + (there ? first + row : 0)) * HEAD_DIM + column;
-        if (with_keys) copy_ahead(to + row * ROW + column, a.keys + from, there);
-        if (with_values) copy_ahead(to + CHUNK_CODES + row * ROW + column, a.values + from, there);
+        copy_ahead(to + row * ROW + column, a.keys + from, there);
+        copy_ahead(to + CHUNK_CODES + row * ROW + column, a.values + from, there);
       }
-      if constexpr (NARROW) {  // two pieces of 8 scales for keys and for values, with the keys
-        if (with_keys && lane < 4) {
+      if constexpr (NARROW) {  // two pieces of 8 scales for keys and for values
+        if (lane < 4) {
           const int at = first + (lane & 1) * 8;
           const bool there = at < position;
           copy_ahead(to + 2 * CHUNK_CODES + lane * 16, (lane & 2 ? a.value_scale : a.key_scale) + first_row + (there ? at : 0), there);
@@ -128,10 +125,7 @@ template <int STAGES, int SPLITS> __global__ void __maxnreg__(!NARROW ? 96 : STA
     close_copies();
   };
 #pragma unroll
-  for (int i = 0; i < STAGES; i++) {
-    if constexpr (APART) fetch(i, true, false), fetch(i, false, true);
-    else fetch(i, true, true);
-  }
+  for (int i = 0; i < STAGES; i++) fetch(i);
   // Operand B of an mma holds these two pairs of dimensions in a lane, counted from a head's first
   auto pair_of = [&](int kt, int i) { return kt * 8 + (NARROW ? quarter * 2 + i : i * 4 + quarter); };
   const float4* rope = (const float4*)(a.rope + (size_t)position * HALF_DIM);  // two dimensions each
@@ -178,19 +172,15 @@ template <int STAGES, int SPLITS> __global__ void __maxnreg__(!NARROW ? 96 : STA
   for (; chunk_of(i) < chunks; i++) {
     Code *keys = (Code*)(own + i % STAGES * CHUNK_BYTES), *values = keys + CHUNK_CODES;
     uint16_t* scales = (uint16_t*)(values + CHUNK_CODES);
-    auto append_value = [&] {
-      CodePair *v = (CodePair*)(values + position % CHUNK * ROW) + lane;
-      CodePair *cache_v = (CodePair*)(a.values + (first_row + position) * HEAD_DIM) + lane;
-      v[0] = value0, v[HALF_DIM / 2] = value1, cache_v[0] = value0, cache_v[HALF_DIM / 2] = value1;
-    };
-    wait_copies<LATER>();
+    wait_copies<STAGES - 1>();
     __syncwarp();
     if (owner && i == new_turn) {
       if (lane < HALF_DIM / 2) {
-        CodePair *k = (CodePair*)(keys + position % CHUNK * ROW) + lane;
-        CodePair *cache_k = (CodePair*)(a.keys + (first_row + position) * HEAD_DIM) + lane;
-        k[0] = key0, k[HALF_DIM / 2] = key1, cache_k[0] = key0, cache_k[HALF_DIM / 2] = key1;
-        if constexpr (!APART) append_value();
+        const size_t to = (first_row + position) * HEAD_DIM;
+        CodePair *k = (CodePair*)(keys + position % CHUNK * ROW) + lane, *v = (CodePair*)(values + position % CHUNK * ROW) + lane;
+        CodePair *cache_k = (CodePair*)(a.keys + to) + lane, *cache_v = (CodePair*)(a.values + to) + lane;
+        k[0] = key0, k[HALF_DIM / 2] = key1, v[0] = value0, v[HALF_DIM / 2] = value1;
+        cache_k[0] = key0, cache_k[HALF_DIM / 2] = key1, cache_v[0] = value0, cache_v[HALF_DIM / 2] = value1;
       }
       if constexpr (NARROW) {
         if (lane == 0) {
@@ -227,10 +217,6 @@ template <int STAGES, int SPLITS> __global__ void __maxnreg__(!NARROW ? 96 : STA
         multiply(s, k[0], k[1], k[2], k[3], q[kt][0], q[kt][1]);
       }
     }
-    if constexpr (APART) {
-      __syncwarp();  // all lanes have read the keys and the scales
-      fetch(i + STAGES, true, false);
-    }
     if (first + g > position) s[0] = s[1] = -1e30f;
     if (first + g + 8 > position) s[2] = s[3] = -1e30f;
     float change[2];
@@ -249,14 +235,6 @@ template <int STAGES, int SPLITS> __global__ void __maxnreg__(!NARROW ? 96 : STA
       o[dt][0] *= change[0], o[dt][1] *= change[1], o[dt][2] *= change[0], o[dt][3] *= change[1];
       multiply(o[dt], v0, v1, v2, v3, w0, w1);
     };
-    if constexpr (APART) {
-      wait_copies<LATER>();
-      __syncwarp();
-      if (owner && i == new_turn) {
-        if (lane < HALF_DIM / 2) append_value();
-        __syncwarp();
-      }
-    }
     if constexpr (NARROW) {
 #pragma unroll
       for (int dt = 0; dt < K_TILES; dt += 2) {
@@ -276,7 +254,7 @@ template <int STAGES, int SPLITS> __global__ void __maxnreg__(!NARROW ? 96 : STA
       }
     }
     __syncwarp();  // all lanes have read the chunk
-    fetch(i + STAGES, !APART, true);
+    fetch(i + STAGES);
   }
 
   // The warps of a block. One without a chunk has no result.
@@ -317,8 +295,8 @@ template <int STAGES, int SPLITS> __global__ void __maxnreg__(!NARROW ? 96 : STA
   }
   // The blocks of the cluster: each finishes its share of the outputs
   cluster_sync();
-  if (t < SHARE && (OUTPUTS % SPLITS == 0 || split * SHARE + t < OUTPUTS)) {
-    const int n = split * SHARE + t, h = n / HEAD_DIM;
+  if (t < OUTPUTS / SPLITS) {
+    const int n = split * (OUTPUTS / SPLITS) + t, h = n / HEAD_DIM;
     float m[SPLITS], l[SPLITS], v[SPLITS], now = -1e30f, total = 0.f, sum = 0.f;
 #pragma unroll
     for (int r = 0; r < SPLITS; r++) {
