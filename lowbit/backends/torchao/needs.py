@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,6 +47,8 @@ def also_needs(fmt: Format) -> str:
     """What the wheels of lowbit's extras don't bring, for ``backends.needs``."""
     if fmt.scheme in ("int4_mslk", "fp8_int4_mslk"):
         return "mslk >= 1.0"
+    if NEEDS.get(fmt.scheme) is _gemlite:
+        return "gemlite < 0.6 with torchao 0.18"
     return "torchao built with its CPU kernels" if fmt.scheme == "int8_dynamic_int4" else ""
 
 
@@ -121,10 +125,57 @@ def _nf4(fmt: Format, device: Device, config: Any) -> Unmet | None:
     return Unmet("shape", f"NF4 needs N * K to be a multiple of {of}: {', '.join(bad)}") if bad else None
 
 
+def _source(package: str, path: str) -> Path | None:
+    """A module's file, of a package that is looked for and not imported: gemlite's import asks for the GPU."""
+    spec = find_spec(package)
+    files = (Path(folder) / path for folder in (spec.submodule_search_locations if spec else None) or ())
+    return next((file for file in files if file.is_file()), None)
+
+
+@lru_cache
+def _tensors(source: Path | None) -> int | None:
+    """How many tensors ``get_tensor_args`` of gemlite's linear gives in this source, or is taken to give by it."""
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))) if source else ():
+        match node:
+            case ast.FunctionDef(name="get_tensor_args"):
+                given = (one.value for one in ast.walk(node) if isinstance(one, ast.Return))
+                return next((len(value.elts) for value in given if isinstance(value, ast.List | ast.Tuple)), None)
+            case ast.Assign(
+                targets=[ast.Tuple(elts=taken)], value=ast.Call(func=ast.Attribute(attr="get_tensor_args"))
+            ):
+                return len(taken)
+    return None
+
+
+def _tensors_differ() -> Unmet | None:
+    """Unmet where torchao's tensor would unpack another number of tensors than gemlite's linear has.
+
+    gemlite gives 3 up to 0.5.1.post1 and 4, with meta_scale, from 0.6.0 on (core.py of PyPI's 0.4.8 to 0.6.0.post2);
+    torchao 0.18.0, then the newest, takes 3.
+    """
+    taken = _tensors(_source("torchao", "prototype/quantization/uintx/uintx_bit_packed_tensor.py"))
+    given = _tensors(_source("gemlite", "core.py"))
+    if taken is None or given is None or taken == given:
+        return None
+    needed = {3: "gemlite < 0.6", 4: "gemlite >= 0.6"}.get(taken, "another gemlite")
+    return Unmet(
+        "package",
+        f"needs {needed}, this is {_version('gemlite')}: torchao {_version('torchao')} takes {taken} tensors of its "
+        f"linear (get_tensor_args), it gives {given}",
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "of unknown version"
+
+
 def _gemlite(fmt: Format, device: Device, config: Any) -> Unmet | None:
     dynamic4 = fmt.activation_bits == 8 and fmt.weight_bits == 4  # gemlite 0.6 takes fp8 activations there
     needed, why = ((8, 9), "gemlite's fp8 activations") if dynamic4 else ((7, 5), "Triton")
-    return minimum_sm(device, needed, why) or multiples(fmt, config, 32, "gemlite products")
+    return minimum_sm(device, needed, why) or _tensors_differ() or multiples(fmt, config, 32, "gemlite products")
 
 
 NEEDS: dict[str, Need] = {
