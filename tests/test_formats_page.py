@@ -19,6 +19,8 @@ from lowbit.runs import Header
 from lowbit.workloads import Workload
 
 B1 = Workload("b1_c0", "decode", 1, 5, 128, "full")
+FROM_128 = Workload("b1_c128", "decode", 1, 128, 128, "full")
+LONG = Workload("b1_c8192", "decode", 1, 8192, 128, "full")
 H200 = Header("nvidia-h200", "NVIDIA H200", "llama-3.1-8b", "dummy", "embedded_512", "full", {"torch": "2.11.0"})
 CPU = Header("cpu-amd-epyc-2c", "AMD EPYC", "embedded", "auto", "embedded_512", "full", {"torch": "2.13.0"})
 
@@ -30,8 +32,8 @@ def quality(name, kld, **metrics):
     return record
 
 
-def decode(name, mode, tok_s, **metrics):
-    case = Case("decode", FORMATS[name], mode, B1)
+def decode(name, mode, tok_s, workload=B1, **metrics):
+    case = Case("decode", FORMATS[name], mode, workload)
     record = case.record(f"benches/test_decode.py::test_decode[{case.id}]", "", "")
     record.metrics = {"decode_tok_s": tok_s, "vram_peak_mib": 9950.0, "mbu": 0.462} | metrics
     return record
@@ -121,6 +123,26 @@ def test_slower_than_bf16_is_said_with_the_rows_own_reason(page):
     assert row["decode, H200"] == "4.80 eager"
     assert row["remarks"].startswith("**slower than bf16** on an H200: compiled, its int8 product asks for 17 tokens")
     assert row["×bf16"] == "0.027"
+
+
+def test_slower_and_never_compiled_is_said_so(page):
+    row = rows(page)["bf16_kv_int8-torch"]
+    assert row["×bf16"] == "0.278"
+    told = "**slower than bf16** on an H200: in eager mode, all that was measured; bf16's figure is reduce-overhead; "
+    assert row["remarks"].startswith(told)
+
+
+def test_another_context_is_named_and_not_held_against_bf16_at_none(tmp_path):
+    name = "a16w4_g128-lowbit"
+    slow, fast = (decode(name, mode, tok_s, FROM_128, mbu=0.6) for mode, tok_s in (("eager", 60.0), ("native", 749.2)))
+    long = decode(name, "native", 568.8, LONG, vram_peak_mib=8934.0)
+    kept(tmp_path, H200, [decode("bf16-torch", "reduce-overhead", 180.0), long, slow, fast])
+    row = rows(make(tmp_path))[name]
+    assert (row["decode, H200"], row["×bf16"]) == ("749.2 native, b1_c128", "–")
+    assert (row["VRAM, MiB"], row["MBU"]) == ("9950", "60 %")
+    headline = decode(name, "native", 700.0)
+    kept(tmp_path, H200, [headline])
+    assert rows(make(tmp_path))[name]["decode, H200"] == "700.0 native"
 
 
 def test_skips_and_failures_give_their_reasons(page):

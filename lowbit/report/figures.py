@@ -16,8 +16,9 @@ from lowbit.baselines import Baseline
 from lowbit.errors import LowbitError
 from lowbit.formats import Unmet
 from lowbit.record import Record
-from lowbit.report.rows import Row, join
+from lowbit.report.rows import HEADLINE, Row, join, workloads_of
 from lowbit.runs import Header, Run
+from lowbit.workloads import WORKLOADS
 
 CPU = "cpu"
 H200 = "nvidia-h200"
@@ -25,6 +26,7 @@ NAMES = {CPU: "CPU", H200: "NVIDIA H200"}
 """Places that are always told of, measured or not."""
 
 EMBEDDED, LARGE = "embedded", "llama-3.1-8b"
+SINGLE = {workload.id for workload in WORKLOADS if workload.phase == "decode" and workload.batch == 1}
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,17 @@ class Place:
         """The mode with the fastest decode at batch 1 and context ~0; None where none was measured."""
         found = self.rows.get(fmt, [])
         return found[0] if found and found[0].decode_tok_s else None
+
+    def decode(self, fmt: str) -> tuple[Row, str] | None:
+        """The row that is told of and its workload: decode at batch 1 and context ~0 where that was measured, else at
+        the first other context of the table of workloads; the fastest mode. None where no decode at batch 1 was."""
+        found = self.rows.get(fmt, [])
+        for workload in sorted(workloads_of(found, "decode"), key=lambda name: name != HEADLINE):
+            speeds = {place: row.value("decode", workload, "decode_tok_s") for place, row in enumerate(found)}
+            timed = {place: speed for place, speed in speeds.items() if speed}
+            if workload in SINGLE and timed:
+                return found[max(timed, key=timed.__getitem__)], workload
+        return None
 
     def quality(self, fmt: str, family: str) -> float | None:
         """``kld`` or ``ppl`` of the embedded model in this format here."""

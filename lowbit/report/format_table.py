@@ -90,8 +90,10 @@ def _legend(formats: Sequence[Format], found: Sequence[Place]) -> list[str]:
         "- **KL**: mean divergence from bf16 in nats, **ppl**: perplexity, both of the embedded model on its own text, "
         "on the machine that the heading names.",
         "- **decode**: tokens per second at batch 1 and context ~0 of the fastest mode measured, Llama-3.1-8B's shape "
-        "on a GPU, the embedded model on a CPU; **×bf16**: over bf16's fastest. **VRAM**: this process's peak by "
-        "NVML. **MBU**: bytes read per second over the card's *measured* read bandwidth. **quantize**: from the master "
+        "on a GPU, the embedded model on a CPU; where another context alone was measured, its workload is named "
+        "(b1_c128: from a context of 128). *Not measured*: in none of the files above. **×bf16**: over bf16's fastest, "
+        "at context ~0 alone. **VRAM**: this process's peak by NVML. **MBU**: bytes read per second over the card's "
+        "*measured* read bandwidth. **quantize**: from the master "
         "in host memory to the quantized model on the card.",
     ]
     cpu = next(place for place in found if place.slug == CPU)
@@ -180,15 +182,17 @@ def _percent(value: float | None) -> str:
 
 
 def _of(place: Place, fmt: Format, name: str, show: Callable[[float | None], str]) -> str:
-    row = place.fastest(fmt.id)
-    return show(row.value("decode", HEADLINE, name)) if row else NONE
+    found = place.decode(fmt.id)
+    return show(found[0].value("decode", found[1], name)) if found else NONE
 
 
 def _decode(fmt: Format, place: Place) -> str:
-    """``276.3 reduce-overhead``; else that there is no figure."""
-    row = place.fastest(fmt.id)
-    if row is not None:
-        return f"{number(row.decode_tok_s)} {row.mode}"
+    """``276.3 reduce-overhead``, ``749.2 native, b1_c128``; else that there is no figure."""
+    found = place.decode(fmt.id)
+    if found is not None:
+        row, workload = found
+        speed = number(row.value("decode", workload, "decode_tok_s"))
+        return f"{speed} {row.mode}" + (f", {workload}" if workload != HEADLINE else "")
     name = _short(place)
     return f"not measured on {'an' if name[0] in VOWELS else 'a'} {name}"
 
@@ -208,16 +212,26 @@ def _why_slow(fmt: Format) -> str:
     return fmt.slow or (f"no CUDA graph can hold {waits}, it waits for the host" if waits else "")
 
 
+def _why_slower(fmt: Format, place: Place) -> str:
+    """The row's own reason; else that it was never compiled and bf16 was. "" where neither is known."""
+    mine, base = place.fastest(fmt.id), place.fastest(BF16)
+    eager = {row.mode for row in place.rows.get(fmt.id, ()) if row.decode_tok_s} == {"eager"}
+    if _why_slow(fmt) or mine is None or base is None or not eager or base.mode == "eager":
+        return _why_slow(fmt)
+    return f"in eager mode, all that was measured; bf16's figure is {base.mode}"
+
+
 def _remarks(fmt: Format, found: Sequence[Place]) -> str:
     """Slower than bf16, and why; why there is no figure; the row's own note."""
     told = []
     for place in found:
         ratio = _ratio(fmt, place)
         if ratio is not None and ratio < 1:
-            why = f": {text(_why_slow(fmt))}" if _why_slow(fmt) else ""
+            why = _why_slower(fmt, place)
+            why = f": {text(why)}" if why else ""
             told.append(f"**slower than bf16** on {'the' if place.slug == CPU else 'an'} {_short(place)}{why}")
         reason = place.reason(fmt.id, "quality" if place.slug == CPU else "decode")
-        known = place.fastest(fmt.id) if place.slug != CPU else place.quality(fmt.id, "ppl")
+        known = place.decode(fmt.id) if place.slug != CPU else place.quality(fmt.id, "ppl")
         can_be = ("cpu" if place.slug == CPU else "cuda") in fmt.devices  # else "needs" says it
         if known is None and reason and can_be:
             told.append(f"{_short(place)}: {reason}")

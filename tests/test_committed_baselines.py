@@ -1,0 +1,47 @@
+"""The baselines of this repository: small, whole, of medians alone, and read by pytest-benchmark's own command."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lowbit import baselines
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted((ROOT / "benches" / "baselines").glob("*/*.json"))
+pytestmark = pytest.mark.skipif(not FILES, reason="built without benches/baselines, as a source archive is")
+
+
+@pytest.fixture(params=FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def path(request: pytest.FixtureRequest) -> Path:
+    return Path(request.param)
+
+
+def test_it_loads_as_the_baseline_of_its_folder_and_name(path: Path):
+    baseline = baselines.load(path)
+    header = baseline.header
+    assert header.device == path.parent.name
+    assert path.stem.endswith(f"_{header.model}-{header.load_format}")
+    assert baselines.find(ROOT / "benches" / "baselines", header.device, header.model, header.load_format) is not None
+    assert baseline.rows
+    assert {len(values.runs) for row in baseline.rows.values() for values in row.metrics.values()} <= {
+        *range(1, baseline.runs + 1)
+    }
+
+
+def test_it_is_small_and_has_no_raw_samples(path: Path):
+    assert path.stat().st_size < 1e6
+    entries = json.loads(path.read_text())["benchmarks"]
+    assert [entry["name"] for entry in entries if "data" in entry["stats"]] == []
+    assert [entry["name"] for entry in entries if "samples" in entry["extra_info"]["lowbit"]] == []
+
+
+def test_pytest_benchmark_compares_it(path: Path):
+    command = [sys.executable, "-m", "pytest_benchmark", "compare", str(path), "--columns=median"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    names = {row.partition("::")[2] for row in baselines.load(path).rows}
+    assert [name for name in names if name not in result.stdout] == []
