@@ -23,6 +23,8 @@ from lowbit.spread import Row, Values
 
 DIGITS, EXACT_DIGITS = 6, 11  # significant, of noisy metrics and of those held to 1e-9: 300 cases fit in 1 MB
 INFO_CHARACTERS = 200
+DEFAULT_RUNS = 5
+"""Fresh processes that ``--update-baselines`` asks for: with fewer the limits of the gate are wide."""
 
 T = TypeVar("T")
 

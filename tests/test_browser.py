@@ -44,6 +44,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     told = since.with_history(content.of_run(run, baselines.load(accepted)), history)
     (made / "report.html").write_text(page.render(told))
     (made / "baseline.html").write_text(page.render(content.of_baseline(baselines.load(accepted))))
+    unscored = [replace(r, metrics={}) if r.kind == "quality" else r for r in told.records]
+    (made / "unscored.html").write_text(page.render(Content(told.header, unscored)))
     (made / "real.html").write_text(page.render(with_perplexity(run, 6.2403)))
     (made / "lost.html").write_text(page.render(with_perplexity(run, 6.2403, worst=5939.0)))
     scores = [record for record in told.records if record.kind == "quality"]
@@ -217,6 +219,14 @@ def test_a_baseline_is_a_report_too(chromium: Any, folder: Path) -> None:
         assert "base → now" not in found.text("#table thead")
         assert found.page.locator("#plot-roofline svg path").count() > 10
         assert found.messages == []
+
+
+def test_cases_without_a_divergence_are_counted_beside_the_plot(chromium: Any, folder: Path) -> None:
+    said = r", without [1-9]\d* of \d+ cases that have none \(test_quality gives it\)"
+    with browsers.opened(chromium, folder / "unscored.html") as found:
+        assert re.fullmatch(said, found.page.locator("#quality-missing").text_content())
+    with browsers.opened(chromium, folder / "baseline.html") as found:
+        assert found.page.locator("#quality-missing").text_content() == ""
 
 
 @pytest.mark.parametrize(("name", "axis"), [("real", "perplexity"), ("lost", "perplexity (log)")])

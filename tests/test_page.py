@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -316,6 +317,29 @@ def test_a_baseline_alone_is_shown_as_it_is(folder: Path, tmp_path: Path) -> Non
     assert found["cases"]["format"][skipped] == "a8w8_llmint8-bitsandbytes"
     assert found["cases"]["library"][skipped] == "bitsandbytes"
     assert not found["history"]["nights"]
+    assert found["workloads"][0] == "b1_c0"
+
+
+@pytest.mark.parametrize(
+    ("count", "told"),
+    [
+        (1, "Each figure is of one run. 5 are asked for: with fewer the gate's limits are wider."),
+        (2, "Each figure is the median of 2 runs, each of a fresh process. 5 are asked for: with fewer the gate"),
+        (5, "Each figure is the median of 5 runs, each of a fresh process.</p>"),
+    ],
+)
+def test_a_baseline_says_of_how_many_runs_it_is(folder: Path, count: int, told: str) -> None:
+    (path,) = (folder / "baselines").rglob("*.json")
+    baseline = replace(baselines.load(path), runs=count)
+    assert told in page.render(replace(content.of_baseline(baseline), blunt=()))
+
+
+def test_limits_that_guard_little_are_named(folder: Path) -> None:
+    (path,) = (folder / "baselines").rglob("*.json")
+    told = replace(content.of_baseline(baselines.load(path)), blunt=["decode[<b>]: compile_s limit 300 %"])
+    text = page.render(told)
+    assert "Limits too wide to guard much: 1</summary>" in text
+    assert "<li>decode[&lt;b&gt;]: compile_s limit 300 %</li>" in text
 
 
 COMMITTED = sorted((Path(__file__).parents[1] / "benches" / "baselines").rglob("*.json"))

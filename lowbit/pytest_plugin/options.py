@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from lowbit.auto.ask import DEFAULT_SECONDS, Ask
+from lowbit.baselines import DEFAULT_RUNS
 from lowbit.cases import SUITE_MODES
 from lowbit.errors import LowbitError
 from lowbit.evaluation import Tasks
 from lowbit.formats import FORMATS, recipes, register
 from lowbit.pytest_plugin import evaluation
 
-DEFAULT_BASELINE_RUNS = 5
+DEFAULT_BASELINE_RUNS = DEFAULT_RUNS
 DEFAULT_MAX_KLD = 0.05
 
 

@@ -49,7 +49,8 @@ class Finding:
 @dataclass(frozen=True)
 class Content:
     """``verdicts`` has every metric that the run and the baseline share, gated or not. ``judged_by`` names the
-    baseline, "" without one; ``confirmed`` is True where suspicions were measured again in fresh processes."""
+    baseline, "" without one; ``confirmed`` is True where suspicions were measured again in fresh processes. Of a
+    baseline shown alone, ``runs`` are those its figures are medians of, ``blunt`` names limits too wide to guard."""
 
     header: Header
     records: list[Record]
@@ -64,6 +65,8 @@ class Content:
     skips: Mapping[str, str] = field(default_factory=dict)
     upgrades: Sequence[str] = ()
     is_baseline: bool = False
+    runs: int = 1
+    blunt: Sequence[str] = ()
     history: History | None = None
     trends: Sequence[Trend] = ()
     max_kld: float = 0.05
@@ -158,7 +161,17 @@ def of_baseline(baseline: Baseline, **limits: float | None) -> Content:
     for record in records:
         record.info = dict(baseline.rows[record.case].info)
     skips = {case: f"{kind}: {reason}" for case, (kind, reason) in baseline.skips.items()}
-    return Content(baseline.header, records, path=baseline.path, is_baseline=True, skips=skips, **limits)  # type: ignore[arg-type]
+    kind = "cpu" if baseline.header.device.startswith("cpu") else "cuda"
+    return Content(
+        baseline.header,
+        records,
+        path=baseline.path,
+        is_baseline=True,
+        runs=baseline.runs,
+        blunt=regression.find_blunt(baseline.rows.values(), kind),
+        skips=skips,
+        **limits,  # type: ignore[arg-type]
+    )
 
 
 def _stored(run: Run) -> dict[str, list[Verdict]]:

@@ -14,7 +14,7 @@ from lowbit.report.content import Content, Finding, format_of
 from lowbit.report.content import name as name_of
 from lowbit.report.page import nights
 from lowbit.report.page.series import rounded
-from lowbit.report.rows import Row, join, memory_metric
+from lowbit.report.rows import Row, join, memory_metric, workloads_of
 from lowbit.report.since import since
 from lowbit.roofline import mean_context
 from lowbit.workloads import SMALL_MODEL_PARAMETERS, WORKLOADS
@@ -56,6 +56,7 @@ def collect(content: Content) -> dict[str, Any]:
         "base": _base(content, cases["id"]),
         "verdicts": _verdicts(content, place, findings),
         "metrics": _metrics(content),
+        "workloads": workloads_of(join(content.records), "decode"),
         "memory": memory_metric(join(content.records)),
         "embedded": content.header.load_format == "dummy",
         "cpu": content.header.device.startswith("cpu"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from urllib.parse import quote
 
+from lowbit.baselines import DEFAULT_RUNS
 from lowbit.report.common import in_common
 from lowbit.report.content import Content, Finding, name
 from lowbit.report.layout import divergence
@@ -37,7 +38,7 @@ def verdict(content: Content) -> str:
 
 def _judged(content: Content) -> str:
     if content.is_baseline:
-        return "Each figure is the median of several runs, each of a fresh process."
+        return _made_of(content)
     if not content.judged_by:
         return "Accept these figures with <code>pytest benches --update-baselines</code>; later runs are held to them."
     runs = f", the median of {content.baseline.runs} runs" if content.baseline else ""
@@ -49,6 +50,19 @@ def _judged(content: Content) -> str:
     by, _, moment = content.judged_by.partition(" of ")
     when = f" of {moment[:16].replace('T', ' ')} UTC" if moment else ""
     return f"Judged by <code>{escape(by)}</code>{escape(when + runs)}. {escape(sure)}"
+
+
+def _made_of(content: Content) -> str:
+    """Of a baseline: how many runs, and which limits those are too few or too noisy for."""
+    median = f"the median of {content.runs} runs, each of a fresh process"
+    told = f"Each figure is {median if content.runs > 1 else 'of one run'}."
+    if content.runs < DEFAULT_RUNS:
+        told += f" {DEFAULT_RUNS} are asked for: with fewer the gate's limits are wider."
+    if not content.blunt:
+        return told
+    lines = "".join(f"<li>{escape(line)}</li>" for line in content.blunt)
+    title = f"Limits too wide to guard much: {len(content.blunt)}"
+    return f"{told}</p><details><summary>{title}</summary><ul>{lines}</ul></details><p>"
 
 
 # -- what to look at ---------------------------------------------------------------------------------------------------

@@ -64,8 +64,8 @@ function tip(i) {
   return make("div", { className: "tip" }, make("b", null, `${state}${titleOf(i)} · ${cases.workload[i] || ""}`), facts.join(" · "), make("code", null, command(i)));
 }
 
-const workloads = (kind) => [...new Set(cases.workload.filter((name, i) => name && cases.kind[i] === kind && valueOf("decode_tok_s", i) !== null))];
 const decoded = (workload) => Array.from({ length: COUNT }, (_, i) => i).filter((i) => cases.kind[i] === "decode" && cases.workload[i] === workload && valueOf("decode_tok_s", i) !== null);
+const workloads = data.workloads.filter((name) => decoded(name).length);
 
 const GRID = { left: 58, right: 22, top: 24, bottom: 46 };
 const caseTip = () => tooltip({ trigger: "item", formatter: (point) => (point.data?.case === undefined ? "" : tip(point.data.case)) });
@@ -101,15 +101,14 @@ function legendItems(id) {
 }
 
 function buildCharts() {
-  if (!workloads("decode").length) {
+  if (!workloads.length) {
     for (const id of ["pareto", "roofline"]) byId(id).hidden = document.querySelector(`nav a[href="#${id}"]`).hidden = true;
     return;
   }
   for (const element of document.querySelectorAll(".memory-name")) element.textContent = MEMORY === "VRAM" ? "VRAM" : "weights' size";
-  const names = workloads("decode");
-  const preferred = names.includes("b1_c0") ? "b1_c0" : names[0];
+  const preferred = workloads.includes("b1_c0") ? "b1_c0" : workloads[0];
   for (const [id, redraw] of [["pareto-workload", drawPareto], ["roofline-workload", drawRoofline]]) {
-    fill(byId(id), names.map((name) => [name, name]), preferred);
+    fill(byId(id), workloads.map((name) => [name, name]), preferred);
     byId(id).addEventListener("change", redraw);
   }
   const qualities = [["kld", "KL divergence"], ["ppl", "perplexity"]].filter(([name]) => cases[name].some((value, i) => value !== null && cases.kind[i] === "decode"));

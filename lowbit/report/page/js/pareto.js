@@ -116,6 +116,8 @@ function drawQuality(points) {
   const column = cases[name];
   const scored = points.filter((i) => column[i] !== null);
   byId("quality-name").textContent = name === "kld" ? (data.embedded ? "KL divergence (embedded model)" : "KL divergence") : "perplexity";
+  const without = points.length - scored.length;
+  byId("quality-missing").textContent = scored.length && without ? `, without ${without} of ${points.length} cases that have none (test_quality gives it)` : "";
   if (!scored.length) return leaveEmpty("plot-quality", "No decode case of this workload has a quality: test_quality gives it.");
   const { x, place, isLog } = name === "kld" ? divergenceAxis(scored.map((i) => column[i])) : perplexityAxis(scored.map((i) => column[i]));
   const at = (i) => place(column[i]);
