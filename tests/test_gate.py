@@ -8,9 +8,12 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from fakes import CASES, DECODE, NODE, SLOW
 
+from lowbit import baselines, runs
 from lowbit.errors import LowbitError
 from lowbit.pytest_plugin import children
 from lowbit.pytest_plugin.keys import SESSION
+from lowbit.report import content, markdown
+from lowbit.report.page import data
 
 pytest_plugins = ["pytester"]
 
@@ -192,6 +195,25 @@ def test_a_new_case_fails_with_advice(bench):
     told = "lowbit: 5 of them not in the baseline (suite quick): those that run here fail as new, until accepted with: "
     assert f"{told}pytest benches --update-baselines" in result.stdout.str()
     assert told not in bench.run("--benchmark-compare", "-k", "bf16").stdout.str()
+
+
+def test_compare_if_baseline_measures_a_new_case_and_judges_the_others(bench):
+    bench.plan(formats=BF16)
+    bench.accept()
+    bench.plan()
+    result = bench.run("--compare-if-baseline")
+    result.assert_outcomes(passed=10)
+    told = "lowbit: 5 of them not in the baseline (suite quick): those that run here are measured and not judged"
+    assert told in result.stdout.str()
+    result.stdout.re_match_lines([r"a16w4_g128-torchao .* new$", r"bf16-torch .* ok$"])
+    kept = content.of_run(runs.read(bench.runs()[-1]), baselines.load(bench.baseline))
+    assert markdown.headline(kept).startswith("✅ nothing got worse")
+    cases = data.collect(kept)["cases"]
+    assert dict(zip(cases["id"], cases["state"], strict=True))[NODE] == "measured"
+    assert set(cases["state"]) == {"ok", "measured"}
+    bench.plan(tok_s={"decode[bf16-torch-eager-b1_c0]": 80})
+    bench.run("--compare-if-baseline").assert_outcomes(passed=9, failed=1)
+    assert bench.run("--compare-if-baseline", "--benchmark-compare").ret == 1
 
 
 def test_a_vanished_case_is_a_failure_of_its_own(bench):

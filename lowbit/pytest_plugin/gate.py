@@ -63,6 +63,12 @@ def _find_path(bench: BenchSession) -> Path | None:
     return matches[-1]
 
 
+def tolerates_new(bench: BenchSession) -> bool:
+    """Whether a case that the baseline lacks passes: --compare-if-baseline compares where there is something to
+    compare with, and the baseline that came with the repository has a few rows of hundreds."""
+    return bench.settings.compare_if_baseline and not bench.settings.compare
+
+
 def upgrades(bench: BenchSession) -> str:
     """``since the baseline: torch 2.11.0 -> 2.13.0``; empty where nothing of the environment changed."""
     changes = baselines.environment_difference(bench.baseline, bench.environment) if bench.baseline else []
@@ -82,6 +88,8 @@ def judge(bench: BenchSession, case: Case, record: Record) -> list[str]:
             f"mend the environment, or accept the skip with: {accept}"
             for reason in baselines.new_skips(baseline, [record]).values()
         ]
+    if row is None and tolerates_new(bench):
+        return []
     if row is None:
         return [f"{case.name} on {slug}: not in the baseline {baseline.path.name}; accept it with: {accept}"]
     verdicts = regression.judge(record, row, bench.spreads, bench.device.kind)

@@ -82,7 +82,8 @@ def add_options(parser: pytest.Parser) -> None:
     group.addoption(
         "--compare-if-baseline",
         action="store_true",
-        help="--benchmark-compare where a baseline of this device and model exists, a plain run where none does",
+        help="--benchmark-compare where a baseline of this device and model exists, a plain run where none does; a "
+        "case that the baseline lacks is measured and does not fail",
     )
     group.addoption("--isolate", action="store_true", help="a fresh process for every case")
     group.addoption("--resume", action="store_true", help="continue the last run that was killed or interrupted")

@@ -83,10 +83,10 @@ def _new_to_the_baseline(bench: BenchSession, nodeids: Sequence[str]) -> list[st
     new = sum(nodeid not in bench.baseline.rows and nodeid not in bench.baseline.skips for nodeid in nodeids)
     if not new:
         return []
-    return [
-        f"lowbit: {new} of them not in the baseline (suite {bench.baseline.header.suite}): those that run here fail as "
-        f"new, until accepted with: {bench.accept_command()}"
-    ]
+    told = f"lowbit: {new} of them not in the baseline (suite {bench.baseline.header.suite}): those that run here "
+    if gate.tolerates_new(bench):
+        return [f"{told}are measured and not judged; accept them with: {bench.accept_command()}"]
+    return [f"{told}fail as new, until accepted with: {bench.accept_command()}"]
 
 
 def announce_workers_run(bench: BenchSession, nodeids: list[str]) -> bool:

@@ -150,7 +150,7 @@ def of_run(run: Run, baseline: Baseline | None, **limits: float | None) -> Conte
         confirmed=same,
         verdicts=verdicts,
         lost={case: why for case, why in judgement.lost.items() if whole or case in there},
-        new=judgement.new,
+        new=() if _tolerates_new(run.header) else judgement.new,
         upgrades=judgement.environment,
     )
 
@@ -191,6 +191,12 @@ def _prefer(judged: Sequence[Verdict], stored: Sequence[Verdict]) -> list[Verdic
     """``judged`` with what the bench run knew better."""
     known = {verdict.metric: verdict for verdict in stored}
     return [known.get(verdict.metric, verdict) for verdict in judged]
+
+
+def _tolerates_new(header: Header) -> bool:
+    """As ``gate.tolerates_new``, of a kept run."""
+    compares = any(word.startswith("--benchmark-compare") for word in header.argv)
+    return "--compare-if-baseline" in header.argv and not compares
 
 
 def _is_whole(run: Run, baseline: Baseline) -> bool:

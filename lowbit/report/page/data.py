@@ -142,9 +142,13 @@ def _words(content: Content, findings: Sequence[Finding]) -> dict[str, str]:
     found: dict[str, str] = {}
     for finding in findings:  # worst first
         found.setdefault(finding.case, words[finding.status])
-    fine = "ok" if content.judged_by else "measured"
+    held = content.baseline.rows if content.baseline else content.verdicts  # what there was to be judged by
+
+    def fine(case: str) -> str:
+        return "ok" if content.judged_by and case in held else "measured"
+
     return {
-        record.case: found.get(record.case) or (fine if record.outcome == "measured" else record.outcome)
+        record.case: found.get(record.case) or (fine(record.case) if record.outcome == "measured" else record.outcome)
         for record in content.records
     }
 
