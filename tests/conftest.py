@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,6 +56,15 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> texts.Source:
     import tiny_lab
 
     return tiny_lab.write_story(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="session")
+def kernels_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where emulated kernels are compiled, once for all tests and all workers: that is half of their time."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "emulated_kernels"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture

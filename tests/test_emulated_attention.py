@@ -23,15 +23,10 @@ def shape_of(name="int8", kv="", heads=WIDE):
     return Geometry(name, hidden=256, inter=768, eps=1e-5, **heads, kv=kv)
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    made = {}
-
+@pytest.fixture
+def compiled(kernels_folder):
     def module(shape):
-        if shape not in made:
-            folder = tmp_path_factory.mktemp("attention")
-            made[shape] = EmulatedModule(folder, ("common", "attention"), shape.attentions, shape.macros())
-        return made[shape]
+        return EmulatedModule(kernels_folder, ("common", "attention"), shape.attentions, shape.macros())
 
     return module
 

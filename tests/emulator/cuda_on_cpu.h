@@ -131,7 +131,7 @@ inline void land(const std::vector<Copy>& copies) {
 }
 
 inline void run_cluster(Cluster& cluster, int threads) {
-  constexpr size_t STACK = 64 << 10;
+  constexpr size_t STACK = (64 << 10) + 17 * 64;  // no power of 2: the tops would share one set of the cache
   static uint8_t* stacks = nullptr;
   static size_t room = 0;
   const size_t count = cluster.blocks.size() * threads;
