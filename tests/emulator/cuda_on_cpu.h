@@ -373,11 +373,6 @@ inline uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t pick) {
   for (int i = 0; i < 4; i++) { const uint32_t from = pick >> (4 * i) & 7; r |= ((from < 4 ? a : b) >> (8 * (from & 3)) & 255) << (8 * i); }
   return r;
 }
-inline uint32_t bytes_to_halves(uint32_t w, uint32_t pick) {  // prmt: bytes 0 to 3 are w's, 4 to 7 are 0x64
-  uint32_t r = 0;
-  for (int i = 0; i < 4; i++) { const uint32_t from = pick >> (4 * i) & 7; r |= (from < 4 ? w >> (8 * from) & 255 : 0x64u) << (8 * i); }
-  return r;
-}
 inline uint32_t e4m3_to_halves(uint32_t w, int high) {
   uint32_t r = 0;
   for (int i = 0; i < 2; i++) {
@@ -408,4 +403,3 @@ inline uint32_t subtract_halves(uint32_t a, uint32_t b) {
     r |= (uint32_t)emulator::half_bits(emulator::half_value((uint16_t)(a >> i)) - emulator::half_value((uint16_t)(b >> i))) << i;
   return r;
 }
-inline uint32_t swap_middle_bytes(uint32_t w) { return (w & 0xff0000ffu) | (w >> 8 & 0xff00u) | (w << 8 & 0xff0000u); }

@@ -67,11 +67,11 @@ __device__ __forceinline__ float2 rotate_high(uint32_t low, uint32_t high, const
 // Two codes of a word as two halves: bytes 0 and 1 or 2 and 3 (neighbours), 0 and 2 or 1 and 3 (every second one)
 template <bool SECOND> __device__ __forceinline__ void codes_to_halves(uint32_t w, uint32_t& a, uint32_t& b) {
   if constexpr (KV == KV_INT8) {
-    w ^= 0x80808080u;  // code + 128, which is or-ed into 1024
-    a = subtract_halves(bytes_to_halves(w, SECOND ? 0x4240 : 0x4140), 0x64806480u);  // less 1152
-    b = subtract_halves(bytes_to_halves(w, SECOND ? 0x4341 : 0x4342), 0x64806480u);
+    w ^= 0x80808080u;  // code + 128; with 0x64 above it the half 1024 + 128 + code, less 1152
+    a = subtract_halves(pick_bytes(w, 0x64646464u, SECOND ? 0x4240 : 0x4140), 0x64806480u);
+    b = subtract_halves(pick_bytes(w, 0x64646464u, SECOND ? 0x4341 : 0x4342), 0x64806480u);
   } else {
-    if constexpr (SECOND) w = swap_middle_bytes(w);
+    if constexpr (SECOND) w = pick_bytes(w, 0u, 0x3120);
     a = e4m3_to_halves(w, 0), b = e4m3_to_halves(w, 1);
   }
 }

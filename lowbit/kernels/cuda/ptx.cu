@@ -66,11 +66,6 @@ __device__ __forceinline__ uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t 
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(pick));
   return r;
 }
-__device__ __forceinline__ uint32_t bytes_to_halves(uint32_t w, uint32_t pick) {  // bytes q -> halves 1024 + q
-  uint32_t r;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(w), "r"(0x64646464u), "r"(pick));
-  return r;
-}
 __device__ __forceinline__ uint32_t e4m3_to_halves(uint32_t w, int high) {  // two e4m3 -> two halves, exact
   uint32_t r;
   uint16_t two = high ? (uint16_t)(w >> 16) : (uint16_t)w;
@@ -85,11 +80,6 @@ __device__ __forceinline__ uint32_t floats_to_e4m3(float low, float high) {  // 
 __device__ __forceinline__ uint32_t subtract_halves(uint32_t a, uint32_t b) {
   uint32_t r;
   asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
-  return r;
-}
-__device__ __forceinline__ uint32_t swap_middle_bytes(uint32_t w) {  // bytes 0, 2, 1, 3
-  uint32_t r;
-  asm("prmt.b32 %0, %1, 0, 0x3120;" : "=r"(r) : "r"(w));
   return r;
 }
 __device__ __forceinline__ void copy_ahead(void* to, const void* from, bool there) {  // 16 bytes; zeros if nothing is there
