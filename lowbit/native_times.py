@@ -51,15 +51,14 @@ def product_s(found: Mapping[str, tuple[int, float, float]], fmt: Format, config
 
 
 def _bytes_read(model: Any) -> dict[str, int]:
-    layers = model.model.layers
-    parts = {
-        "qkv": [layer.self_attn.q_proj for layer in layers],
-        "o": [layer.self_attn.o_proj for layer in layers],
-        "gate_up": [layer.mlp.gate_proj for layer in layers],
-        "down": [layer.mlp.down_proj for layer in layers],
-        "head": [model.lm_head],
-    }
-    return {name: sum(linear.part.stream.data.numel() for linear in linears) for name, linears in parts.items()}
+    """Of a whole token, by product: the stream of its first linear is that of all."""
+    products = {linears[0]: name for name, linears in LINEARS.items()}
+    found = dict.fromkeys(LINEARS, 0)
+    for path, module in model.named_modules():
+        name = products.get(path.rpartition(".")[2])
+        if name is not None:
+            found[name] += module.part.stream.data.numel()
+    return found
 
 
 def attention_us(step: Any, context: int) -> float:
