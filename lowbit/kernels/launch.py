@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from lowbit.kernels import nvrtc
 from lowbit.kernels.nvrtc import Binary, checked
 
 MAX_SHARED_BYTES = 227 * 1024
@@ -93,3 +95,17 @@ class Module:
         if attributes:  # set once: reading it gives views into memory that the next setting frees
             config.attrs, config.numAttrs = attributes, len(attributes)
         return config
+
+
+def compile_module(
+    sources: Sequence[str],
+    kernels: Sequence[str],
+    macros: Mapping[str, object],
+    device: int,
+    progress: Callable[[str], None] | None = None,
+) -> Module:
+    """``kernels`` of these files of cuda/, compiled for this device or from the cache, and loaded there."""
+    major, minor = torch.cuda.get_device_capability(device)
+    source, arch, folder = nvrtc.read_sources(*sources), f"sm_{major}{minor}a", nvrtc.cache_folder()
+    with torch.cuda.device(device):
+        return Module(nvrtc.compile_source(source, kernels, macros, arch, folder=folder, progress=progress))

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowbit.errors import LowbitError
-from lowbit.kernels import nvrtc, unpacking
+from lowbit.kernels import unpacking
 from lowbit.kernels.arguments import Norm, Rope, Silu, fill
 from lowbit.kernels.geometry import Geometry
-from lowbit.kernels.launch import Module
+from lowbit.kernels.launch import Module, compile_module
 from lowbit.kernels.recorded import RecordedRuns, Work, run_overlapped
 from lowbit.kernels.runner import NativeStep
 from lowbit.kernels.stream import TILE, Stream
@@ -42,17 +42,8 @@ _loaded: dict[tuple[Geometry, int], Module] = {}
 def load(shape: Geometry, device: int, progress: Callable[[str], None] | None = None) -> Module:
     """The kernels for this shape, compiled or from the cache, on this device; once per process."""
     if (shape, device) not in _loaded:
-        major, minor = torch.cuda.get_device_capability(device)
-        with torch.cuda.device(device):
-            binary = nvrtc.compile_source(
-                nvrtc.read_sources("ptx", "common", "prefill"),
-                KERNELS,
-                shape.macros(),
-                f"sm_{major}{minor}a",
-                folder=nvrtc.cache_folder(),
-                progress=progress,
-            )
-            _loaded[shape, device] = Module(binary)
+        sources = ("ptx", "common", "prefill")
+        _loaded[shape, device] = compile_module(sources, KERNELS, shape.macros(), device, progress)
     return _loaded[shape, device]
 
 

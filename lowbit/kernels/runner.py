@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import LowbitError
-from lowbit.kernels import attention_plan, nvrtc, weights
+from lowbit.kernels import attention_plan, weights
 from lowbit.kernels.arguments import Attention, Embed, Product, fill
 from lowbit.kernels.geometry import ATTENTION_WARPS, BLOCKS, RING_BYTES, SPLITS, Geometry
-from lowbit.kernels.launch import Module
+from lowbit.kernels.launch import Module, compile_module
 from lowbit.kernels.modules import NativeEmbedding, NativeLinear
 from lowbit.kernels.stream import LAYOUTS, Stream
 from lowbit.kernels.stream_modules import StreamLinear
@@ -46,18 +46,9 @@ _loaded: dict[tuple[Geometry, int], Module] = {}
 def load(shape: Geometry, device: int, progress: Callable[[str], None] | None = None) -> Module:
     """The kernels for this shape, compiled or from the cache, on this device; once per process."""
     if (shape, device) not in _loaded:
-        _loaded[shape, device] = _load(shape, device, progress)
+        sources = ("ptx", "common", "product", "attention", "embedding")
+        _loaded[shape, device] = compile_module(sources, kernels(shape), shape.macros(), device, progress)
     return _loaded[shape, device]
-
-
-def _load(shape: Geometry, device: int, progress: Callable[[str], None] | None) -> Module:
-    major, minor = torch.cuda.get_device_capability(device)
-    source = nvrtc.read_sources("ptx", "common", "product", "attention", "embedding")
-    with torch.cuda.device(device):
-        names, folder = kernels(shape), nvrtc.cache_folder()
-        return Module(
-            nvrtc.compile_source(source, names, shape.macros(), f"sm_{major}{minor}a", folder=folder, progress=progress)
-        )
 
 
 def unstreamed(model: Any) -> str | None:

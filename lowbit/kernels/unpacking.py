@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
-from lowbit.kernels import nvrtc
 from lowbit.kernels.arguments import Unpack, fill
 from lowbit.kernels.geometry import Geometry
-from lowbit.kernels.launch import Module
+from lowbit.kernels.launch import Module, compile_module
 from lowbit.kernels.stream import TILE
 from lowbit.kernels.stream_modules import StreamPart
 
@@ -21,12 +20,8 @@ _ANY_SHAPE = {"hidden": 1024, "inter": 1024, "heads": 8, "kv_heads": 8, "head_di
 
 @lru_cache(maxsize=32)
 def _unpacker(format: str, ku: int, device: int) -> Module:
-    major, minor = torch.cuda.get_device_capability(device)
-    source = nvrtc.read_sources("ptx", "common", "unpack")
     macros = Geometry(format, **_ANY_SHAPE).macros()  # type: ignore[arg-type]
-    name, arch = f"unpack_kernel<{ku}>", f"sm_{major}{minor}a"
-    with torch.cuda.device(device):
-        return Module(nvrtc.compile_source(source, (name,), macros, arch, folder=nvrtc.cache_folder()))
+    return compile_module(("ptx", "common", "unpack"), (f"unpack_kernel<{ku}>",), macros, device)
 
 
 def unpack(part: StreamPart, dtype: torch.dtype) -> Tensor:
