@@ -28,6 +28,7 @@ from lowbit import checkpoint
 from lowbit.checkpoint import Entry
 from lowbit.errors import LowbitError
 from lowbit.formats.layouts import Inputs, Stored
+from lowbit.kernels import bits as packing
 from lowbit.kernels import weights
 
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -156,19 +157,19 @@ def _bytes(words: Tensor) -> Tensor:
 
 
 def _gptq(path: str, n: int, k: int, stored: Stored, tensors: Mapping[str, Tensor]) -> Unpacked:
-    zero_point = weights.unpack(_bytes(tensors["qzeros"]), stored.bits).T.long()
+    zero_point = packing.unpack(_bytes(tensors["qzeros"]), stored.bits).T.long()
     zero_point = (zero_point + stored.zero_offset) & ((1 << stored.bits) - 1)
     return Unpacked(_bytes(tensors["qweight"].T), tensors["scales"].T, zero_point, tensors.get("g_idx"))
 
 
 def _awq(path: str, n: int, k: int, stored: Stored, tensors: Mapping[str, Tensor]) -> Unpacked:
-    codes = weights.pack(_awq_columns(tensors["qweight"]).T.contiguous(), 4)
+    codes = packing.pack(_awq_columns(tensors["qweight"]).T.contiguous(), 4)
     return Unpacked(codes, tensors["scales"].T, _awq_columns(tensors["qzeros"]).T.long())
 
 
 def _awq_columns(words: Tensor) -> Tensor:
     """[rows, n/8] int32 -> [rows, n] uint8."""
-    fields = weights.split(weights.unpack(_bytes(words), 4), 8)
+    fields = packing.split(packing.unpack(_bytes(words), 4), 8)
     columns = torch.empty_like(fields)
     columns[..., torch.tensor(AWQ_COLUMNS)] = fields
     return columns.flatten(-2)
@@ -185,7 +186,7 @@ def _compressed(path: str, n: int, k: int, stored: Stored, tensors: Mapping[str,
     elif zero.dtype == torch.int8:
         zero_point = zero.long() + middle
     else:
-        zero_point = weights.unpack(_bytes(zero.T), bits).T.long()
+        zero_point = packing.unpack(_bytes(zero.T), bits).T.long()
     return Unpacked(_bytes(tensors["weight_packed"]), scale, zero_point, tensors.get("weight_g_idx"))
 
 
@@ -237,7 +238,7 @@ def in_order(path: str, found: Unpacked, k: int, stored: Stored) -> tuple[Tensor
             "lowbit reads groups of one size"
         )
     order = torch.argsort(group, stable=True)
-    codes = weights.pack(weights.unpack(found.codes, stored.bits)[:, order], stored.bits)
+    codes = packing.pack(packing.unpack(found.codes, stored.bits)[:, order], stored.bits)
     return codes, order.to(torch.int32)
 
 

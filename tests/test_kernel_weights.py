@@ -22,6 +22,7 @@ from lowbit.kernels import (
     specs,
     unpack,
 )
+from lowbit.kernels import bits as bytewise
 from lowbit.kernels import weights as module
 
 NAMES = list(WEIGHT_FORMATS)
@@ -48,7 +49,7 @@ def random_packed(name, n=16, k=256, seed=0):
 
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_every_code_at_every_place_of_a_block_survives(bits):
-    per_block = module._block(bits)[0]
+    per_block = bytewise._block(bits)[0]
     values = torch.zeros(1 << bits, per_block, per_block, dtype=torch.uint8)
     for code in range(1 << bits):
         for place in range(per_block):

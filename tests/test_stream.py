@@ -9,7 +9,8 @@ from tiny import model
 from torch import nn
 
 from lowbit.errors import LowbitError
-from lowbit.kernels import modules, stream, stream_modules, weights
+from lowbit.kernels import modules, stream, stream_modules
+from lowbit.kernels.bits import unpack
 from lowbit.kernels.modules import NativeLinear
 from lowbit.kernels.quantizer import quantize
 from lowbit.kernels.stream import LAYOUTS
@@ -60,7 +61,7 @@ def test_a_lane_finds_its_codes_and_scales_where_the_kernel_looks(name):
     canonical = (
         want.codes.contiguous().view(torch.int16).numpy().astype(np.int64) & 0xFFFF
         if layout.bits == 16
-        else weights.unpack(want.codes, layout.bits).numpy()
+        else unpack(want.codes, layout.bits).numpy()
     )
     size = 2 * ku * layout.bits
     for tile, chunk in ((0, 0), (found.tiles - 1, want.k // ku - 1)):

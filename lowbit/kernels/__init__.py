@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lowbit.kernels import triton_linear as triton_linear  # registers its kernels
+from lowbit.kernels.bits import pack, unpack
 from lowbit.kernels.quantizer import quantize
 from lowbit.kernels.weights import (
     WEIGHT_FORMATS,
@@ -13,9 +14,7 @@ from lowbit.kernels.weights import (
     find,
     matmul,
     matvec,
-    pack,
     specs,
-    unpack,
 )
 
 __all__ = [

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
+from lowbit.kernels.bits import pack, split
 from lowbit.kernels.weights import (
     E2M1,
     E2M1_MAX,
@@ -25,10 +26,8 @@ from lowbit.kernels.weights import (
     WeightFormat,
     e2m1_table,
     find,
-    pack,
     row_chunks,
     specs,
-    split,
 )
 
 FP16_MAX = 65504.0

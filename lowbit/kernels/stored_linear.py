@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lowbit.formats.layouts import Inputs
 from lowbit.kernels import weights
+from lowbit.kernels.bits import split
 from lowbit.kernels.modules import NativeLinear
 from lowbit.kernels.weights import E4M3_MAX, Packed
 
@@ -82,7 +83,7 @@ class StoredLinear(NativeLinear):
         """x [m, k] of any float dtype, quantized."""
         how = self.inputs
         assert how is not None
-        wide = weights.split(x.float(), how.group_size or self.k)
+        wide = split(x.float(), how.group_size or self.k)
         scale, zero = self._found(wide, how) if how.dynamic else self._stored()
         scaled = wide / scale if zero is None else wide / scale + zero
         if how.kind == "float":

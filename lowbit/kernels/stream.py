@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lowbit.errors import LowbitError
 from lowbit.kernels import weights
+from lowbit.kernels.bits import pack, unpack
 from lowbit.kernels.weights import Packed
 
 TILE, GROUP = 16, 128
@@ -127,7 +128,7 @@ def _ordered(values: Tensor, layout: Layout, ku: int) -> Tensor:
         v = v.view(tiles, 2, 8, chunks, ku // 64, 4, 16).permute(0, 3, 4, 2, 5, 6, 1)
     else:  # 2 bits: k = chunk, two blocks, block, quarter, byte; field = block, high
         v = v.view(tiles, 2, 8, chunks, ku // 128, 2, 4, 16).permute(0, 3, 4, 2, 6, 7, 5, 1)
-    return weights.pack(v.contiguous().view(tiles, chunks, -1), layout.bits)
+    return pack(v.contiguous().view(tiles, chunks, -1), layout.bits)
 
 
 def _grouped_scales(scale: Tensor, zero: Tensor, ku: int) -> Tensor:
@@ -141,7 +142,7 @@ def _grouped_scales(scale: Tensor, zero: Tensor, ku: int) -> Tensor:
 def _codes(packed: Packed) -> Tensor:
     if packed.row.bits == 16:
         return packed.codes.contiguous().view(torch.int16)
-    return weights.unpack(packed.codes, packed.row.bits)
+    return unpack(packed.codes, packed.row.bits)
 
 
 def _padded(tensor: Tensor, rows: int) -> Tensor:
@@ -180,7 +181,7 @@ def _values(data: Tensor, layout: Layout, ku: int) -> Tensor:
     if layout.bits == 16:
         v = data.contiguous().view(torch.int16).view(tiles, chunks, ku // 32, 2, 8, 4, 2, 2, 2)
         return v.permute(0, 7, 4, 1, 2, 5, 3, 6, 8).reshape(tiles * TILE, -1)
-    v = weights.unpack(data.contiguous(), layout.bits)
+    v = unpack(data.contiguous(), layout.bits)
     if layout.bits == 8:
         v = v.view(tiles, chunks, ku // 64, 2, 8, 4, 16).permute(0, 3, 4, 1, 2, 5, 6)
         return (v ^ 128 if layout.signed else v).reshape(tiles * TILE, -1)
@@ -196,7 +197,7 @@ def unpack_stream(stream: Stream) -> Packed:
     layout, ku, row = stream.layout, stream.ku, weights.find(stream.format)
     size = TILE * ku * layout.bits // 8
     values = _values(stream.data[..., :size], layout, ku)[: stream.rows]
-    codes = values.contiguous().view(torch.uint8) if layout.bits == 16 else weights.pack(values, layout.bits)
+    codes = values.contiguous().view(torch.uint8) if layout.bits == 16 else pack(values, layout.bits)
     scale = zero = None
     if layout.grouped:
         pairs = stream.data[..., size:].contiguous().view(torch.float16)
