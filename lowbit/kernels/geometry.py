@@ -63,10 +63,11 @@ class Geometry:
     head_dim: int
     eps: float
     kv: str = ""
+    batch: int = 1
 
     @classmethod
-    def of(cls, config: Any, format: str, kv: str = "") -> Geometry:
-        """Of a transformers LlamaConfig. ``kv`` is what the cache holds, one of KV_CODES."""
+    def of(cls, config: Any, format: str, kv: str = "", batch: int = 1) -> Geometry:
+        """Of a transformers LlamaConfig. ``kv`` is what the cache holds, one of KV_CODES; ``batch``: sequences."""
         return cls(
             format,
             config.hidden_size,
@@ -76,6 +77,7 @@ class Geometry:
             roofline.head_dim(config),
             config.rms_norm_eps,
             kv,
+            batch,
         )
 
     @property
@@ -110,6 +112,7 @@ class Geometry:
             "EPS": f"{self.eps!r}f" if "e" in repr(self.eps) or "." in repr(self.eps) else f"{self.eps!r}.f",
             "WARPS": self.warps,
             "KV": KV_CODES[self.kv],
+            "BATCH": self.batch,
         }
 
     def attention(self, length: int) -> AttentionPlan:

@@ -95,12 +95,15 @@ __device__ __forceinline__ uint16_t to_codes(uint32_t& low, uint32_t& high) {
 template <int STAGES> __global__ void __maxnreg__(NARROW ? 104 : 96) attention_kernel(const __grid_constant__ Attention a) {
   static_assert(OUTPUTS % SPLITS == 0 && OUTPUTS / SPLITS <= ATTENTION_WARPS * 32, "each block finishes its share");
   SHARED_MEMORY(memory);
-  const int t = threadIdx.x, lane = t & 31, warp = t >> 5, g = lane >> 2, quarter = lane & 3, kv = blockIdx.x, split = blockIdx.y;
+  const int t = threadIdx.x, lane = t & 31, warp = t >> 5, g = lane >> 2, quarter = lane & 3, split = blockIdx.y;
+  // Of a batch, sequence after sequence: caches lie [BATCH][KV_HEADS]..., qkv and out [BATCH]...
+  const int owned = blockIdx.x, kv = BATCH > 1 ? owned % KV_HEADS : owned;
+  const uint16_t* qkv = a.qkv + (BATCH > 1 ? owned / KV_HEADS * (QDIM + 2 * KVDIM) : 0);
   uint8_t* own = memory + warp * STAGES * CHUNK_BYTES;
   float* result = (float*)(memory + ATTENTION_WARPS * STAGES * CHUNK_BYTES);
   // Written by the step before, whose kernels are all done: may be read before the wait, and so may the old cache
   const int position = (int)*a.position, chunks = position / CHUNK + 1;
-  const size_t first_row = (size_t)kv * a.length;
+  const size_t first_row = (size_t)owned * a.length;
   auto chunk_of = [&](int i) { return (i * ATTENTION_WARPS + warp) * SPLITS + split; };
   auto fetch = [&](int i) {
     const int first = chunk_of(i) * CHUNK;
@@ -138,7 +141,7 @@ template <int STAGES> __global__ void __maxnreg__(NARROW ? 104 : 96) attention_k
   if (t == 0) let_next_start();
 
   uint32_t q[K_TILES][2];  // operand B: head g
-  const uint32_t* from = (const uint32_t*)(a.qkv + (kv * QUERIES + g) * HEAD_DIM);
+  const uint32_t* from = (const uint32_t*)(qkv + (kv * QUERIES + g) * HEAD_DIM);
 #pragma unroll
   for (int kt = 0; kt < K_TILES; kt++)
 #pragma unroll
@@ -146,8 +149,8 @@ template <int STAGES> __global__ void __maxnreg__(NARROW ? 104 : 96) attention_k
   uint32_t key0 = 0, key1 = 0, value0 = 0, value1 = 0;
   uint16_t new_key_scale = 0, new_value_scale = 0;
   if (owner && lane < HALF_DIM / 2) {
-    const uint32_t* new_key = (const uint32_t*)(a.qkv + QDIM + kv * HEAD_DIM) + lane;
-    const uint32_t* new_value = (const uint32_t*)(a.qkv + QDIM + KVDIM + kv * HEAD_DIM) + lane;
+    const uint32_t* new_key = (const uint32_t*)(qkv + QDIM + kv * HEAD_DIM) + lane;
+    const uint32_t* new_value = (const uint32_t*)(qkv + QDIM + KVDIM + kv * HEAD_DIM) + lane;
     const uint32_t low = load_dependent(new_key), high = load_dependent(new_key + HALF_DIM / 2);
     value0 = load_dependent(new_value), value1 = load_dependent(new_value + HALF_DIM / 2);
     const float2 x = rotate_low(low, high, new_cs), y = rotate_high(low, high, new_cs);
@@ -305,7 +308,7 @@ template <int STAGES> __global__ void __maxnreg__(NARROW ? 104 : 96) attention_k
     }
 #pragma unroll
     for (int r = 0; r < SPLITS; r++) { const float c = exp2f(m[r] - now); total += c * l[r], sum += c * v[r]; }
-    a.out[kv * OUTPUTS + n] = to16(sum / (NARROW ? total * LIFT : total));
+    a.out[owned * OUTPUTS + n] = to16(sum / (NARROW ? total * LIFT : total));
   }
   cluster_sync();  // a block's shared memory lives until its peers have read it
 }
