@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit import vram_limit
 from lowbit.device import Device
 from lowbit.errors import LowbitError
 
@@ -62,7 +63,7 @@ def measure_ceilings(device: Device) -> Ceilings:
 
 
 def _cuda_read_bytes(device: Device) -> int:
-    free, _ = torch.cuda.mem_get_info(device.torch)
+    free = vram_limit.free_bytes(device.torch, device.limit_mib)
     return min(READ_BYTES, free // 4 // CHUNK_BYTES * CHUNK_BYTES)
 
 

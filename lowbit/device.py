@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import platform
 import re
@@ -16,6 +17,7 @@ from typing import Any, Literal
 import torch
 
 import lowbit
+from lowbit import vram_limit
 from lowbit.errors import LowbitError
 from lowbit.formats import Format
 
@@ -48,7 +50,8 @@ class Device:
     """One device. ``slug`` names it for ever and everywhere: model of the card or processor, never the host.
 
     ``index`` counts the devices that CUDA_VISIBLE_DEVICES leaves. ``uuid`` and ``pci`` (``0000:3b:00.0``) let NVML
-    find the same card. ``total_mib`` is the card's memory, or the host's where the device is the CPU.
+    find the same card. ``total_mib`` is the card's memory, or the host's where the device is the CPU; LOWBIT_VRAM_MIB,
+    which ``limit_mib`` holds, makes it smaller.
     """
 
     kind: Literal["cpu", "cuda"]
@@ -62,6 +65,7 @@ class Device:
     cuda: str | None
     uuid: str | None = None
     pci: str | None = None
+    limit_mib: float | None = None
 
     @property
     def torch(self) -> torch.device:
@@ -112,6 +116,7 @@ def _cuda_device(index: int) -> Device:
     properties: Any = torch.cuda.get_device_properties(index)
     uuid = str(getattr(properties, "uuid", "")) or None
     bus = getattr(properties, "pci_bus_id", None)  # not in every torch
+    limit = vram_limit.read()
     pci = None if bus is None else f"{properties.pci_domain_id:04x}:{bus:02x}:{properties.pci_device_id:02x}.0"
     return Device(
         kind="cuda",
@@ -119,19 +124,22 @@ def _cuda_device(index: int) -> Device:
         name=properties.name,
         slug=slugify(properties.name),
         capability=(properties.major, properties.minor),
-        total_mib=properties.total_memory / MIB,
+        total_mib=min(properties.total_memory / MIB, limit or math.inf),
         multiprocessors=properties.multi_processor_count,
         driver=_driver_version(),
         cuda=torch.version.cuda,
         uuid=uuid,
         pci=pci,
+        limit_mib=limit,
     )
 
 
 def _cpu_device() -> Device:
     name, cores = _cpu_name(), _cpu_count()
     slug = f"cpu-{slugify(name)}-{cores}c"
-    return Device("cpu", 0, name, slug, None, _host_mib(), cores, driver=None, cuda=None)
+    limit, host = vram_limit.read(), _host_mib()
+    total = limit if host is None else min(host, limit or math.inf)
+    return Device("cpu", 0, name, slug, None, total, cores, driver=None, cuda=None, limit_mib=limit)
 
 
 def _cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
@@ -191,6 +199,7 @@ def environment(device: Device) -> dict[str, str]:
         "driver": device.driver or "none",
         "os": f"{platform.system()} {platform.machine()} {' '.join(platform.libc_ver())}".strip(),
         **({"CUDA_LAUNCH_BLOCKING": "1"} if launch_blocking(device) else {}),
+        **({vram_limit.VARIABLE: f"{device.limit_mib:g}"} if device.limit_mib else {}),
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lowbit import backends, calibration, compilers, measure, models, quantized, texts
+from lowbit import backends, calibration, compilers, measure, models, quantized, texts, vram_limit
 from lowbit.backends import native
 from lowbit.cases import Case
 from lowbit.ceilings import Ceilings, measure_ceilings
@@ -50,6 +50,7 @@ class Loaded:
             self.nvml_unavailable = str(error)
         if self.device.kind == "cuda":
             torch.cuda.set_device(self.device.torch)  # events, graphs and Triton launches go to the current device
+            vram_limit.enforce(self.device.torch, self.device.limit_mib)
         self.vram = measure.VramMeter(self.device, self.nvml)
 
     @property

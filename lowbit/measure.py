@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lowbit import vram_limit
 from lowbit.device import MIB, Device
 from lowbit.formats import Unmet
 from lowbit.nvml import Nvml
@@ -201,9 +202,8 @@ def memory_fits(device: Device, needed_mib: float, held_mib: float = 0.0) -> Unm
     if device.kind == "cpu":
         free = _host_available_mib()
     else:
-        driver_free, driver_total = torch.cuda.mem_get_info(device.torch)
         cached = torch.cuda.memory_reserved(device.torch) - torch.cuda.memory_allocated(device.torch)
-        free, total = (driver_free + cached) / MIB, driver_total / MIB
+        free = (vram_limit.free_bytes(device.torch, device.limit_mib) + cached) / MIB
     if free is None:
         return None
     room = free + held_mib if total is None else min(free + held_mib, total)

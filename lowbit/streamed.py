@@ -66,8 +66,8 @@ def stream(
     config.num_hidden_layers = 1
     try:
         for index in range(count):
-            layer, layers[index] = layers[index], None
-            inner.layers = nn.ModuleList([layer.to(device).to(dtype)])
+            inner.layers = nn.ModuleList()  # frees the former one before the next is copied
+            inner.layers.append(layers.pop(0).to(device).to(dtype))
             unpack_linears(inner.layers, dtype)
             for window, state in enumerate(hidden):
                 embeds = state[None].to(device)
@@ -75,6 +75,7 @@ def stream(
             progress(f"{host.name}: {index + 1} of {count} layers streamed over {len(windows)} windows")
     finally:
         config.num_hidden_layers = count
+    inner.layers = nn.ModuleList()
     norm.to(device).to(dtype)
     whole.lm_head.to(device).to(dtype)
     unpack_linears(whole, dtype)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fakes import Bench
 
     from lowbit import texts
+    from lowbit.lab import Lab
 
 HERE = Path(__file__).parent
 DYNAMO_ON_3_13_0 = "ignore:Guards may run slower on Python 3.13.0:RuntimeWarning"
@@ -62,6 +63,16 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> texts.Source:
     import tiny_lab
 
     return tiny_lab.write_story(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def tiny_bench(tiny_folder: Path, story: texts.Source) -> Iterator[Lab]:
+    """A lab with that Llama and text on the CPU, for all tests of a module."""
+    import tiny_lab
+
+    made = tiny_lab.make_lab(tiny_folder, story)
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")

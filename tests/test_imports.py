@@ -26,6 +26,7 @@ STAGES = (
         "hostmemory",
         "presets",
         "spent",
+        "vram_limit",
     },
     {"digest", "pins"},
     {"record", "metrics"},

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_lab import CPU, DECODE, PREFILL, decode, make_lab, run_rounds, take
+from tiny_lab import CPU, CPU_FORMATS, DECODE, PREFILL, decode, make_lab, run_rounds, take
 
 from lowbit import lab, measure, metrics, models, process_state, quantized, scoring, texts
 from lowbit.backends import coverage
@@ -20,16 +20,6 @@ from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS
 from lowbit.record import Record
 from lowbit.truth import TruthError
-
-CPU_FORMATS = [row for row in FORMATS.values() if "cpu" in row.devices and row.suite == "quick"]
-"""All rows: tests/test_isolation.py, with one layer."""
-
-
-@pytest.fixture(scope="module")
-def bench(tiny_folder, story):
-    made = make_lab(tiny_folder, story)
-    yield made
-    made.close()
 
 
 def expected_metrics(kind):
@@ -48,8 +38,8 @@ def accounted_for(record):
     [decode(), Case("prefill", FORMATS["bf16-torch"], "eager", PREFILL), Case("quality", FORMATS["a8w8-torchao"])],
     ids=lambda case: case.kind,
 )
-def test_a_record_has_every_metric_of_its_kind_or_the_reason(bench, case):
-    record = take(bench, case)
+def test_a_record_has_every_metric_of_its_kind_or_the_reason(tiny_bench, case):
+    record = take(tiny_bench, case)
     assert accounted_for(record) == expected_metrics(case.kind)
     assert all(value == value and value >= 0 for value in record.metrics.values())
     assert set(record.unavailable.values()) <= {"needs an NVIDIA GPU"}
@@ -60,8 +50,8 @@ def test_a_record_has_every_metric_of_its_kind_or_the_reason(bench, case):
     assert Record.from_dict(record.to_dict()) == record
 
 
-def test_a_quality_record_proves_its_kernels(bench):
-    record = take(bench, Case("quality", FORMATS["a16w8-torchao"]))
+def test_a_quality_record_proves_its_kernels(tiny_bench):
+    record = take(tiny_bench, Case("quality", FORMATS["a16w8-torchao"]))
     assert 0 < record.metrics["kernel_rel_error"] < 2**-7
     assert len(record.info["truth"]) == 7
     assert max(one["kernel"] for one in record.info["truth"].values()) == record.metrics["kernel_rel_error"]
@@ -69,24 +59,24 @@ def test_a_quality_record_proves_its_kernels(bench):
     assert 8 < record.metrics["bits_per_weight"] < 8.5
 
 
-def test_a_library_that_hides_its_weights_says_so_in_the_record(bench, monkeypatch):
+def test_a_library_that_hides_its_weights_says_so_in_the_record(tiny_bench, monkeypatch):
     monkeypatch.delattr("lowbit.backends.torchao.dequantize")
-    record = take(bench, Case("quality", FORMATS["a16w8-torchao"]))
+    record = take(tiny_bench, Case("quality", FORMATS["a16w8-torchao"]))
     assert record.unavailable["kernel_rel_error"] == "torchao gives its weights back in no way that lowbit knows"
     assert "kernel_rel_error" not in record.metrics
 
 
-def test_a_wrong_kernel_fails_its_case(bench, monkeypatch):
+def test_a_wrong_kernel_fails_its_case(tiny_bench, monkeypatch):
     def spoilt(module):
         return 1.05 * unpacking.dequantize(module)
 
     monkeypatch.setattr("lowbit.backends.torchao.dequantize", spoilt)
     with pytest.raises(TruthError, match=r"a16w8-torchao: .* relative error of at most 0\.00781 .*q_proj 0\.04"):
-        take(bench, Case("quality", FORMATS["a16w8-torchao"]))
+        take(tiny_bench, Case("quality", FORMATS["a16w8-torchao"]))
 
 
-def test_samples_are_those_of_the_rounds(bench):
-    record = take(bench, decode(), lambda target, setup, rounds: run_rounds(target, setup, 4))
+def test_samples_are_those_of_the_rounds(tiny_bench):
+    record = take(tiny_bench, decode(), lambda target, setup, rounds: run_rounds(target, setup, 4))
     lengths = {name: len(values) for name, values in record.samples.items()}
     assert lengths == {"decode_s": 4, "prefill_s": 4, "step_s": 4 * DECODE.new_tokens, "yardstick_s": 4}
     tokens = DECODE.batch * DECODE.new_tokens
@@ -104,11 +94,11 @@ def test_seconds_by_purpose_stay_within_the_wall(tiny_folder, story):
     bench.close()
 
 
-def test_a_compiled_case(bench):
+def test_a_compiled_case(tiny_bench):
     case = decode(mode="reduce-overhead", workload=dataclasses.replace(DECODE, batch=1))
-    if unmet := bench.unmet(case):
+    if unmet := tiny_bench.unmet(case):
         pytest.skip(str(unmet))
-    record = take(bench, case)
+    record = take(tiny_bench, case)
     assert record.metrics["compile_s"] > 0
     assert (record.metrics["graph_breaks"], record.metrics["recompiles"]) == (0, 0)
     assert "cudagraph_skips" not in record.info  # a CPU has no graphs that could be given up
@@ -122,9 +112,9 @@ def test_notes_of_the_host_model_reach_the_record(tiny_folder, story):
     bench.close()
 
 
-def test_cuda_graphs_given_up_are_noted(bench, monkeypatch):
+def test_cuda_graphs_given_up_are_noted(tiny_bench, monkeypatch):
     monkeypatch.setattr(lab, "cudagraph_skips", lambda case, device: 2)
-    record = take(bench, decode())
+    record = take(tiny_bench, decode())
     assert record.info["cudagraph_skips"] == 2
     assert record.info["notes"] == ["decode[bf16-torch-eager-b2_c0]: Inductor gave up its CUDA graphs, 2 times"]
 
@@ -139,9 +129,9 @@ def test_the_runs_own_processes_do_not_disturb(tiny_folder, story, monkeypatch):
     bench.close()
 
 
-def test_a_disturbed_card_voids_the_record(bench, monkeypatch):
+def test_a_disturbed_card_voids_the_record(tiny_bench, monkeypatch):
     monkeypatch.setattr(lab, "disturbed", lambda before, after: "another process came to the card: pid 7")
-    record = take(bench, decode())
+    record = take(tiny_bench, decode())
     assert (record.outcome, record.error) == ("void", "another process came to the card: pid 7")
     assert record.metrics["decode_tok_s"] > 0
 
@@ -150,13 +140,13 @@ def test_a_disturbed_card_voids_the_record(bench, monkeypatch):
 
 
 @pytest.mark.parametrize("fmt", CPU_FORMATS, ids=lambda fmt: fmt.id)
-def test_the_master_is_untouched_by_every_format(bench, fmt):
-    before = bench.host.checksum()
-    if unmet := bench.unmet(decode(fmt.id)):
+def test_the_master_is_untouched_by_every_format(tiny_bench, fmt):
+    before = tiny_bench.host.checksum()
+    if unmet := tiny_bench.unmet(decode(fmt.id)):
         pytest.skip(str(unmet))
-    assert take(bench, Case("quality", fmt)).outcome == "measured"
-    assert take(bench, decode(fmt.id)).outcome == "measured"
-    assert bench.host.checksum() == before
+    assert take(tiny_bench, Case("quality", fmt)).outcome == "measured"
+    assert take(tiny_bench, decode(fmt.id)).outcome == "measured"
+    assert tiny_bench.host.checksum() == before
 
 
 def settings():
@@ -165,11 +155,11 @@ def settings():
 
 
 @pytest.mark.parametrize("fmt", ["a16w8-torchao", "a16w4_g128-torchao", "a16w4_nf4_dq-bitsandbytes"])
-def test_a_case_leaves_the_process_as_it_was(bench, fmt):
-    bench.acquire(FORMATS[fmt])
+def test_a_case_leaves_the_process_as_it_was(tiny_bench, fmt):
+    tiny_bench.acquire(FORMATS[fmt])
     before = settings()
-    take(bench, decode(fmt))
-    take(bench, Case("quality", FORMATS[fmt]))
+    take(tiny_bench, decode(fmt))
+    take(tiny_bench, Case("quality", FORMATS[fmt]))
     assert settings() == before
 
 
@@ -258,12 +248,12 @@ def test_quality_beside_dummy_weights_is_the_embedded_models(tiny_folder, story)
     bench.close()
 
 
-def test_coverage_is_proven_before_anything_is_measured(bench, monkeypatch):
-    bench.release()
+def test_coverage_is_proven_before_anything_is_measured(tiny_bench, monkeypatch):
+    tiny_bench.release()
     monkeypatch.setattr(quantized.backends, "get", lambda name: SimpleNamespace(PACKAGES=(), quantize=_nothing))
     with pytest.raises(coverage.CoverageError):
-        take(bench, decode("a16w8-torchao"))
-    bench.release()
+        take(tiny_bench, decode("a16w8-torchao"))
+    tiny_bench.release()
 
 
 def _nothing(module, fmt, dtype):

@@ -7,21 +7,12 @@ import gc
 
 import pytest
 import torch
-from tiny_lab import CPU, decode, make_lab
+from tiny_lab import CPU, CPU_FORMATS, decode, make_lab
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS
 from lowbit.workloads import Workload
-
-ROWS = [row for row in FORMATS.values() if "cpu" in row.devices and row.suite == "quick"]
-
-
-@pytest.fixture(scope="module")
-def bench(tiny_folder, story):
-    made = make_lab(tiny_folder, story)
-    yield made
-    made.close()
 
 
 def live_bytes():
@@ -45,7 +36,7 @@ def live_bytes():
 def test_thirteen_builds_take_no_more_memory_than_one(tiny_folder, story):
     bench = make_lab(tiny_folder, story)
     assert bench.host.checkpoint_bytes > 2**20  # read: the master counts before
-    rows = [row for row in ROWS if bench.unmet(decode(row.id)) is None]
+    rows = [row for row in CPU_FORMATS if bench.unmet(decode(row.id)) is None]
     gc.collect()
     before = live_bytes()
     largest = 0
@@ -59,22 +50,22 @@ def test_thirteen_builds_take_no_more_memory_than_one(tiny_folder, story):
     bench.close()
 
 
-def test_one_format_is_alive_at_a_time(bench):
-    first = bench.acquire(FORMATS["bf16-torch"])
-    assert bench.acquire(FORMATS["bf16-torch"]) is first
-    second = bench.acquire(FORMATS["a16w8-torchao"])
+def test_one_format_is_alive_at_a_time(tiny_bench):
+    first = tiny_bench.acquire(FORMATS["bf16-torch"])
+    assert tiny_bench.acquire(FORMATS["bf16-torch"]) is first
+    second = tiny_bench.acquire(FORMATS["a16w8-torchao"])
     assert second is not first
-    bench.release()
-    assert bench.acquire(FORMATS["a16w8-torchao"]) is not second
+    tiny_bench.release()
+    assert tiny_bench.acquire(FORMATS["a16w8-torchao"]) is not second
 
 
-def test_a_context_beyond_the_models_is_unmet(bench):
-    unmet = bench.unmet(decode(workload=Workload("b1_c300", "decode", 1, 300, 8, "small")))
+def test_a_context_beyond_the_models_is_unmet(tiny_bench):
+    unmet = tiny_bench.unmet(decode(workload=Workload("b1_c300", "decode", 1, 300, 8, "small")))
     assert (unmet.kind, unmet.reason) == ("shape", "b1_c300 needs 308 positions, the model has 256")
 
 
-def test_the_native_mode_says_what_it_needs(bench):
-    unmet = bench.unmet(decode("a16w8-lowbit", "native"))
+def test_the_native_mode_says_what_it_needs(tiny_bench):
+    unmet = tiny_bench.unmet(decode("a16w8-lowbit", "native"))
     assert str(unmet) == "capability: needs cuda (lowbit's own kernels), this is cpu"
 
 
@@ -94,15 +85,15 @@ def test_what_does_not_fit_is_unmet_with_the_figures(tiny_folder, story):
     bench.close()
 
 
-def _needed(bench, workload):
-    config = bench.host_config
+def _needed(tiny_bench, workload):
+    config = tiny_bench.host_config
     linears = 2 * 256 * 256 + 2 * 256 * 64 + 3 * 256 * 768
     head = 2 * config.vocab_size * 256 * 2
     weights = 2 * linears * 8.5 / 8 + head + linears * 2
     return (weights + workload.batch * workload.context_tokens * 2 * 2 * 64 * 2) / 2**20
 
 
-def test_a_format_without_a_dtype_here_is_an_error(bench):
+def test_a_format_without_a_dtype_here_is_an_error(tiny_bench):
     nothing = dataclasses.replace(FORMATS["bf16-torch"], name="none", dtypes=())
     with pytest.raises(LowbitError, match="none-torch needs one of "):
-        bench.acquire(nothing)
+        tiny_bench.acquire(nothing)

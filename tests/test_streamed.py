@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 
 import pytest
 import tiny_llama
 import torch
 
-from lowbit import models, quality, streamed
+from lowbit import device, embedded, models, quality, streamed
 from lowbit.errors import LowbitError
 from lowbit.loading import load_folder
 
@@ -53,21 +54,38 @@ def test_a_reference_streamed_is_the_reference(host, text):
 
 
 def test_one_layer_at_a_time_is_on_the_device(host, text, monkeypatch):
-    moved, alive = [], []
+    moved, told = [], []
     move = torch.nn.Module.to
 
     def to(module, *args, **kwargs):
         if type(module).__name__ == "LlamaDecoderLayer" and args == (DEVICE,):
-            moved.append(module.self_attn.layer_idx)
+            assert [held() for held in moved] == [None] * len(moved), "the layer before is still there"
+            moved.append(weakref.ref(module))
         return move(module, *args, **kwargs)
 
-    def count(text):
-        alive.append(text)
-
     monkeypatch.setattr(torch.nn.Module, "to", to)
-    streamed.stream(host, DEVICE, torch.bfloat16, text.windows(), count)
-    assert moved == [0, 1]
-    assert alive == ["tiny: 1 of 2 layers streamed over 5 windows", "tiny: 2 of 2 layers streamed over 5 windows"]
+    streamed.stream(host, DEVICE, torch.bfloat16, text.windows(), told.append)
+    assert told == ["tiny: 1 of 2 layers streamed over 5 windows", "tiny: 2 of 2 layers streamed over 5 windows"]
+    assert [held() for held in moved] == [None, None]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_on_a_gpu_the_embedded_model_is_streamed_layer_by_layer():
+    gpu = torch.device("cuda", 0)
+    choice = models.choose("embedded", "auto", device.of(gpu), {})
+    host = models.load(choice, pin=True)
+    ids = quality.encode_text("held-out", embedded.heldout_text(), host.tokenizer, 512)
+    torch.cuda.reset_peak_memory_stats(gpu)
+    before = torch.cuda.memory_allocated(gpu)
+    model = streamed.stream(host, gpu, torch.bfloat16, ids.windows())
+    layers = sum(p.numel() for p in host.master.model.layers.parameters()) * 2
+    assert torch.cuda.memory_allocated(gpu) - before < layers / 2  # the head and the norm
+    whole = host.build(gpu, torch.bfloat16)
+    with quality.Reference.build(model, ids) as reference:
+        score = quality.score(whole, ids, reference)
+    assert score.kld == pytest.approx(0.0, abs=1e-9)
+    assert score.top1 == 1.0
+    assert score.ln_ppl_ratio == pytest.approx(0.0, abs=1e-7)
 
 
 def test_other_windows_than_the_computed_ones_are_refused(host, text):

@@ -22,6 +22,8 @@ SHAPE = {name: value for name, value in tiny.config().to_dict().items() if name 
     "vocab_size": 512,
     "initializer_range": 0.05,
 }
+CPU_FORMATS = [row for row in FORMATS.values() if "cpu" in row.devices and row.suite == "quick"]
+"""All rows: tests/test_isolation.py, with one layer."""
 DECODE = Workload("b2_c0", "decode", 2, 5, 6, "small")
 PREFILL = Workload("p24", "prefill", 1, 24, 0, "small")
 WORDS = "once upon a time a time upon once "

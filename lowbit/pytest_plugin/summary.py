@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from lowbit import runs
+from lowbit import runs, vram_limit
 from lowbit.pytest_plugin import collection, gate, updating
 from lowbit.record import Record
 from lowbit.report import evaluation, kernels, recommendation, terminal
@@ -45,6 +45,8 @@ def header_lines(bench: BenchSession) -> list[str]:
         f"lowbit: {bench.device.name} ({bench.device.slug}), model {bench.choice.name}, "
         f"load format {bench.choice.load_format}: {bench.choice.why}"
     ]
+    if bench.device.limit_mib:
+        lines.append(f"lowbit: measured as on a card of {bench.device.limit_mib:,.0f} MiB ({vram_limit.VARIABLE})")
     if bench.settings.profile:
         lines.append(f"lowbit: --profile: nothing is kept, compared or accepted; files in {bench.settings.profile}")
     if bench.blocking:

@@ -1,0 +1,93 @@
+"""LOWBIT_VRAM_MIB: a smaller card than there is, for cases, ceilings, the allocator and what a run says."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+
+import fake_pynvml
+import fakes
+import pytest
+import torch
+from test_device import cards
+from tiny_lab import make_lab, take
+
+from lowbit import ceilings, device, measure, models, vram_limit
+from lowbit.cases import Case
+from lowbit.errors import LowbitError
+from lowbit.formats import FORMATS
+
+pytest_plugins = ["pytester"]
+
+MIB = 1024 * 1024
+SMALL = dataclasses.replace(fake_pynvml.CARD, total_mib=12_288.0, limit_mib=12_288.0)
+
+
+def test_unset_is_no_limit():
+    assert vram_limit.read({}) is None
+    assert vram_limit.read({"LOWBIT_VRAM_MIB": ""}) is None
+    assert vram_limit.read({"LOWBIT_VRAM_MIB": "12288"}) == 12_288
+
+
+@pytest.mark.parametrize("given", ["0", "-5", "nan", "inf", "24GB"])
+def test_what_is_no_size_is_refused(given):
+    with pytest.raises(LowbitError, match=f"LOWBIT_VRAM_MIB: expected a size in MiB, a number above 0, got '{given}'"):
+        vram_limit.read({"LOWBIT_VRAM_MIB": given})
+
+
+def test_a_card_is_as_small_as_told_and_its_environment_says_so(monkeypatch):
+    cards(monkeypatch, "NVIDIA H200")
+    monkeypatch.setenv("LOWBIT_VRAM_MIB", "12288")
+    found = device.detect()
+    assert found == SMALL
+    assert device.environment(found)["LOWBIT_VRAM_MIB"] == "12288"
+    monkeypatch.setenv("LOWBIT_VRAM_MIB", "1e9")
+    assert device.detect().total_mib == fake_pynvml.CARD.total_mib
+    monkeypatch.delenv("LOWBIT_VRAM_MIB")
+    assert "LOWBIT_VRAM_MIB" not in device.environment(device.detect())
+
+
+def test_auto_takes_what_fits_the_smaller_card(monkeypatch, tmp_path):
+    monkeypatch.setattr(models.hub, "cache_folder", lambda env: tmp_path)
+    assert models.choose("auto", "auto", fake_pynvml.CARD, {}).name == "llama-3.1-8b"
+    assert models.choose("auto", "auto", SMALL, {}).name == "llama-3.2-3b"
+
+
+def test_what_is_free_stays_within_the_limit(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100_000 * MIB, 143_771 * MIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3000 * MIB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1000 * MIB)
+    assert measure.memory_fits(SMALL, 11_288) is None
+    assert str(measure.memory_fits(SMALL, 11_289)) == (
+        "memory: needs 11,289 MiB, 11,288 of 12,288 MiB are free on NVIDIA H200"
+    )
+    assert ceilings._cuda_read_bytes(SMALL) == (12_288 - 3000) * MIB // 4
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2000 * MIB, 143_771 * MIB))
+    assert vram_limit.free_bytes(SMALL.torch, SMALL.limit_mib) == 2000 * MIB
+    assert vram_limit.free_bytes(SMALL.torch, 2000) == 0
+
+
+def test_the_allocator_is_told(monkeypatch):
+    told = []
+    total = SimpleNamespace(total_memory=143_771 * MIB)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: total)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: told.append(share))
+    vram_limit.enforce(SMALL.torch, 143_771 / 4)
+    vram_limit.enforce(SMALL.torch, 1e9)
+    vram_limit.enforce(SMALL.torch, None)
+    assert told == [0.25, 1.0]
+
+
+def test_a_run_says_how_small_and_streams_what_does_not_fit(monkeypatch, tiny_folder, story):
+    monkeypatch.setenv("LOWBIT_VRAM_MIB", "4")
+    bench = make_lab(tiny_folder, story, device.detect())
+    record = take(bench, Case("quality", FORMATS["a16w8-torchao"]))
+    (note,) = record.info["notes"]
+    assert "4 of 4 MiB are free" in note
+    assert note.endswith("reference logits streamed layer by layer")
+    bench.close()
+
+
+def test_the_header_says_it(bench):
+    bench.monkeypatch.setattr(fakes, "FAKE_GPU", dataclasses.replace(fakes.FAKE_GPU, limit_mib=12_288.0))
+    assert "lowbit: measured as on a card of 12,288 MiB (LOWBIT_VRAM_MIB)" in bench.run("--collect-only").stdout.str()
