@@ -81,26 +81,28 @@ class Told(NamedTuple):
     night: Night
 
 
-def read(root: Path, *, device: str | None = None, model: str | None = None) -> Histories:
-    """All kept runs under ``root``, of ``device`` (slug) and ``model`` alone where given.
+def read(*roots: Path, device: str | None = None, model: str | None = None) -> Histories:
+    """All kept runs under ``roots``, of ``device`` (slug) and ``model`` alone where given.
 
-    A run that can't be read costs itself and is named in ``unreadable``. Raises LowbitError when ``root`` is not there
-    or holds no run that was asked for, with what it does hold.
+    A run that can't be read costs itself and is named in ``unreadable``. Raises LowbitError when a root is not there,
+    or none holds a run that was asked for, with what they do hold.
     """
-    if not root.exists():
-        raise LowbitError(f"{root}: no such folder of kept runs; give one with --history, or keep runs: pytest benches")
     kept, unreadable = [], []
-    for path in merge.candidates(root):
-        try:
-            kept += _read(path)
-        except LowbitError as error:
-            unreadable.append(str(error))
+    for root in roots:
+        if not root.exists():
+            raise LowbitError(f"{root}: no such folder of kept runs; give one, or keep runs: pytest benches")
+        for path in merge.candidates(root):
+            try:
+                kept += _read(path)
+            except LowbitError as error:
+                unreadable.append(str(error))
     histories = _group(kept)
     chosen = [h for h in histories if device in (None, h.device) and model in (None, h.model)]
     if not chosen:
         have = ", ".join(f"{h.model} ({h.load_format}) on {h.device}" for h in histories) or "no readable run"
         asked = " ".join(word for word in (model, f"on {device}" if device else None) if word) or "any kept run"
-        raise LowbitError(f"{root}: expected {asked}, got {have}" + "".join(f"; {why}" for why in unreadable[:3]))
+        where = ", ".join(map(str, roots))
+        raise LowbitError(f"{where}: expected {asked}, got {have}" + "".join(f"; {why}" for why in unreadable[:3]))
     return Histories(chosen, unreadable)
 
 

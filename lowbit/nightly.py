@@ -35,8 +35,9 @@ def add_parsers(commands: Any) -> None:
 def _add_trend(commands: Any) -> None:
     parser = commands.add_parser("trend", help="what changed over the nights, since when, and what else did that night")
     parser.add_argument(
-        "--history", type=Path, default=KEPT_RUNS, metavar="DIR", help=f"kept runs, or a merged file ({KEPT_RUNS})"
+        "runs", nargs="*", type=Path, metavar="RUN", help=f"kept runs, folders of some, merged files ({KEPT_RUNS})"
     )
+    parser.add_argument("--history", type=Path, metavar="DIR", help="the same, by the name that `report` has for it")
     parser.add_argument("--device", metavar="SLUG", help="of this device alone, as in benches/baselines/<device>")
     parser.add_argument("--model", metavar="NAME", help="of this model alone, as the run's first line names it")
     parser.add_argument(
@@ -78,7 +79,8 @@ def _positive(text: str) -> int:
 
 
 def show_trends(options: argparse.Namespace) -> int:
-    read = history.read(options.history, device=options.device, model=options.model)
+    roots = [*options.runs, *([options.history] if options.history is not None else [])] or [KEPT_RUNS]
+    read = history.read(*roots, device=options.device, model=options.model)
     for reason in read.unreadable:
         print(f"lowbit: left out: {reason}", file=sys.stderr)
     results = [_look(found, options.nights, options.last) for found in read.found]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -244,10 +245,12 @@ def commands_of(
 
 
 def recorded_seconds(paths: Iterable[Path], model: str, device_kind: str) -> dict[str, float]:
-    """Wall seconds by node id, of the latest of these runs of this model on such a device."""
+    """Wall seconds by node id, of the latest of these runs of this model on such a device. A folder's run that can't be
+    read is named on standard error."""
     from lowbit.report import figures
 
-    found = [source for source in figures.read(paths) if source.header.model == model]
+    sources = figures.read(paths, lambda error: print(f"lowbit: left out: {error}", file=sys.stderr))
+    found = [source for source in sources if source.header.model == model]
     found = [source for source in found if source.header.device.startswith("cpu-") == (device_kind == "cpu")]
     return {
         record.case: float(record.info["wall_s"])

@@ -208,6 +208,18 @@ def test_other_models_are_left_out(tmp_path):
 def test_what_is_no_run_is_an_error(tmp_path):
     with pytest.raises(LowbitError, match="no such kept run"):
         figures.read([tmp_path / "none.json"])
+    (tmp_path / "cut.json").write_text("{")
+    with pytest.raises(LowbitError, match=r"cut\.json"):
+        figures.read([tmp_path])  # what the repository stores is whole
+
+
+def test_a_named_folders_broken_run_costs_itself(stored, tmp_path, monkeypatch, capsys):
+    (tmp_path / "cut.json").write_text("{")
+    monkeypatch.chdir(stored)
+    assert main(["formats", "--markdown", str(tmp_path), str(stored)]) == 0
+    captured = capsys.readouterr()
+    assert f"lowbit: left out: {tmp_path / 'cut.json'}: " in captured.err
+    assert "a16w8-torchao" in captured.out
 
 
 def test_the_command_prints_or_writes_the_page(stored, tmp_path, monkeypatch, capsys):

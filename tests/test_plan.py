@@ -128,4 +128,12 @@ def test_stored_runs_give_the_seconds(tmp_path, capsys):
     assert main([*PLAN, "--kind", "decode", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "(1 case by stored runs, the others a guess)" in shown
+    killed = tmp_path / "killed" / "journal.jsonl"
+    killed.parent.mkdir()
+    killed.touch()
+    assert main([*PLAN, "--kind", "decode", str(tmp_path)]) == 0  # one of a folder's costs itself
+    captured = capsys.readouterr()
+    assert captured.out == shown
+    assert captured.err.startswith(f"lowbit: left out: {killed}: ")
+    assert main([*PLAN, "--kind", "decode", str(killed)]) == 2  # one that was named does not
     assert re.search(r"\npart 1: \d+ cases, about \d+\.\d min\npytest ", shown)

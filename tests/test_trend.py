@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -278,3 +279,19 @@ def test_nights_is_a_whole_number(value, capsys):
 )
 def test_certainty_never_says_100(p, text):
     assert certainty(p) == text
+
+
+def test_runs_can_be_named_as_every_other_command_takes_them(root, tmp_path, capsys):
+    _, by_history, _ = run(capsys, "--history", root)
+    assert run(capsys, root)[1] == by_history
+    nights = sorted(root.iterdir())
+    for night in nights[:20]:  # half of them in a folder, the others one by one
+        shutil.copytree(night, tmp_path / night.name)
+    _, split, _ = run(capsys, tmp_path, *nights[20:])
+    assert split.replace(str(tmp_path), str(root)) == by_history
+
+
+def test_a_run_that_is_not_there_is_named(root, tmp_path, capsys):
+    code, _, err = run(capsys, root, tmp_path / "none")
+    assert code == 2
+    assert f"{tmp_path / 'none'}: no such folder of kept runs" in err

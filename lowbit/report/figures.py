@@ -7,7 +7,7 @@ Llama-3.1-8B. Where several files measured a case, the latest measurement counts
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -99,9 +99,22 @@ class Place:
         return next((f"failed: {line}" for r in found if (line := (r.error or "").strip().partition("\n")[0])), "")
 
 
-def read(paths: Iterable[Path]) -> list[Source]:
-    """Every run and baseline of these files and folders. Raises LowbitError for a file that is neither."""
-    return [source for path in paths for file in _files(path) for source in _read(file)]
+def read(paths: Iterable[Path], left_out: Callable[[LowbitError], object] | None = None) -> list[Source]:
+    """Every run and baseline of these files and folders.
+
+    Raises LowbitError for a file that is neither, and for one of a folder's that can't be read; with ``left_out`` such
+    a one (a run killed as it began) costs itself, and the error is handed there.
+    """
+    found: list[Source] = []
+    for path in paths:
+        for file in _files(path):
+            try:
+                found += _read(file)
+            except LowbitError as error:
+                if left_out is None or file == path:
+                    raise
+                left_out(error)
+    return found
 
 
 def _files(path: Path) -> Iterator[Path]:

@@ -51,13 +51,16 @@ def write(options: argparse.Namespace) -> int:
 
 
 def render(named: Iterable[Path] = ()) -> str:
-    """The page of what the repository stores, and of the ``named`` runs beside it. Raises LowbitError for no run."""
+    """The page of what the repository stores, and of the ``named`` runs beside it. Raises LowbitError for no run;
+    a run in a named folder that can't be read is told on standard error."""
     from lowbit import backends
     from lowbit.formats import FORMATS
     from lowbit.report import figures, format_table
 
     stored = [path for path in STORED if path.exists()]
-    sources = figures.read(dict.fromkeys([*stored, *named]))
+    sources = figures.read(dict.fromkeys(stored))
+    more = [path for path in dict.fromkeys(named) if path not in stored]
+    sources += figures.read(more, lambda error: print(f"lowbit: left out: {error}", file=sys.stderr))
     return format_table.page(
         list(FORMATS.values()), sources, {name: backends.needs(row) for name, row in FORMATS.items()}
     )
