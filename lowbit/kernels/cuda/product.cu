@@ -122,7 +122,6 @@ template <int K, bool NORM> __device__ __forceinline__ void stage_x(const Produc
       put8<K>(s, (i * CONSUMERS + t) * 8, v);
     }
   }
-  sync_consumers();
 }
 
 // ---------------------------------------------------------------------------------------------- a stage, by one warp
@@ -216,18 +215,33 @@ template <int K> __device__ __forceinline__ void stage_product(const uint8_t* st
 }
 
 // ---------------------------------------------------------------------------------------------- one product
-__device__ __forceinline__ int first_tile(int tiles, int block, int blocks) { return (int)((int64_t)tiles * block / blocks); }
+__device__ __forceinline__ int first_tile(int tiles, int block, int blocks) { return (int)((uint32_t)tiles * block / blocks); }
 template <int K> __device__ __forceinline__ void produce(const Product& op, const Shared& s, int t0, int t1) {
   constexpr int CHUNKS = K / stage_columns(K), STAGE_BYTES = stage_bytes(stage_columns(K));
   const uint8_t* from = op.weights + (size_t)t0 * CHUNKS * STAGE_BYTES;
   const int stages = (t1 - t0) * CHUNKS;
   const uint64_t policy = evict_first();
+  auto fetch = [&](int stage, int slot) {
+    barrier_expect(s.full + slot, STAGE_BYTES);
+    bulk_copy(s.ring + slot * STAGE_BYTES, from + (size_t)stage * STAGE_BYTES, STAGE_BYTES, s.full + slot, policy);
+  };
+  constexpr int AT_ONCE = 4;
+  // The thread that uses a slot first makes its barriers, on its way: so the first stages are asked for as soon as the block
+  // runs, and the consumers stage x meanwhile. Few at a time: longer straight runs were slower (docs/kernels.md).
+  const int first = min(stages, op.ring);
+  for (int i = 0; i < first; i += AT_ONCE) {
+#pragma unroll
+    for (int j = 0; j < AT_ONCE; j++) if (i + j < first) barrier_init(s.full + i + j, 1), barrier_init(s.empty + i + j, 1);
+    barriers_ready();
+#pragma unroll
+    for (int j = 0; j < AT_ONCE; j++) if (i + j < first) fetch(i + j, i + j);
+  }
+  __syncthreads();  // with the consumers, who have staged x meanwhile
   int slot = 0;
   uint32_t parity = 0;
-  for (int i = 0; i < stages; i++) {
-    if (i >= op.ring) barrier_wait(s.empty + slot, parity ^ 1);
-    barrier_expect(s.full + slot, STAGE_BYTES);
-    bulk_copy(s.ring + slot * STAGE_BYTES, from + (size_t)i * STAGE_BYTES, STAGE_BYTES, s.full + slot, policy);
+  for (int i = first; i < stages; i++) {
+    barrier_wait(s.empty + slot, parity);
+    fetch(i, slot);
     if (++slot == op.ring) slot = 0, parity ^= 1;
   }
 }
@@ -263,6 +277,7 @@ template <int K, bool NORM, int EPILOGUE> __device__ __forceinline__ void consum
   float residual = 0.f;
   if (EPILOGUE == ADD_RESIDUAL && t < (t1 - t0) * 16) residual = load_dependent((const float*)op.out + t0 * 16 + t);
   stage_x<K, NORM>(op, ahead, s);
+  __syncthreads();  // x is staged, and the producer's barriers are made
   uint64_t best = 0;
   Place at{(uint32_t)warp, 0, warp};
   uint32_t first = 0;
@@ -320,11 +335,6 @@ template <int K, bool NORM, int EPILOGUE> __global__ void __launch_bounds__(THRE
   SHARED_MEMORY(memory);
   const Shared s = carve<K>(memory, op.ring, op.batch);
   const int t0 = first_tile(op.tiles, blockIdx.x, gridDim.x), t1 = first_tile(op.tiles, blockIdx.x + 1, gridDim.x);
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < op.ring; i++) barrier_init(s.full + i, 1), barrier_init(s.empty + i, 1);
-    barriers_ready();
-  }
-  __syncthreads();
   if (threadIdx.x >= CONSUMERS) {
     if (threadIdx.x == CONSUMERS) produce<K>(op, s, t0, t1);
   } else consume<K, NORM, EPILOGUE>(op, s, t0, t1);
