@@ -28,6 +28,21 @@ BLUNT = 0.25
 
 
 @dataclass(frozen=True)
+class Blunt:
+    """A limit that a baseline's own noise has made too wide to guard much: ``share`` of the value, out of ``runs``."""
+
+    case: str
+    metric: str
+    share: float
+    runs: Sequence[float] = ()
+    unit: str = ""
+
+    def __str__(self) -> str:
+        gave = f": its runs gave {', '.join(map(_number, self.runs))} {self.unit}".rstrip() if self.runs else ""
+        return f"{short_name(self.case)}: {self.metric} limit {100 * self.share:.0f} %{gave}"
+
+
+@dataclass(frozen=True)
 class Verdict:
     """One metric of one case. ``limit`` is in the metric's unit; ``beyond`` of ``runs`` measurements passed it.
 
@@ -83,13 +98,14 @@ def limit_for(metric: Metric, baseline: Values, spread: Spread, host_bound: bool
     return max(floor.absolute, floor.relative * abs(baseline.median), noise, floor.stderrs * stderr)
 
 
-def find_blunt(rows: Iterable[Row], device_kind: str) -> list[str]:
-    """What a baseline's own noise hides: a line per gated metric whose limit is over ``BLUNT`` of its value.
+def find_blunt(rows: Iterable[Row], device_kind: str) -> list[Blunt]:
+    """What a baseline's own noise hides: each gated metric whose limit is over ``BLUNT`` of its value.
 
-    To be shown when a baseline is accepted: such a case could lose a quarter of its speed and pass.
+    To be shown when a baseline is accepted, and with whatever is judged by it: such a case could lose a quarter of its
+    speed and pass.
     """
     rows = list(rows)
-    spreads, lines = pool_spread(rows), []
+    spreads, found = pool_spread(rows), []
     for row in rows:
         for name, values in row.metrics.items():
             metric = metrics.find(name)
@@ -98,10 +114,22 @@ def find_blunt(rows: Iterable[Row], device_kind: str) -> list[str]:
                 continue
             limit = limit_for(metric, values, spreads.of(name, row), host_bound(row))
             if limit > max(BLUNT * abs(values.median), floor.absolute, floor.relative * abs(values.median)):
-                runs = ", ".join(_number(run) for run in values.runs)
-                share = 100 * limit / abs(values.median)
-                lines.append(f"{short_name(row.case)}: {name} limit {share:.0f} %: its runs gave {runs} {metric.unit}")
-    return lines
+                found.append(Blunt(row.case, name, limit / abs(values.median), values.runs, metric.unit))
+    return found
+
+
+def blunt_words(found: Iterable[Blunt]) -> str:
+    """In one line: ``10 limits are too wide to guard much: speed_ratio of 9 cases (up to 113 %), …``; "" for none."""
+    shares: dict[str, list[float]] = {}
+    for one in found:
+        shares.setdefault(one.metric, []).append(one.share)
+    if not shares:
+        return ""
+    every = sum(map(len, shares.values()))
+    told = [
+        f"{name} of {len(of)} case{'s'[: len(of) > 1]} (up to {100 * max(of):.0f} %)" for name, of in shares.items()
+    ]
+    return f"{every} limit{'s are' if every > 1 else ' is'} too wide to guard much: {', '.join(told)}"
 
 
 def _beyond(metric: Metric, baseline: float, now: float, limit: float) -> Status:

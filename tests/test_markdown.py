@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import report_runs
 from fakes import Bench
 
 from lowbit import baselines, regression, runs
-from lowbit.report import content, markdown
+from lowbit.report import content, markdown, page
 from lowbit.report.content import Content
+from lowbit.spread import Values
 
 pytest_plugins = ["pytester"]
 SLOW = "a16w4_g128-torchao-reduce-overhead-b1_c0"
@@ -103,6 +105,35 @@ def test_500_cases_that_all_regress_are_one_screen_and_the_rest_is_counted(tmp_p
     told = markdown.summary(content.of_run(runs.read(last), baselines.load(accepted)))
     assert len(told.splitlines()) <= 40
     assert re.search(r"^and \d{3,} more, in the report$", told, re.M)
+
+
+def test_how_little_a_noisy_baseline_guards_stands_below_the_verdict(kept: tuple[Path, Path, Path]) -> None:
+    """Else "nothing got worse" would be said of what can't fail."""
+    run, baseline = runs.read(runs.list_runs(kept[1])[0]), baselines.load(kept[0])
+    quiet = content.of_run(run, baseline)
+    assert "too wide" not in markdown.summary(quiet)
+    noisy = {case: replace(row, metrics=_scattered(row.metrics)) for case, row in baseline.rows.items()}
+    told = content.of_run(run, replace(baseline, rows=noisy))
+    line = markdown.summary(told).splitlines()[3]
+    decodes = sum("decode_tok_s" in row.metrics for row in noisy.values())
+    assert line.startswith(
+        f"⚠️ {decodes} limits are too wide to guard much: decode\\_tok\\_s of {decodes} cases (up to "
+    )
+    assert "`--update-baselines --baseline-runs 5`" in line
+    assert f"Limits too wide to guard much: {decodes}</summary>" in page.render(told)
+    one = next(case for case in noisy if "test_decode" in case and run.entries[case].record.outcome == "measured")
+    alone = content.of_run(replace(run, entries={one: run.entries[one]}), told.baseline)
+    assert [blunt.case for blunt in alone.blunt] == [one]  # what was not judged is not told of
+
+
+def _scattered(metrics: Mapping[str, Values]) -> dict[str, Values]:
+    """decode_tok_s as five runs of a busy host give it."""
+    return {
+        name: Values(of.median, tuple(of.median * f for f in (0.6, 0.8, 1.0, 1.2, 1.4)))
+        if name == "decode_tok_s"
+        else of
+        for name, of in metrics.items()
+    }
 
 
 def test_without_a_baseline_nothing_is_called_good(kept: tuple[Path, Path, Path]) -> None:

@@ -20,6 +20,7 @@ import report_runs
 from fakes import Bench
 
 from lowbit import __main__, baselines, runs
+from lowbit.regression import Blunt
 from lowbit.report import content, page, since
 from lowbit.report.content import Content
 from lowbit.report.page import data, nights, series
@@ -336,7 +337,7 @@ def test_a_baseline_says_of_how_many_runs_it_is(folder: Path, count: int, told: 
 
 def test_limits_that_guard_little_are_named(folder: Path) -> None:
     (path,) = (folder / "baselines").rglob("*.json")
-    told = replace(content.of_baseline(baselines.load(path)), blunt=["decode[<b>]: compile_s limit 300 %"])
+    told = replace(content.of_baseline(baselines.load(path)), blunt=[Blunt("decode[<b>]", "compile_s", 3.0)])
     text = page.render(told)
     assert "Limits too wide to guard much: 1</summary>" in text
     assert "<li>decode[&lt;b&gt;]: compile_s limit 300 %</li>" in text

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
-from fakes import CASES, FAKE_GPU, Bench
+from fakes import CASES, FAKE_CHOICE, FAKE_GPU, Bench
 
 from lowbit.device import environment, launch_blocking
 from lowbit.errors import LowbitError
-from lowbit.pytest_plugin import children
+from lowbit.pytest_plugin import children, summary
 
 pytest_plugins = ["pytester"]
 
@@ -65,6 +68,18 @@ def test_launch_blocking_refuses_to_gate(bench, option):
     result = bench.run(option)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     assert f"{option}: CUDA_LAUNCH_BLOCKING=1: the host waits" in result.stderr.str()
+
+
+@pytest.mark.parametrize(("value", "said"), [("1", True), ("0", False)])
+def test_on_a_cpu_launch_blocking_is_seen_and_changes_nothing(monkeypatch, value, said):
+    monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", value)
+    cpu = replace(FAKE_GPU, kind="cpu", slug="cpu-x")
+    settings = SimpleNamespace(profile=None, compare_if_baseline=False)
+    lines = summary.header_lines(
+        SimpleNamespace(device=cpu, choice=FAKE_CHOICE, settings=settings, blocking=launch_blocking(cpu), baseline=None)
+    )
+    assert ("lowbit: CUDA_LAUNCH_BLOCKING is set; on a CPU it changes nothing" in lines) is said
+    assert not any("void" in line for line in lines)
 
 
 def test_launch_blocking_voids_what_is_timed(bench):

@@ -12,7 +12,18 @@ import pytest
 
 from lowbit import metrics, simulation
 from lowbit.record import Record
-from lowbit.regression import REPEATS, Verdict, confirm, find_blunt, judge, limit_for, message, suspicions
+from lowbit.regression import (
+    REPEATS,
+    Blunt,
+    Verdict,
+    blunt_words,
+    confirm,
+    find_blunt,
+    judge,
+    limit_for,
+    message,
+    suspicions,
+)
 from lowbit.spread import NO_SPREAD, Row, Spread, Spreads, Values, pool_spread, spread_factor
 
 CASE = "benches/test_decode.py::test_decode[a16w4_g128-torchao-reduce-overhead-b1_c0]"
@@ -189,10 +200,20 @@ def test_a_baseline_too_noisy_to_gate_is_pointed_out() -> None:
     rows = [row(f"case{i}", decode_tok_s=[99.8, 99.9, 100, 100.1, 100.2], compile_s=[1.0, 1.5]) for i in range(19)]
     assert find_blunt(rows, "cuda") == []
     freak = row("decode.py::test_decode[x]", decode_tok_s=[99.8, 100, 100.1, 100.2, 50.0], mbu=[0.1, 0.9])
-    (line,) = find_blunt([*rows, freak], "cuda")
-    assert line.startswith("decode[x]: decode_tok_s limit 2")
-    assert line.endswith("its runs gave 99.80, 100.0, 100.1, 100.2, 50.00 tok/s")
+    (blunt,) = find_blunt([*rows, freak], "cuda")
+    assert (blunt.case, blunt.metric) == ("decode.py::test_decode[x]", "decode_tok_s")
+    assert str(blunt).startswith("decode[x]: decode_tok_s limit 2")
+    assert str(blunt).endswith("its runs gave 99.80, 100.0, 100.1, 100.2, 50.00 tok/s")
     assert find_blunt([*rows, freak], "cpu") == []
+
+
+def test_blunt_limits_are_counted_by_metric() -> None:
+    assert blunt_words([]) == ""
+    one = Blunt("a", "compile_s", 3.0)
+    assert blunt_words([one]) == "1 limit is too wide to guard much: compile_s of 1 case (up to 300 %)"
+    told = blunt_words([one, Blunt("a", "ttft_ms", 0.31), Blunt("b", "compile_s", 0.4)])
+    assert told.endswith("too wide to guard much: compile_s of 2 cases (up to 300 %), ttft_ms of 1 case (up to 31 %)")
+    assert told.startswith("3 limits are ")
 
 
 # The two figures of the gate

@@ -148,6 +148,8 @@ def test_noise_that_blinds_the_gate_is_named(bench):
     assert f"too noisy to be gated well: decode[{DECODE}]: decode_tok_s limit " in result.stdout.str()
     assert "its runs gave" in result.stdout.str()
     assert "what helps: a quieter machine, more runs (--baseline-runs), or more cases" in result.stdout.str()
+    judged = bench.run("--benchmark-compare", "-k", f"test_decode[{DECODE}]").stdout.str()
+    assert "limit is too wide to guard much: decode_tok_s of 1 case (up to " in judged  # "ok" by that says little
 
 
 def test_an_unwritable_baselines_folder_is_a_usage_error_and_the_run_is_kept(bench):

@@ -22,7 +22,7 @@ from lowbit.pytest_plugin import children, evaluation, gate
 from lowbit.pytest_plugin.collection import VANISHED
 from lowbit.pytest_plugin.options import DEFAULT_BASELINE_RUNS, Settings
 from lowbit.record import Record
-from lowbit.regression import Verdict
+from lowbit.regression import Blunt, Verdict
 from lowbit.report.progress import Progress
 from lowbit.spent import Spent
 from lowbit.spread import Spreads, pool_spread
@@ -55,7 +55,7 @@ class BenchSession:
         self.selected: list[str] = []
         self.poisoned: str | None = None
         self.accepted: Path | None = None
-        self.warnings: list[str] = []
+        self.warnings: list[Blunt] = []
         self.told: list[str] = []
         self.error: str | None = None
         self.refused = False

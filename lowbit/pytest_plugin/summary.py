@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import pytest
 from lowbit import runs, vram_limit
 from lowbit.pytest_plugin import collection, gate, updating
 from lowbit.record import Record
+from lowbit.regression import blunt_words, find_blunt
 from lowbit.report import evaluation, kernels, recommendation, terminal
 from lowbit.report.layout import count
 from lowbit.report.progress import Progress
@@ -51,6 +53,8 @@ def header_lines(bench: BenchSession) -> list[str]:
         lines.append(f"lowbit: --profile: nothing is kept, compared or accepted; files in {bench.settings.profile}")
     if bench.blocking:
         lines.append(f"lowbit: {gate.BLOCKING}: speed cases are void")
+    elif os.environ.get("CUDA_LAUNCH_BLOCKING", "0") not in ("", "0"):
+        lines.append("lowbit: CUDA_LAUNCH_BLOCKING is set; on a CPU it changes nothing")
     if bench.baseline is not None:
         lines.append(f"lowbit: comparing with {bench.baseline.path} ({bench.baseline.runs} runs)")
         changed = gate.upgrades(bench)
@@ -172,6 +176,10 @@ def _consequences(bench: BenchSession) -> list[str]:
             lines.append("what helps: a quieter machine, more runs (--baseline-runs), or more cases at once")
     elif bench.settings.profile:
         lines.append("profiled: nothing was kept or compared; measure without --profile for figures")
-    elif bench.records and bench.baseline is None and not (bench.settings.update_baselines or bench.unreached):
+    elif bench.baseline is not None:
+        kind = bench.device.kind
+        blunt = [one for one in find_blunt(bench.baseline.rows.values(), kind) if one.case in bench.verdicts]
+        lines += [f"{blunt_words(blunt)}; more runs in the baseline narrow them (--baseline-runs)"] if blunt else []
+    elif bench.records and not (bench.settings.update_baselines or bench.unreached):
         lines.append(f"not compared with a baseline; accept this machine's figures with: {bench.accept_command()}")
     return lines

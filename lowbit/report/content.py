@@ -17,7 +17,7 @@ from lowbit.baselines import Baseline
 from lowbit.formats import FORMATS
 from lowbit.history import History
 from lowbit.record import Record
-from lowbit.regression import Verdict
+from lowbit.regression import Blunt, Verdict
 from lowbit.report.terminal import first_line
 from lowbit.runs import JUDGED, Header, Run
 from lowbit.spread import Spreads, floors, host_bound, pool_spread, scale
@@ -50,7 +50,8 @@ class Finding:
 class Content:
     """``verdicts`` has every metric that the run and the baseline share, gated or not. ``judged_by`` names the
     baseline, "" without one; ``confirmed`` is True where suspicions were measured again in fresh processes. Of a
-    baseline shown alone, ``runs`` are those its figures are medians of, ``blunt`` names limits too wide to guard."""
+    baseline shown alone, ``runs`` are those its figures are medians of. ``blunt`` are its limits that are too wide to
+    guard much; of a run, those of the cases that it was judged in."""
 
     header: Header
     records: list[Record]
@@ -66,7 +67,7 @@ class Content:
     upgrades: Sequence[str] = ()
     is_baseline: bool = False
     runs: int = 1
-    blunt: Sequence[str] = ()
+    blunt: Sequence[Blunt] = ()
     history: History | None = None
     trends: Sequence[Trend] = ()
     max_kld: float = 0.05
@@ -152,6 +153,7 @@ def of_run(run: Run, baseline: Baseline | None, **limits: float | None) -> Conte
         lost={case: why for case, why in judgement.lost.items() if whole or case in there},
         new=() if _tolerates_new(run.header) else judgement.new,
         upgrades=judgement.environment,
+        blunt=[one for one in _blunt(baseline) if one.case in verdicts],
     )
 
 
@@ -161,17 +163,21 @@ def of_baseline(baseline: Baseline, **limits: float | None) -> Content:
     for record in records:
         record.info = dict(baseline.rows[record.case].info)
     skips = {case: f"{kind}: {reason}" for case, (kind, reason) in baseline.skips.items()}
-    kind = "cpu" if baseline.header.device.startswith("cpu") else "cuda"
     return Content(
         baseline.header,
         records,
         path=baseline.path,
         is_baseline=True,
         runs=baseline.runs,
-        blunt=regression.find_blunt(baseline.rows.values(), kind),
+        blunt=_blunt(baseline),
         skips=skips,
         **limits,  # type: ignore[arg-type]
     )
+
+
+def _blunt(baseline: Baseline) -> list[Blunt]:
+    kind = "cpu" if baseline.header.device.startswith("cpu") else "cuda"
+    return regression.find_blunt(baseline.rows.values(), kind)
 
 
 def _stored(run: Run) -> dict[str, list[Verdict]]:

@@ -6,7 +6,8 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
-from lowbit.regression import Verdict
+from lowbit.baselines import DEFAULT_RUNS
+from lowbit.regression import Verdict, blunt_words
 from lowbit.report.common import in_common
 from lowbit.report.content import Content, Finding, format_of, name
 from lowbit.report.layout import NONE, divergence, number
@@ -30,7 +31,7 @@ WORDS = {
 def summary(content: Content) -> str:
     """Verdict first; then what failed, what was upgraded, the fastest cases, the answer and the skips."""
     findings = content.findings
-    lines = [f"### {headline(content)}", "", facts(content)]
+    lines = [f"### {headline(content)}", "", facts(content), *_blunt(content)]
     failing, better = [f for f in findings if f.fails], [f for f in findings if not f.fails]
     if failing:
         lines += ["", *_findings(content, failing, FAILURES)]
@@ -83,6 +84,14 @@ def facts(content: Content) -> str:
     if content.header.commit:
         parts.append(f"lowbit {code(content.header.commit[:12])}")
     return "; ".join(parts)
+
+
+def _blunt(content: Content) -> list[str]:
+    """How sure "nothing got worse" is: what could have and would have passed. The next line of the same paragraph."""
+    told = blunt_words(content.blunt)
+    return (
+        [f"⚠️ {text(told)}; more runs narrow them: `--update-baselines --baseline-runs {DEFAULT_RUNS}`"] if told else []
+    )
 
 
 def _findings(content: Content, findings: Sequence[Finding], limit: int) -> list[str]:

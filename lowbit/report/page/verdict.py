@@ -49,7 +49,7 @@ def _judged(content: Content) -> str:
     )
     by, _, moment = content.judged_by.partition(" of ")
     when = f" of {moment[:16].replace('T', ' ')} UTC" if moment else ""
-    return f"Judged by <code>{escape(by)}</code>{escape(when + runs)}. {escape(sure)}"
+    return f"Judged by <code>{escape(by)}</code>{escape(when + runs)}. {escape(sure)}{_blunt(content)}"
 
 
 def _made_of(content: Content) -> str:
@@ -58,11 +58,16 @@ def _made_of(content: Content) -> str:
     told = f"Each figure is {median if content.runs > 1 else 'of one run'}."
     if content.runs < DEFAULT_RUNS:
         told += f" {DEFAULT_RUNS} are asked for: with fewer the gate's limits are wider."
+    return told + _blunt(content)
+
+
+def _blunt(content: Content) -> str:
+    """To unfold: what may get worse unseen. Closes the paragraph that it follows, and opens another."""
     if not content.blunt:
-        return told
-    lines = "".join(f"<li>{escape(line)}</li>" for line in content.blunt)
+        return ""
+    lines = "".join(f"<li>{escape(one)}</li>" for one in content.blunt)
     title = f"Limits too wide to guard much: {len(content.blunt)}"
-    return f"{told}</p><details><summary>{title}</summary><ul>{lines}</ul></details><p>"
+    return f"</p><details><summary>{title}</summary><ul>{lines}</ul></details><p>"
 
 
 # -- what to look at ---------------------------------------------------------------------------------------------------
