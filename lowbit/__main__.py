@@ -46,8 +46,10 @@ def make_parser() -> argparse.ArgumentParser:
     models.set_defaults(run=list_models)
 
     compare = commands.add_parser("compare", help="judge NEW by OLD; exit code 1 when it is worse")
-    compare.add_argument("old", type=Path, metavar="OLD", help="a kept run (.lowbit/runs/...) or a baseline")
-    compare.add_argument("new", type=Path, metavar="NEW", help="a kept run or a baseline")
+    compare.add_argument(
+        "old", type=Path, metavar="OLD", help="a kept run, a folder of some (the newest), or a baseline"
+    )
+    compare.add_argument("new", type=Path, metavar="NEW", help="the same: .lowbit/runs is your last run")
     compare.set_defaults(run=compare_files)
     nightly.add_parsers(commands)
     plan.add_parser(commands)

@@ -40,7 +40,17 @@ class Comparison:
 
 
 def read(path: Path) -> Side:
-    """A baseline or a kept run (its folder, ``run.json`` or journal). Raises LowbitError for anything else."""
+    """A baseline or a kept run: its folder, ``run.json`` or journal, or a folder of runs, of which the newest is meant.
+
+    Raises LowbitError for anything else.
+    """
+    if runs.holds_runs(path):
+        found = runs.newest(path)
+        if found is None:
+            raise LowbitError(
+                f"{path}: expected a kept run, a baseline or a folder of kept runs, got none that is whole"
+            )
+        return found
     if path.is_dir() or path.suffix == ".jsonl":
         return runs.read(path)
     return baselines.load(path) if _kind(path) == "baseline" else runs.read(path)

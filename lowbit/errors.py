@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 
 
@@ -16,3 +17,8 @@ class LoadError(LowbitError):
 def unknown(what: str, got: str, known: Iterable[str]) -> LowbitError:
     """The error for a name that is not in a table: lists the names that are."""
     return LowbitError(f"unknown {what} {got!r}; known: {', '.join(sorted(known))}")
+
+
+def tell_left_out(why: LowbitError | str) -> None:
+    """One of many files can't be read: it costs itself, and is named on standard error."""
+    print(f"lowbit: left out: {why}", file=sys.stderr)

@@ -22,6 +22,8 @@ from lowbit.runs import DOCUMENT, JOURNAL, Entry, Header, Run
 
 RUN, MERGE = "run", "merge"
 SUITES = get_args(Suite)
+HEADLINES = ("decode_tok_s", "ttft_ms", "ppl_", "kld_")
+"""What a conflict tells of a measurement; a case has one of these kinds."""
 
 
 @dataclass(frozen=True)
@@ -140,9 +142,10 @@ def _rank(record: Record) -> int:
 
 
 def _told(record: Record) -> str:
-    """``measured (decode_tok_s 268.7)``: the outcome, and the first metric or the reason."""
+    """``measured (decode_tok_s 268.7)``: the outcome, and the metric that one asks for first, or the reason."""
     if record.outcome == "measured":
-        why = next((f"{name} {value:.4g}" for name, value in record.metrics.items()), "")
+        names = sorted(record.metrics, key=lambda name: not name.startswith(HEADLINES))
+        why = next((f"{name} {record.metrics[name]:.4g}" for name in names), "")
     else:
         why = str(record.unmet or record.error or "").splitlines()[0] if record.unmet or record.error else ""
     return f"{record.outcome} ({why})" if why else record.outcome

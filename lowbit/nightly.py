@@ -11,7 +11,7 @@ from typing import Any
 
 from lowbit import bisection, documents, history, merge, metrics, trend
 from lowbit.changepoint import MIN_NIGHTS
-from lowbit.errors import LowbitError, unknown
+from lowbit.errors import LowbitError, tell_left_out, unknown
 from lowbit.history import History
 from lowbit.report.layout import count
 from lowbit.report.suspects import suspects
@@ -82,7 +82,7 @@ def show_trends(options: argparse.Namespace) -> int:
     roots = [*options.runs, *([options.history] if options.history is not None else [])] or [KEPT_RUNS]
     read = history.read(*roots, device=options.device, model=options.model)
     for reason in read.unreadable:
-        print(f"lowbit: left out: {reason}", file=sys.stderr)
+        tell_left_out(reason)
     results = [_look(found, options.nights, options.last) for found in read.found]
     if options.json:
         print(json.dumps([_to_dict(found, listed) for found, listed in results], indent=1))
@@ -104,7 +104,7 @@ def merge_runs(options: argparse.Namespace) -> int:
             if path in named:
                 raise
             broken += 1  # one of a folder's: a task that was killed as it began costs itself
-            print(f"lowbit: left out: {error}", file=sys.stderr)
+            tell_left_out(error)
     chosen = [run for run in kept if options.device in (None, run.header.device)]
     if not chosen:
         have = ", ".join(dict.fromkeys(run.header.device for run in kept)) or "no readable run"

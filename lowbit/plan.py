@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowbit import cases
 from lowbit.cases import KINDS, SUITE_MODES, Case
-from lowbit.errors import LowbitError, unknown
+from lowbit.errors import LowbitError, tell_left_out, unknown
 from lowbit.formats import FORMATS
 from lowbit.report.layout import count
 
@@ -249,7 +248,7 @@ def recorded_seconds(paths: Iterable[Path], model: str, device_kind: str) -> dic
     read is named on standard error."""
     from lowbit.report import figures
 
-    sources = figures.read(paths, lambda error: print(f"lowbit: left out: {error}", file=sys.stderr))
+    sources = figures.read(paths, tell_left_out)
     found = [source for source in sources if source.header.model == model]
     found = [source for source in found if source.header.device.startswith("cpu-") == (device_kind == "cpu")]
     return {

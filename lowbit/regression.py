@@ -38,7 +38,7 @@ class Blunt:
     unit: str = ""
 
     def __str__(self) -> str:
-        gave = f": its runs gave {', '.join(map(_number, self.runs))} {self.unit}".rstrip() if self.runs else ""
+        gave = f": its runs gave {', '.join(map(figure, self.runs))} {self.unit}".rstrip() if self.runs else ""
         return f"{short_name(self.case)}: {self.metric} limit {100 * self.share:.0f} %{gave}"
 
 
@@ -224,7 +224,7 @@ def short_name(case: str) -> str:
     return case.rpartition("::")[2].removeprefix("test_")
 
 
-def _number(value: float, beside: float = 0.0) -> str:
+def figure(value: float, beside: float = 0.0) -> str:
     """Four significant digits of the larger of the two, so that "268.7 -> 241.0" lines up."""
     size = max((abs(x) for x in (value, beside) if math.isfinite(x)), default=0.0)
     if not math.isfinite(value) or size == 0:
@@ -238,9 +238,9 @@ def message(case: str, device: str, verdict: Verdict) -> str:
     head = f"{short_name(case)} on {device}: {verdict.metric}"
     baseline, now, unit = verdict.baseline, verdict.now, f" {verdict.unit}".rstrip()
     if baseline is None:
-        return f"{head} {_number(now) if now is not None else '?'}{unit} (not in the baseline)"
+        return f"{head} {figure(now) if now is not None else '?'}{unit} (not in the baseline)"
     if now is None:
-        return f"{head} {_number(baseline)}{unit} -> missing ({verdict.reason or 'not measured'})"
+        return f"{head} {figure(baseline)}{unit} -> missing ({verdict.reason or 'not measured'})"
     notes = []
     if not math.isfinite(now - baseline):
         notes.append("not a finite number")
@@ -258,4 +258,4 @@ def message(case: str, device: str, verdict: Verdict) -> str:
         notes.append(f"{verdict.beyond} of {verdict.runs} runs")
     if verdict.reason:
         notes.append(verdict.reason)
-    return f"{head} {_number(baseline, now)} -> {_number(now, baseline)}{unit} ({', '.join(notes)})"
+    return f"{head} {figure(baseline, now)} -> {figure(now, baseline)}{unit} ({', '.join(notes)})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +103,40 @@ def test_foreign_and_broken_files_are_refused(tmp_path: Path) -> None:
         comparison.compare_runs(old, plain)
     with pytest.raises(LowbitError, match="no such lowbit run"):
         comparison.compare_runs(old, tmp_path / "absent.json")
+
+
+def test_of_a_folder_of_runs_the_newest_is_meant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``compare OLD .lowbit/runs``: the run just made, without looking for its name."""
+    old = accept(tmp_path / "baselines", keep(tmp_path / "runs", record("a", 100.0)))
+    keep(tmp_path / "runs", record("a", 50.0))
+    newest = keep(tmp_path / "runs", record("a", 99.0))
+    killed = tmp_path / "runs" / "99991231T000000.000000Z-1-0" / "journal.jsonl"
+    killed.parent.mkdir()
+    killed.touch()
+    found = comparison.read(tmp_path / "runs")
+    assert found.path == newest
+    assert capsys.readouterr().err.startswith(f"lowbit: left out: {killed}: ")
+    assert not comparison.compare_runs(old, tmp_path / "runs").failed
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(LowbitError, match="empty: expected a kept run, a baseline or a folder of kept runs, got none"):
+        comparison.compare_runs(old, tmp_path / "empty")
+
+
+def test_small_changes_and_small_figures_keep_their_digits(tmp_path: Path) -> None:
+    """A perplexity fails by 0.1 %, a CPU's ratio is a few percent of 1: two decimals would show neither."""
+    old, new = (
+        keep(
+            tmp_path,
+            record("a", metrics={"ppl_embedded_512": ppl}),
+            record("b", metrics={"speed_ratio": ratio}),
+            device="cpu-x",
+        )
+        for ppl, ratio in ((2.1467, 0.0617), (2.1477, 0.0602))
+    )
+    text = difference(comparison.compare_runs(old, new))
+    assert re.search(r"decode\[a\] +ppl +2\.147 +2\.148 +\+0\.05% +ok", text), text
+    worse = difference(comparison.compare_runs(new, old))
+    assert "speed_ratio" not in worse  # no headline, and within its limit
+    slow = keep(tmp_path, record("b", metrics={"speed_ratio": 0.0402}), device="cpu-x", selection={"-k": "b"})
+    text = difference(comparison.compare_runs(old, slow))
+    assert re.search(r"decode\[b\] +speed_ratio +0\.06170 +0\.04020 +-34\.8% +REGRESSED", text), text

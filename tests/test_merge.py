@@ -7,7 +7,7 @@ import shutil
 import sys
 
 import pytest
-from nights import DECODE, TORCH, decode, keep
+from nights import DECODE, TORCH, decode, keep, quality
 
 from lowbit import comparison, history, merge, nightly, runs
 from lowbit.__main__ import main
@@ -83,6 +83,17 @@ def test_a_case_measured_twice_is_a_conflict_and_the_later_stays(tmp_path, capsy
         f"kept: that of {two}"
     ) in out
     assert runs.read(tmp_path / "all.json").entries[BF16].record.metrics["decode_tok_s"] == 179.0
+
+
+def test_a_conflict_tells_what_one_asks_for_first(tmp_path):
+    """Not the first metric of the record: the bytes of the weights are the same in both."""
+    parts = [
+        keep(tmp_path / str(night), [quality(weights_mib=8.0, ppl_embedded_512=ppl)], night=night)
+        for night, ppl in enumerate((2.1467, 2.15))
+    ]
+    (conflict,) = merge.merge([runs.read(path) for path in parts]).conflicts
+    assert "measured (ppl_embedded_512 2.147) in " in conflict
+    assert "measured (ppl_embedded_512 2.15) in " in conflict
 
 
 @pytest.mark.parametrize("outcome", ["failed", "void", "skipped"])

@@ -418,3 +418,10 @@ def test_a_bench_run_writes_its_report(pytester: pytest.Pytester, monkeypatch: p
     assert "<b>torch</b> 2.13.0 → 2.14.0" in verdict
     found = json.loads(between(text, '<script type="application/json" id="data">', "</script>"))
     assert len(found["history"]["nights"]) == 2  # the accepted run's and this one's
+
+
+def test_a_folder_of_runs_is_its_newest_with_the_others_as_past(folder: Path, tmp_path: Path) -> None:
+    options = ("--baselines-dir", folder / "baselines", "--history", tmp_path / "none")
+    assert report(folder / "runs", *options, "-o", tmp_path / "by_folder.html") == 0
+    assert report("--history", folder / "runs", *options[:2], "-o", tmp_path / "by_history.html") == 0
+    assert (tmp_path / "by_folder.html").read_text() == (tmp_path / "by_history.html").read_text()

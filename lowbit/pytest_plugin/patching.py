@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lowbit import baseline_patch, baselines, documents, regression
 from lowbit.baseline_patch import Accepted
 from lowbit.record import Record
+from lowbit.report.layout import count
 from lowbit.runs import Entry
 
 if TYPE_CHECKING:
@@ -69,7 +70,9 @@ def _columns(bench: BenchSession, case: str) -> dict[str, float] | None:
 def _describe(bench: BenchSession, accepted: Accepted) -> list[str]:
     """A line per accepted change, and per change that could not be."""
     assert bench.baseline is not None
-    lines = [f"Accepts {len(accepted.cases)} cases into {bench.baseline.path.name}, measured {documents.now()}"]
+    lines = [
+        f"Accepts {count(len(accepted.cases), 'case')} into {bench.baseline.path.name}, measured {documents.now()}"
+    ]
     for case, entry in accepted.entries.items():
         name, record = regression.short_name(case), entry.record
         changed = [verdict for verdict in bench.verdicts.get(case, []) if verdict.status in CHANGED]

@@ -27,8 +27,8 @@ def add_parser(commands: Any) -> None:
         nargs="*",
         type=Path,
         metavar="RUN",
-        help="a kept run (folder, run.json, journal) or a baseline; of several runs of one device and model "
-        f"the newest is shown, the others are history. Without any: the newest of {KEPT_RUNS}",
+        help="a kept run (folder, run.json, journal), a folder of some, or a baseline; of several runs of one "
+        f"device and model the newest is shown, the others are history. Without any: the newest of {KEPT_RUNS}",
     )
     parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), metavar="FILE", help="report.html")
     parser.add_argument("--summary", type=Path, metavar="FILE", help="the Markdown summary as well")
@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
 
 def gather(options: argparse.Namespace) -> Content:
     """What is to be shown. Raises LowbitError for files of different subjects, and where there is nothing to show."""
-    from lowbit import comparison
+    from lowbit import comparison, runs
     from lowbit.baselines import Baseline
     from lowbit.report import content, since
 
@@ -73,22 +73,20 @@ def gather(options: argparse.Namespace) -> Content:
     named = [side for side in sides if isinstance(side, Baseline)]
     baseline = named[-1] if named else find_baseline(shown[-1].header, options)
     told = content.of_run(shown[-1], baseline, **limits)
-    history, unreadable = since.read_history([options.history], shown[-1], shown[:-1])
+    folders = dict.fromkeys([options.history, *filter(runs.holds_runs, options.runs)])
+    history, unreadable = since.read_history(list(folders), shown[-1], shown[:-1])
     for reason in unreadable:
         print(f"lowbit: left out of the history: {reason}", file=sys.stderr)
     return since.with_history(told, history)
 
 
 def _newest(history: Path) -> Run:
-    """The newest kept run that can be read; a later one that was killed as it began costs itself."""
     from lowbit import runs
 
-    for path in reversed(runs.list_runs(history)):
-        try:
-            return runs.read(path)
-        except LowbitError as error:
-            print(f"lowbit: left out: {error}", file=sys.stderr)
-    raise LowbitError(f"{history}: no kept run to report on; make one with `pytest benches`, or name files")
+    found = runs.newest(history)
+    if found is None:
+        raise LowbitError(f"{history}: no kept run to report on; make one with `pytest benches`, or name files")
+    return found
 
 
 def _refuse_mixed(sides: list[Run | Baseline]) -> None:

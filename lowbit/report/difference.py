@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from lowbit import regression
 from lowbit.comparison import Comparison
 from lowbit.regression import Verdict
-from lowbit.report.layout import NONE, WIDTH, Heading, count, divergence, lay_out, number
+from lowbit.report.layout import NONE, WIDTH, Heading, count, divergence, lay_out
 
 HEADLINES = ("decode_tok_s", "ttft_ms", "kld", "ppl")
 """The metric that stands for a case in the table: the first of these that it has."""
@@ -73,10 +73,16 @@ def _row(case: str, verdicts: Sequence[Verdict]) -> list[str]:
     if verdict is None:
         return [regression.short_name(case), NONE, NONE, NONE, NONE, word(verdicts)]
     family = next((name for name in HEADLINES if verdict.metric.startswith(name)), verdict.metric)
-    show = divergence if family == "kld" else number
-    relative = verdict.change_relative
-    change = NONE if relative is None else f"{100 * relative:+.1f}%"
-    return [regression.short_name(case), family, show(verdict.baseline), show(verdict.now), change, word(verdicts)]
+    old, now, relative = verdict.baseline, verdict.now, verdict.change_relative
+    if family == "kld":
+        shown = [divergence(old), divergence(now)]
+    else:  # a perplexity fails by a tenth of a percent, a ratio is small: as the message has them
+        shown = [
+            NONE if one is None else regression.figure(one, other or 0.0) for one, other in ((old, now), (now, old))
+        ]
+    small = relative is not None and 0 < abs(relative) < 0.01
+    change = NONE if relative is None else f"{100 * relative:+.{2 if small else 1}f}%"
+    return [regression.short_name(case), family, *shown, change, word(verdicts)]
 
 
 def _item(text: str) -> str:

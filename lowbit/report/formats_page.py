@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, tell_left_out
 
 STORED = (Path("benches") / "baselines", Path("docs") / "runs")
 """What the repository holds: accepted baselines, and runs that are figures of no baseline (quality on a CPU)."""
@@ -60,7 +60,7 @@ def render(named: Iterable[Path] = ()) -> str:
     stored = [path for path in STORED if path.exists()]
     sources = figures.read(dict.fromkeys(stored))
     more = [path for path in dict.fromkeys(named) if path not in stored]
-    sources += figures.read(more, lambda error: print(f"lowbit: left out: {error}", file=sys.stderr))
+    sources += figures.read(more, tell_left_out)
     return format_table.page(
         list(FORMATS.values()), sources, {name: backends.needs(row) for name, row in FORMATS.items()}
     )

@@ -15,7 +15,8 @@ from lowbit.report.rows import selection
 LISTED = 12
 """Of the suspects; ``pip freeze`` may differ in a hundred packages."""
 
-NEWEST = '"$(ls -d .lowbit/runs/*/ | tail -1)"'
+NEWEST = ".lowbit/runs"
+"""As ``compare`` reads it: of a folder of runs the newest."""
 
 
 def suspects(old: Environment, new: Environment, moved: Moved, found: Sequence[Suspect]) -> str:

@@ -5,7 +5,16 @@ a SIGKILL costs the case in flight. ``run.json`` is written at the end: pytest-b
 """
 
 from lowbit.runs.kept import DOCUMENT, JOURNAL, JUDGED, Entry, Header, Run
-from lowbit.runs.reading import from_document, latest_incomplete, list_runs, matching, read, wall_seconds
+from lowbit.runs.reading import (
+    from_document,
+    holds_runs,
+    latest_incomplete,
+    list_runs,
+    matching,
+    newest,
+    read,
+    wall_seconds,
+)
 from lowbit.runs.writing import RunWriter, resume, start, to_document
 
 __all__ = [
@@ -17,9 +26,11 @@ __all__ = [
     "Run",
     "RunWriter",
     "from_document",
+    "holds_runs",
     "latest_incomplete",
     "list_runs",
     "matching",
+    "newest",
     "read",
     "resume",
     "start",

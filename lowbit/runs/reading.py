@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit import documents
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, tell_left_out
 from lowbit.record import Record
 from lowbit.runs.kept import DOCUMENT, JOURNAL, JUDGED, Entry, Header, Run
 
@@ -24,6 +24,22 @@ def read(path: Path) -> Run:
 def list_runs(root: Path) -> list[Path]:
     """Folders of all kept runs, oldest first."""
     return sorted(path.parent for path in root.glob(f"*/{JOURNAL}"))
+
+
+def holds_runs(path: Path) -> bool:
+    """Whether this is no run's own folder but one of runs, as ``.lowbit/runs``; an empty folder is one too."""
+    return path.is_dir() and not any((path / name).exists() for name in (JOURNAL, DOCUMENT))
+
+
+def newest(root: Path) -> Run | None:
+    """The newest run of a folder that can be read; a later one that was killed as it began is named on standard error.
+    None where the folder holds none."""
+    for path in reversed(list_runs(root)):
+        try:
+            return read(path)
+        except LowbitError as error:
+            tell_left_out(error)
+    return None
 
 
 def latest_incomplete(root: Path, header: Header) -> Run | None:
