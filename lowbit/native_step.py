@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lowbit import device, generate, kvcache, models, prefill_times
 from lowbit.errors import LowbitError, unknown
+from lowbit.kernels import batch as batches
 from lowbit.kernels import geometry, nvrtc, stream_modules
 from lowbit.kernels.geometry import Geometry
 from lowbit.kernels.quantizer import quantize
@@ -55,7 +56,7 @@ def main(options: Any) -> int:
     choice = models.choose(options.model, options.load_format, here)
     names = options.formats.split(",") if options.formats else list(LAYOUTS)
     for name in names:
-        why = geometry.unmet(choice.config, name, here.capability)
+        why = batches.unmet(choice.config, name, here.capability, options.batch)
         if why is not None:
             raise LowbitError(f"step: {name} can't run here: {why[1]}")
     if (missing := nvrtc.available()) is not None:
@@ -76,7 +77,7 @@ def main(options: Any) -> int:
         model, dtype = _build(host, name, here.torch), Geometry.of(host.config, name).dtype
         quantized_s = time.perf_counter() - started
         for kv in caches:
-            for found in _measure(model, name, kv, quantized_s, contexts, tokens, options.repeats):
+            for found in _measure(model, name, kv, quantized_s, contexts, tokens, options.repeats, options.batch):
                 tell(found)
         for found in prefill_times.of_format(model, name, dtype, here.torch, against):
             tell(found)
@@ -99,18 +100,26 @@ def _build(host: Any, name: str, where: torch.device) -> Any:
 
 
 def _measure(
-    model: Any, name: str, kv: str, quantized_s: float, contexts: list[int], tokens: list[int], repeats: int
+    model: Any,
+    name: str,
+    kv: str,
+    quantized_s: float,
+    contexts: list[int],
+    tokens: list[int],
+    repeats: int,
+    batch: int = 1,
 ) -> Iterator[dict[str, Any]]:
     config, where = model.config, model.model.norm.weight.device
     dtype = Geometry.of(config, name).dtype
     length = min(config.max_position_embeddings, max(contexts) + max(tokens))
-    decoder = generate.Decoder(model, 1, length, dtype, kv=kv)
-    prompt = torch.arange(min(PROMPT, length // 2), device=where).unsqueeze(0) * 7919 % config.vocab_size
+    decoder = generate.Decoder(model, batch, length, dtype, kv=kv)
+    prompt = torch.arange(batch * min(PROMPT, length // 2), device=where).view(batch, -1) * 7919 % config.vocab_size
     started = time.perf_counter()
     decoder.run_natively(prompt, f"{name}, KV cache in {kv}" if kv else name)
     step = decoder.native
     assert step is not None
-    told = {"format": name, "kv": kv or str(dtype).removeprefix("torch.")}
+    told: dict[str, Any] = {"format": name, "kv": kv or str(dtype).removeprefix("torch.")}
+    told |= {"batch": batch} if batch > 1 else {}
     yield told | {
         "what": "ready",
         "quantized_s": round(quantized_s, 2),
@@ -120,7 +129,7 @@ def _measure(
     for context in contexts:
         for count in tokens:
             if context + count <= length:
-                tok_s = rate(step, context, count, where)
+                tok_s = batch * rate(step, context, count, where)
                 yield told | {"what": "decode", "context": context, "tokens": count, "tok_s": round(tok_s, 1)}
     differ = differing(decoder, prompt, min(max(tokens), length - prompt.shape[1]), repeats)
     yield told | {"what": "repeats", "runs": repeats, "differ": differ}
@@ -128,7 +137,7 @@ def _measure(
     for context in contexts:
         if context < length:
             us = attention_us(step, context)
-            gb_s = per_position * context / us / 1e3  # of keys and values
+            gb_s = batch * per_position * context / us / 1e3  # of keys and values
             yield told | {"what": "attention", "context": context, "us": round(us, 2), "gb_s": round(gb_s)}
     for kernel, (calls, us, gb_s) in operations(step, model).items():
         yield told | {"what": "kernel", "us": round(us, 2), "calls": calls, "gb_s": round(gb_s), "of": kernel}
@@ -145,7 +154,7 @@ def attach(module: nn.Module, name: str) -> None:
 
 @torch.no_grad()
 def rate(step: Any, context: int, count: int, where: torch.device) -> float:
-    """Tokens per second of ``count`` dependent steps from ``context`` on. The cache holds what it holds: it costs the
+    """Steps per second of ``count`` dependent ones from ``context`` on. The cache holds what it holds: it costs the
     same whatever its values are."""
 
     def once() -> float:

@@ -10,7 +10,7 @@ import torch
 from lowbit import backends
 from lowbit.ceilings import event_seconds
 from lowbit.formats import Format
-from lowbit.kernels import runner
+from lowbit.kernels import batch, runner
 
 POSITION, REPLAYS = 128, 20
 """Where in the cache the step stands, and graph replays per timing. The head's kernel counts positions on: a cache
@@ -29,7 +29,7 @@ LINEARS = {
 def operations(step: Any, model: Any) -> dict[str, tuple[int, float, float]]:
     """Each kind of kernel by itself, all its calls of a token one behind the other in a graph: calls, µs per call and
     GB/s of weights (0: it reads none)."""
-    names = {kernel: name for name, kernel in runner.PRODUCTS.items()}
+    names = {kernel: name for made in (runner.PRODUCTS, batch.PRODUCTS) for name, kernel in made.items()}
     read = _bytes_read(model)
     found = {}
     for kernel in dict.fromkeys(one.kernel for one in step.plan):

@@ -16,7 +16,7 @@ from lowbit.kernels import nvrtc
 COMPILE = ("g++", "-std=c++17", "-O1", "-fPIC", "-w", "-Wno-psabi")
 HEADER = Path(__file__).parent / "emulator" / "cuda_on_cpu.h"
 ARGUMENTS = {"product": "Product", "attention": "Attention", "embed": "Embed", "unpack": "Unpack"}
-ARGUMENTS |= {"norm": "Norm", "rope": "Rope", "silu": "Silu"}
+ARGUMENTS |= {"batch": "Batch", "normalize": "Normalize", "norm": "Norm", "rope": "Rope", "silu": "Silu"}
 
 
 def unmet():

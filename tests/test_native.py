@@ -257,7 +257,7 @@ def test_a_recipe_of_lowbits_rows_decodes_natively():
         assert "native" in row.modes
         assert native.step_unmet(row, H200, config()) is None
     assert str(native.step_unmet(fmt, gpu(8, 0), config())).startswith("capability: needs SM90")
-    assert str(native.step_unmet(fmt, H200, config(), batch=8)).startswith("shape: the native step decodes one")
+    assert str(native.step_unmet(fmt, H200, config(), batch=9)).startswith("shape: the native step decodes 1 to 8")
 
 
 @pytest.mark.parametrize(

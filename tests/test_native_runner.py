@@ -42,7 +42,7 @@ def generator(monkeypatch):
 
 
 def natively(made, batch, length, kv=""):
-    return NativeRunner(made, length, kv)
+    return NativeRunner(made, batch, length, kv)
 
 
 def ids(stream):

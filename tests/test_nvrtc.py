@@ -8,7 +8,7 @@ import re
 import pytest
 
 from lowbit.errors import LowbitError
-from lowbit.kernels import arguments, nvrtc, prefill, runner
+from lowbit.kernels import arguments, batch, nvrtc, prefill, runner
 from lowbit.kernels.geometry import Geometry
 from lowbit.kernels.stream import LAYOUTS
 
@@ -26,6 +26,7 @@ CASES = [
     ("bf16", SMALL),
 ]
 SOURCE = nvrtc.read_sources("ptx", "common", "product", "attention", "embedding", "unpack", "prefill")
+BATCH_SOURCE = nvrtc.read_sources("batch_x", "batch")
 STRUCTURES = {
     "Product": arguments.Product,
     "Embed": arguments.Embed,
@@ -37,16 +38,20 @@ STRUCTURES = {
 }
 
 
-def layout_checks():
+SEVERAL = {"Batch": arguments.Batch, "Normalize": arguments.Normalize}
+"""For 2 to 8 sequences; compiled for those alone."""
+
+
+def layout_checks(structures=STRUCTURES):
     """C++ that compiles only if an argument is as large as ctypes makes it."""
     return "\n".join(
-        f'static_assert(sizeof({name}) == {ctypes.sizeof(kind)}, "{name}");' for name, kind in STRUCTURES.items()
+        f'static_assert(sizeof({name}) == {ctypes.sizeof(kind)}, "{name}");' for name, kind in structures.items()
     )
 
 
-@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize("name", [*STRUCTURES, *SEVERAL])
 def test_arguments_have_the_kernels_fields_in_their_order(name):
-    body = re.search(rf"struct {name} {{(.*?)\n?}};", SOURCE, re.DOTALL)[1]
+    body = re.search(rf"struct {name} {{(.*?)\n?}};", SOURCE + BATCH_SOURCE, re.DOTALL)[1]
     body = re.sub(r"//.*", "", body)
     fields = [
         re.sub(r"\W", "", word)
@@ -54,7 +59,7 @@ def test_arguments_have_the_kernels_fields_in_their_order(name):
         if line.strip()
         for word in re.sub(r"^(const )?\w+", "", line.strip()).split(",")
     ]
-    assert fields == [field for field, _ in STRUCTURES[name]._fields_]
+    assert fields == [field for field, _ in (STRUCTURES | SEVERAL)[name]._fields_]
 
 
 @pytest.mark.parametrize(
@@ -75,6 +80,24 @@ def test_the_decode_kernels_compile_for_sm90_without_spills(name, shape, kv):
         registers, spilled = found[mangled]
         assert spilled == 0, kernel
         assert registers * threads[kernel] <= 65536, kernel
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "count"),
+    [*((name, LLAMA_8B, 8) for name in batch.FORMATS if name != "int4_sym_g128"), ("int4_g128", LLAMA_1B, 3)],
+    ids=lambda value: f"{value['hidden']}" if isinstance(value, dict) else value,
+)
+def test_the_kernels_for_several_sequences_compile_for_sm90_without_spills(name, shape, count):
+    geometry = Geometry(name, **shape, batch=count)
+    kernels = batch.kernels(geometry) if count == 8 else runner.kernels(geometry)
+    source = nvrtc.read_sources("ptx", *runner.sources(geometry))
+    binary = nvrtc.compile_source(f"{source}\n{layout_checks(SEVERAL)}", kernels, geometry.macros(), "sm_90a")
+    found = binary.resources()
+    threads = {"batch": geometry.threads, "normalize": batch.NORM_THREADS}
+    for kernel, mangled in binary.names.items():
+        registers, spilled = found[mangled]
+        assert spilled == 0, kernel
+        assert registers * threads.get(kernel.split("_")[0], 256) <= 65536, kernel
 
 
 def test_a_compiled_source_is_kept_by_its_hash_and_compiled_again_if_half_written(tmp_path):

@@ -34,7 +34,7 @@ def test_a_llama_in_a_streamed_format_on_an_h200_can_run():
         ({}, "int8", (8, 0), 1, "capability", "needs SM90 (bulk copies, dependent launch; compiled and measured"),
         ({}, "int8", (12, 0), 1, "capability", "this is SM120"),
         ({}, "mxfp4", H200, 1, "capability", "no decode kernel streams mxfp4"),
-        ({}, "int8", H200, 8, "shape", "decodes one sequence, this case has 8"),
+        ({}, "int8", H200, 9, "shape", "decodes 1 to 8 sequences, this case has 9"),
         ({"intermediate_size": 640}, "int8", H200, 1, "shape", "multiple of 256"),
         ({"head_dim": 48, "num_attention_heads": 16}, "int8", H200, 1, "shape", "head_dim must be 32, 64 or 128"),
         ({"num_attention_heads": 16, "num_key_value_heads": 1}, "int8", H200, 1, "shape", "at most 8 query heads"),

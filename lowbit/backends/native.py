@@ -18,6 +18,7 @@ from lowbit.backends import kv_requirement, shapes, targets
 from lowbit.errors import LowbitError
 from lowbit.formats import Format, Unmet, find
 from lowbit.formats.recipes import assignment, matrices
+from lowbit.kernels import batch as batches
 from lowbit.kernels import dispatch, geometry, nvrtc, stream, stream_modules, weights
 from lowbit.kernels.modules import NativeEmbedding, NativeLinear, PackedModule, packed_modules
 from lowbit.kernels.stored_linear import StoredLinear
@@ -50,7 +51,7 @@ def step_unmet(fmt: Format, device: Device, config: Any, batch: int = 1) -> Unme
     activations of one dtype, which is the row's.
     """
     for scheme in dict.fromkeys(scheme for _, scheme in _streams(fmt, config) if scheme is not None):
-        why = geometry.unmet(config, scheme, device.capability, batch, fmt.kv)
+        why = batches.unmet(config, scheme, device.capability, batch, fmt.kv)
         if why is not None:
             return Unmet(*why)
     if fmt.parts and (mixed := _unmixable(fmt, device, config)) is not None:

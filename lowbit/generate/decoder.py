@@ -17,6 +17,7 @@ from torch import Tensor
 from lowbit import kvcache, roofline
 from lowbit.errors import LowbitError
 from lowbit.generate.proof import check_finite, prove
+from lowbit.kernels.batch_step import BatchStep
 from lowbit.kernels.prefill import NativePrefill
 from lowbit.kernels.runner import NativeStep
 from lowbit.quiet import quiet_import
@@ -37,8 +38,7 @@ def make_cache(model: Any, batch: int, length: int, dtype: torch.dtype | None = 
 
     Keys and values: [batch, kv_heads, length rounded up to 16, head_dim] per layer. ``dtype`` is that of the
     activations; None takes it from the final norm, which no format quantizes. ``kv``: what the cache holds instead, as
-    Format.kv (lowbit/kvcache). Allocated before anything is compiled,
-    because the cache marks its tensors as static addresses for CUDA graphs only outside a compiled region.
+    Format.kv. Allocated before anything is compiled: only then does it mark its tensors as static for CUDA graphs.
     """
     config = model.config
     if length > config.max_position_embeddings:
@@ -183,23 +183,24 @@ class Decoder:
     ) -> None:
         """Prefill and decode with lowbit's own kernels from now on: CUDA graphs, one per prompt length, one per token.
 
-        The model holds streamed weights (lowbit.backends.native on SM90). A step after the prompt ``ids`` [1, S], and
+        The model holds streamed weights (lowbit.backends.native on SM90). A step after the prompt ``ids`` [B, S], and
         the prompt itself, are held against the eager ones first: LowbitError naming ``source`` if their logits differ
         by more than the dtype explains. ``greedily`` as in pick_natively; a decoder whose ``pick`` is greedy is so
-        anyhow. Over a quantized KV cache the prefill stays as it is.
+        anyhow. Over a quantized KV cache, and for several sequences, the prefill stays as it is.
         """
         self._rewind(0)
         self._reserve(ids.shape[1])
         of_prompt = prefill_logits(self.model, self.cache, ids).flatten().double()
         first = self.prefill(ids).clone()
         pick = None if greedily or self._pick is greedy else self._pick
-        native = NativeStep(self.model, self.cache, self.token, self.position, progress, pick)
+        make = NativeStep if len(ids) == 1 else BatchStep
+        native = make(self.model, self.cache, self.token, self.position, progress, pick)
         of_step = decode_logits(self.model, self.token, self.position, self.cache).flatten().double()
         self.prefill(ids)
         self.token.copy_(first)  # a pick that draws has drawn another one
         native.launch()
         prove(native, of_step, source, "step")
-        if NativePrefill.takes(self.cache, native.shape.dtype):
+        if len(ids) == 1 and NativePrefill.takes(self.cache, native.shape.dtype):
             native_prefill = NativePrefill(native, self.model, self.cache, progress=progress)
             native_prefill(ids)
             prove(native, of_prompt, source, "prefill")
@@ -246,7 +247,7 @@ class Decoder:
             self._native()
             if on_step is not None:
                 on_step()
-        return self._native.history[begin + 1 : begin + 1 + new_tokens].unsqueeze(0).clone()
+        return self._native.history[..., begin + 1 : begin + 1 + new_tokens].view(len(self.token), -1).clone()
 
     def generate(self, ids: Tensor, new_tokens: int) -> Tensor:
         """A whole round: ids [B, S] -> the first token and the ``new_tokens`` after it, [B, 1 + new_tokens]."""

@@ -9,23 +9,24 @@ from torch import Tensor
 
 from lowbit.backends import native
 from lowbit.generate.decoder import Decoder
-from lowbit.kernels import geometry, runner
+from lowbit.kernels import batch as batches
+from lowbit.kernels import runner
 from lowbit.kernels.stream_modules import StreamLinear
 from lowbit.sampling import GREEDY, Sampler, Sampling
 
 
 class NativeRunner:
-    """One sequence of a model whose linears are streamed (lowbit.backends.native on SM90); see ``Runner``."""
+    """1 to 8 sequences of a model whose linears are streamed (lowbit.backends.native on SM90); see ``Runner``."""
 
     name = "lowbit's CUDA kernels, one graph per token"
 
-    def __init__(self, model: Any, length: int, kv: str = "") -> None:
+    def __init__(self, model: Any, batch: int, length: int, kv: str = "") -> None:
         self.length = length
         if kv:
             self.name = f"{self.name}, KV cache in {kv}"
         self._sampling = GREEDY
-        self._sampler = Sampler(GREEDY, 1, model.model.norm.weight.device)
-        self._decoder = Decoder(model, 1, length, pick=self._pick, kv=kv)
+        self._sampler = Sampler(GREEDY, batch, model.model.norm.weight.device)
+        self._decoder = Decoder(model, batch, length, pick=self._pick, kv=kv)
 
     def _pick(self, logits: Tensor) -> Tensor:
         return self._sampler(logits)
@@ -40,7 +41,7 @@ class NativeRunner:
         if sampling.kind == self._sampler.kind:
             self._sampler.set(sampling)
         else:
-            self._sampler = Sampler(sampling, 1, self._sampler.seed.device)
+            self._sampler = Sampler(sampling, self._sampler.batch, self._sampler.seed.device)
             if self._decoder.native is not None:
                 self._decoder.pick_natively(self._greedily)
 
@@ -51,7 +52,7 @@ class NativeRunner:
 
     @torch.no_grad()
     def prefill(self, ids: Tensor) -> Tensor:
-        """ids [1, S] into an empty cache -> the first token. The first prompt also proves a step against eager."""
+        """ids [batch, S] into an empty cache -> the first token. The first prompt also proves a step against eager."""
         if self._decoder.native is None:
             self._decoder.run_natively(ids, "Generator", greedily=self._greedily)
             self._sampler.set(self._sampling)  # the proof has drawn
@@ -64,17 +65,17 @@ class NativeRunner:
 
 
 def takes(model: Any, batch: int, kv: str = "") -> bool:
-    """Whether the kernels run this model: one sequence, streamed weights, a device that they are written for, a KV
-    cache (``kv`` as Format.kv) that they read."""
+    """Whether the kernels run this model: so many sequences, streamed weights, a device that they are written for, a
+    KV cache (``kv`` as Format.kv) that they read."""
     head = model.lm_head
-    if batch != 1 or not isinstance(head, StreamLinear) or runner.unstreamed(model) is not None:
+    if not isinstance(head, StreamLinear) or runner.unstreamed(model) is not None:
         return False
     device = head.part.stream.data.device
     if not native.streams(device):
         return False
-    return geometry.unmet(model.config, head.format, torch.cuda.get_device_capability(device), kv=kv) is None
+    return batches.unmet(model.config, head.format, torch.cuda.get_device_capability(device), batch, kv) is None
 
 
 def offer(model: Any, batch: int, length: int, kv: str = "") -> NativeRunner | None:
     """For ``make_runner``: a runner of a model that the kernels take."""
-    return NativeRunner(model, length, kv) if takes(model, batch, kv) else None
+    return NativeRunner(model, batch, length, kv) if takes(model, batch, kv) else None

@@ -14,11 +14,14 @@ a step on 8B's shape with dummy weights."""
 
 
 def prove(native: NativeStep, expected: Tensor, source: str, what: str) -> None:
-    """LowbitError unless the last native logits are ``expected`` [V] fp64, the modules', as far as the dtype explains.
+    """LowbitError unless the last native logits are ``expected`` [B · V] fp64, the modules', as far as the
+    dtype explains, for every sequence.
 
     ``source`` is the case, ``what`` was run: a step or a prefill.
     """
-    error = float((native.logits.double() - expected).norm() / expected.norm())
+    of_each = expected.view(-1, native.logits.shape[-1])
+    difference = native.logits.double().view_as(of_each) - of_each
+    error = float((difference.norm(dim=-1) / of_each.norm(dim=-1)).max())
     bound = NATIVE_BOUNDS[native.shape.dtype]
     if not error <= bound:
         raise LowbitError(

@@ -19,6 +19,12 @@ Product = structure(
     "p:weights p:row_scale p:x p:norm p:out p:best p:arrived p:token p:position p:history "
     "i:tiles i:rows i:ring i:batch",
 )
+Batch = structure(
+    "Batch",
+    "p:weights p:row_scale p:x p:out p:best p:arrived p:token p:position p:history "
+    "i:tiles i:rows i:ring i:turns i:length",
+)
+Normalize = structure("Normalize", "p:residual p:parts p:norm p:x")
 Embed = structure("Embed", "p:table p:scale p:zero p:token p:x i:bits i:group i:offset i:step i:wide")
 Attention = structure("Attention", "p:qkv p:keys p:values p:key_scale p:value_scale p:rope p:position p:out i:length")
 Unpack = structure("Unpack", "p:weights p:row_scale p:out i:row0 i:rows i:k i:half i:bf16_out")

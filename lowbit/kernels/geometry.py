@@ -11,6 +11,8 @@ from lowbit import roofline
 from lowbit.errors import LowbitError
 from lowbit.kernels.stream import GROUP, LAYOUTS, TILE, stage_columns
 
+MOST_SEQUENCES = 8
+"""The columns of an mma."""
 NEEDED_SM = (9, 0)
 """Bulk copies into shared memory and programmatic dependent launch."""
 BLOCKS = 128
@@ -35,6 +37,10 @@ KV_CODES = {"": 0, "int8": 1, "fp8": 2}
 """What the KV cache may hold, by lowbit.kvcache's names -> cuda/attention.cu's; the first are 16 bits."""
 AHEAD = {"": 3, "int8": 4, "fp8": 4}
 """Chunks per warp on their way over a long cache: as large a block that a multiprocessor, which limits, has but one."""
+
+
+Unmet = tuple[Literal["capability", "shape"], str]
+"""(kind, reason)."""
 
 
 class AttentionPlan(NamedTuple):
@@ -151,12 +157,10 @@ class Geometry:
         return ring, batch, ring * stage + fixed
 
 
-def unmet(
-    config: Any, format: str, capability: tuple[int, int] | None, batch: int = 1, kv: str = ""
-) -> tuple[Literal["capability", "shape"], str] | None:
+def unmet(config: Any, format: str, capability: tuple[int, int] | None, batch: int = 1, kv: str = "") -> Unmet | None:
     """Why the runner can't decode this model in this weight format on this device: (kind, reason), or None."""
-    if batch != 1:
-        return "shape", f"the native step decodes one sequence, this case has {batch}"
+    if not 1 <= batch <= MOST_SEQUENCES:
+        return "shape", f"the native step decodes 1 to {MOST_SEQUENCES} sequences, this case has {batch}"
     if capability is None:
         return "capability", "needs a CUDA device: the native step is a CUDA graph"
     if capability != NEEDED_SM:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import LowbitError
-from lowbit.kernels import attention_plan, weights
+from lowbit.kernels import attention_plan, batch, weights
 from lowbit.kernels.arguments import Attention, Embed, Product, fill
 from lowbit.kernels.geometry import ATTENTION_WARPS, BLOCKS, RING_BYTES, SPLITS, Geometry
 from lowbit.kernels.launch import Module, compile_module
@@ -30,11 +30,19 @@ PRODUCTS = {
     "down": "product_kernel<INTER, false, ADD_RESIDUAL>",
     "head": "product_kernel<HIDDEN, true, TO_LOGITS>",
 }
+"""Of one sequence; batch.PRODUCTS are those of several."""
 
 
 def kernels(shape: Geometry) -> tuple[str, ...]:
     """All that a module of this shape holds."""
-    return (*PRODUCTS.values(), *shape.attentions, "embed_kernel")
+    products = PRODUCTS.values() if shape.batch == 1 else batch.kernels(shape)
+    return (*products, *shape.attentions, "embed_kernel")
+
+
+def sources(shape: Geometry) -> tuple[str, ...]:
+    """The files of cuda/ that they are compiled from."""
+    several = () if shape.batch == 1 else ("batch_x", "batch")
+    return ("common", "product", *several, "attention", "embedding")
 
 
 Pick = Callable[[Tensor], Tensor]
@@ -46,8 +54,8 @@ _loaded: dict[tuple[Geometry, int], Module] = {}
 def load(shape: Geometry, device: int, progress: Callable[[str], None] | None = None) -> Module:
     """The kernels for this shape, compiled or from the cache, on this device; once per process."""
     if (shape, device) not in _loaded:
-        sources = ("ptx", "common", "product", "attention", "embedding")
-        _loaded[shape, device] = compile_module(sources, kernels(shape), shape.macros(), device, progress)
+        files = ("ptx", *sources(shape))
+        _loaded[shape, device] = compile_module(files, kernels(shape), shape.macros(), device, progress)
     return _loaded[shape, device]
 
 
@@ -67,14 +75,14 @@ def unstreamed(model: Any) -> str | None:
     return None
 
 
-def _stream_of(linear: nn.Module, where: str) -> Stream:
+def stream_of(linear: nn.Module, where: str) -> Stream:
     if not isinstance(linear, StreamLinear):
         raise LowbitError(f"the native step needs streamed weights, but {where} is a {type(linear).__name__}")
     return linear.part.stream
 
 
 @dataclass(eq=False)
-class _Launch:
+class Launch:
     module: Module
     kernel: str
     grid: tuple[int, int]
@@ -116,12 +124,11 @@ class NativeStep:
         pick: Pick | None = None,
     ) -> None:
         self.kv = attention_plan.held(cache)
-        self.shape = Geometry.of(model.config, _stream_of(model.lm_head, "lm_head").format, self.kv)
+        self.shape = Geometry.of(model.config, stream_of(model.lm_head, "lm_head").format, self.kv, token.numel())
         self.token, self.position, self.pick = token, position, pick
         device = token.device
         keys = cache.layers[0].keys
-        if token.numel() != 1 or keys.shape[0] != 1:
-            raise LowbitError(f"the native step decodes one sequence (batch 1), got a cache of batch {keys.shape[0]}")
+        self._check_batch(keys.shape[0])
         self.length = keys.shape[2]
         self._modules: dict[str, Module] = {}
         self._kept: list[Tensor] = []
@@ -131,6 +138,10 @@ class NativeStep:
         self.attention = attention_plan.words(self.shape, self.length)
         self.plan = list(self._plan(model, cache))
         self._graph: torch.cuda.CUDAGraph | None = None
+
+    def _check_batch(self, of_cache: int) -> None:
+        if (self.shape.batch, of_cache) != (1, 1):
+            raise LowbitError(f"NativeStep decodes one sequence (batch 1), got a cache of batch {of_cache}: BatchStep")
 
     def _module(self, format: str) -> Module:
         # kernels of the two int4 formats are the same: their streams are
@@ -143,6 +154,13 @@ class NativeStep:
     def _expect(self, dtype: torch.dtype, what: str) -> None:
         if dtype != self.shape.dtype:
             raise LowbitError(f"the native step of {self.shape.format} wants {what} in {self.shape.dtype}, got {dtype}")
+
+    def _check_format(self, name: str, shape: Geometry) -> None:
+        if shape.dtype != self.shape.dtype:
+            raise LowbitError(
+                f"the native step keeps activations in one dtype, {self.shape.dtype} beside a head in "
+                f"{self.shape.format}, but {name} is {shape.format}: bf16 weights stand with bf16 alone"
+            )
 
     def _buffers(self, model: Any, device: torch.device) -> None:
         shape = self.shape
@@ -162,7 +180,7 @@ class NativeStep:
         half = shape.head_dim // 2
         self.rope = torch.stack([cos[0, :, :half], sin[0, :, :half]], -1).float().contiguous()
 
-    def _plan(self, model: Any, cache: Any) -> Iterator[_Launch]:
+    def _plan(self, model: Any, cache: Any) -> Iterator[Launch]:
         body = model.model
         self._cache = cache
         yield self._embedding(body.embed_tokens)
@@ -170,21 +188,21 @@ class NativeStep:
             attention, mlp = layer.self_attn, layer.mlp
             where = f"layer {index}'s"
             yield self._product(
-                "qkv", _stream_of(attention.q_proj, f"{where} q_proj"), self.residual, self.qkv, layer.input_layernorm
+                "qkv", stream_of(attention.q_proj, f"{where} q_proj"), self.residual, self.qkv, layer.input_layernorm
             )
             yield self._attention(cache.layers[index])
-            yield self._product("o", _stream_of(attention.o_proj, f"{where} o_proj"), self.attended, self.residual)
+            yield self._product("o", stream_of(attention.o_proj, f"{where} o_proj"), self.attended, self.residual)
             yield self._product(
                 "gate_up",
-                _stream_of(mlp.gate_proj, f"{where} gate_proj"),
+                stream_of(mlp.gate_proj, f"{where} gate_proj"),
                 self.residual,
                 self.activated,
                 layer.post_attention_layernorm,
             )
-            yield self._product("down", _stream_of(mlp.down_proj, f"{where} down_proj"), self.activated, self.residual)
-        yield self._product("head", _stream_of(model.lm_head, "lm_head"), self.residual, self.logits, body.norm)
+            yield self._product("down", stream_of(mlp.down_proj, f"{where} down_proj"), self.activated, self.residual)
+        yield self._product("head", stream_of(model.lm_head, "lm_head"), self.residual, self.logits, body.norm)
 
-    def _embedding(self, table: Any) -> _Launch:
+    def _embedding(self, table: Any) -> Launch:
         named: dict[str, Any]
         if isinstance(table, NativeEmbedding):
             packed, row = table.packed, weights.find(table.format)
@@ -202,16 +220,12 @@ class NativeStep:
             self._kept.append(table.weight)
             named = {"table": table.weight, "bits": 16, "group": self.shape.hidden}
         argument = fill(Embed, token=self.token, x=self.residual, **named)
-        grid = -(-self.shape.hidden // 256), 1
-        return _Launch(self._module(self.shape.format), "embed_kernel", grid, 256, argument, overlap=False)
+        grid = -(-self.shape.hidden // 256), self.shape.batch
+        return Launch(self._module(self.shape.format), "embed_kernel", grid, 256, argument, overlap=False)
 
-    def _product(self, name: str, stream: Stream, x: Tensor, out: Tensor, norm: Any = None) -> _Launch:
+    def _product(self, name: str, stream: Stream, x: Tensor, out: Tensor, norm: Any = None) -> Launch:
         shape = replace(self.shape, format=stream.format)
-        if shape.dtype != self.shape.dtype:
-            raise LowbitError(
-                f"the native step keeps activations in one dtype, {self.shape.dtype} beside a head in "
-                f"{self.shape.format}, but {name} is {stream.format}: bf16 weights stand with bf16 alone"
-            )
+        self._check_format(name, shape)
         weight = None if norm is None else norm.weight
         if weight is not None:
             self._expect(weight.dtype, "norms")
@@ -237,17 +251,17 @@ class NativeStep:
             batch=batch,
         )
         grid = min(BLOCKS, stream.tiles), 1
-        return _Launch(self._module(stream.format), PRODUCTS[name], grid, shape.threads, argument, shared)
+        return Launch(self._module(stream.format), PRODUCTS[name], grid, shape.threads, argument, shared)
 
-    def _attention(self, layer: Any) -> _Launch:
+    def _attention(self, layer: Any) -> Launch:
         held = {"keys": layer.keys, "values": layer.values}
         if self.kv:
             held |= {"key_scale": layer.key_scale, "value_scale": layer.value_scale}
         own = {"qkv": self.qkv, "rope": self.rope, "position": self.position, "out": self.attended}
         argument = fill(Attention, **held, **own, length=self.length)
         plan, module = self.shape.attention(self.length), self._module(self.shape.format)
-        grid = self.shape.kv_heads, SPLITS
-        return _Launch(module, plan.kernel, grid, ATTENTION_WARPS * 32, argument, plan.shared_bytes, cluster=SPLITS)
+        grid = self.shape.batch * self.shape.kv_heads, SPLITS
+        return Launch(module, plan.kernel, grid, ATTENTION_WARPS * 32, argument, plan.shared_bytes, cluster=SPLITS)
 
     def launch(self) -> None:
         """The step's kernels, one by one, on the current stream; then ``pick``, if it is not greedy."""
@@ -262,8 +276,8 @@ class NativeStep:
         for one in self.plan[first:]:
             one.launch()
         if self.pick is not None:  # the head has put its arg max there, and advanced the position
-            self.token.copy_(self.pick(self.logits.view(1, 1, -1)))
-            self.history.index_copy_(0, self.position, self.token.view(1))
+            self.token.copy_(self.pick(self.logits.view(self.shape.batch, 1, -1)))
+            self.history.index_copy_(-1, self.position, self.token.view(self.history[..., :1].shape))
 
     def capture(self) -> None:
         """Record the step as a CUDA graph; the token, position and cache stay as they are.

@@ -79,4 +79,29 @@ __device__ __forceinline__ float from16(uint16_t v) {
   return __half2float(__ushort_as_half(v));
 }
 __device__ __forceinline__ float2 from16x2(uint32_t v) { return make_float2(from16((uint16_t)v), from16((uint16_t)(v >> 16))); }
-
+// ---------------------------------------------------------------------------------------------- x in two digits
+constexpr float MAGIC = 12582912.f;  // 1.5 * 2^23: float MAGIC + i has i in its low bits, for |i| < 2^22
+constexpr int MAGIC_BITS = 0x4b400000;
+// 8 consecutive values of x in each of 32 lanes, of which 16 neighbours hold a group -> two digits each, the group's
+// scale, the lane's sum.
+__device__ __forceinline__ void to_digits(const float (&v)[8], uint32_t (&high)[2], uint32_t (&low)[2], float& scale, int& sum) {
+  constexpr float LARGEST = 32512.f;  // 127 * 256
+  uint32_t most = 0;
+#pragma unroll
+  for (int i = 0; i < 8; i++) most = max(most, __float_as_uint(v[i]) & 0x7fffffffu);  // bits order as values do, NaN last
+  const float largest = __uint_as_float(half_warp_max(most));
+  const bool tiny = largest < 1e-30f;
+  scale = tiny ? 0.f : largest * (1.f / LARGEST);
+  const float times = tiny ? 0.f : __fdividef(LARGEST, largest);
+  sum = -8 * MAGIC_BITS;
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    uint32_t q[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) q[i] = __float_as_uint(v[h * 4 + i] * times + MAGIC), sum += (int)q[i];
+    low[h] = pick_bytes(pick_bytes(q[0], q[1], 0x0040), pick_bytes(q[2], q[3], 0x0040), 0x5410);
+#pragma unroll
+    for (int i = 0; i < 4; i++) q[i] += 128;  // low is signed: -128 to 127
+    high[h] = pick_bytes(pick_bytes(q[0], q[1], 0x0051), pick_bytes(q[2], q[3], 0x0051), 0x5410);
+  }
+}

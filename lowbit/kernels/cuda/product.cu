@@ -45,8 +45,6 @@ template <int EPILOGUE> __device__ __forceinline__ void load_row_scales(const Pr
 }
 
 // ---------------------------------------------------------------------------------------------- x into shared memory
-constexpr float MAGIC = 12582912.f;  // 1.5 * 2^23: float MAGIC + i has i in its low bits, for |i| < 2^22
-constexpr int MAGIC_BITS = 0x4b400000;
 // 8 consecutive values from column k on, by each of 32 lanes; 16 neighbours hold a group.
 template <int K> __device__ __forceinline__ void put8(const Shared& s, int k, const float (&v)[8]) {
   if constexpr (!INTEGER) {
@@ -55,24 +53,10 @@ template <int K> __device__ __forceinline__ void put8(const Shared& s, int k, co
     for (int i = 0; i < 4; i++) o[i] = (uint32_t)to16(v[2 * i]) | ((uint32_t)to16(v[2 * i + 1]) << 16);
     *(uint4*)(s.x + k) = make_uint4(o[0], o[1], o[2], o[3]);
   } else {
-    constexpr float LARGEST = 32512.f;  // 127 * 256
-    uint32_t most = 0, low[2], high[2];
-#pragma unroll
-    for (int i = 0; i < 8; i++) most = max(most, __float_as_uint(v[i]) & 0x7fffffffu);  // bits order as values do, NaN last
-    const float largest = __uint_as_float(half_warp_max(most));
-    const bool tiny = largest < 1e-30f;
-    const float scale = tiny ? 0.f : largest * (1.f / LARGEST), times = tiny ? 0.f : __fdividef(LARGEST, largest);
-    int sum = -8 * MAGIC_BITS;
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      uint32_t q[4];
-#pragma unroll
-      for (int i = 0; i < 4; i++) q[i] = __float_as_uint(v[h * 4 + i] * times + MAGIC), sum += (int)q[i];
-      low[h] = pick_bytes(pick_bytes(q[0], q[1], 0x0040), pick_bytes(q[2], q[3], 0x0040), 0x5410);
-#pragma unroll
-      for (int i = 0; i < 4; i++) q[i] += 128;  // low is signed: -128 to 127
-      high[h] = pick_bytes(pick_bytes(q[0], q[1], 0x0051), pick_bytes(q[2], q[3], 0x0051), 0x5410);
-    }
+    uint32_t high[2], low[2];
+    float scale;
+    int sum;
+    to_digits(v, high, low, scale, sum);
     uint8_t* to = (uint8_t*)s.x + k;
     *(uint2*)to = make_uint2(high[0], high[1]);
     *(uint2*)(to + K + PLANE_GAP) = make_uint2(low[0], low[1]);

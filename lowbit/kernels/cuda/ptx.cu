@@ -24,6 +24,9 @@ __device__ __forceinline__ bool barrier_try(uint64_t* b, uint32_t parity) {
 }
 __device__ __forceinline__ void barrier_wait(uint64_t* b, uint32_t parity) { while (!barrier_try(b, parity)) {} }
 __device__ __forceinline__ uint64_t evict_first() { uint64_t p; asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(p)); return p; }
+__device__ __forceinline__ uint64_t evict_last() { uint64_t p; asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(p)); return p; }
+// What other kernels stored is to be seen by the copy engine, which is a proxy of its own
+__device__ __forceinline__ void before_copies() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 __device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes, uint64_t* barrier, uint64_t policy) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
                ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy) : "memory");
