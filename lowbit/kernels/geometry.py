@@ -127,7 +127,8 @@ class Geometry:
         queries = self.heads // self.kv_heads
         number = 1 if self.kv else 2
         chunk = 2 * CHUNK * (self.head_dim * number + 16) + (2 * CHUNK * 2 if self.kv else 0)  # padded rows, scales
-        return AttentionPlan(stages, ATTENTION_WARPS * stages * chunk + 4 * queries * (self.head_dim + 2))
+        letters = 4 * queries * (self.head_dim + 2 * SPLITS)
+        return AttentionPlan(stages, ATTENTION_WARPS * stages * chunk + letters)
 
     @property
     def attentions(self) -> tuple[str, ...]:

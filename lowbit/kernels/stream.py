@@ -60,8 +60,8 @@ LAYOUTS: dict[str, Layout] = {
     "int8": Layout(1, 8, 256, warps=14),
     "int4_g128": Layout(2, 4, 512, warps=14),
     "int4_sym_g128": Layout(2, 4, 512, warps=14),
-    "int2_g128": Layout(3, 2, 1024),
-    "ternary": Layout(4, 2, 1024),
+    "int2_g128": Layout(3, 2, 1024, warps=16),
+    "ternary": Layout(4, 2, 1024, warps=16),
     "fp8_e4m3": Layout(5, 8, 512),
 }
 """Weight formats that the decode kernels read; the others run as their reference."""

@@ -288,13 +288,14 @@ template <int LEFT> inline void wait_copies() {  // what was not waited for has 
   auto& groups = emulator::self->groups;
   while (groups.size() > (size_t)LEFT) emulator::land(groups.front()), groups.erase(groups.begin());
 }
-inline void cluster_sync() {
+inline void cluster_arrive() {}  // a wait is both, which no thread passes before all have arrived
+inline void cluster_wait() {
   emulator::wait_at(emulator::self->block->cluster->barrier, [] { return emulator::self->block->cluster->live; });
 }
-inline float load_peer(const float* own, int rank) {
+inline void store_peer(float* own, int rank, float v) {
   emulator::Block& b = *emulator::self->block;
   emulator::check_shared(own, 4, 4);
-  return *(const float*)(b.cluster->blocks[rank].shared + ((const uint8_t*)own - b.shared));
+  *(float*)(b.cluster->blocks[rank].shared + ((const uint8_t*)own - b.shared)) = v;
 }
 
 // Fragments as the PTX ISA lays them out (mma.m16n8k16, ldmatrix, movmatrix): lane = 4 · row + column pair.

@@ -34,6 +34,8 @@ struct Attention {
 constexpr int SPLITS = 8;                                   // blocks of a cluster
 constexpr int ATTENTION_WARPS = 8, CHUNK = 16;              // warps of a block, positions of a chunk
 constexpr int QUERIES = HEADS / KV_HEADS, HALF_DIM = HEAD_DIM / 2, K_TILES = HEAD_DIM / 16;
+constexpr int MATRICES = NARROW ? K_TILES / 2 : K_TILES;    // that ldmatrix hands out per chunk, of keys and of values
+constexpr int MATRIX = HEAD_DIM / MATRICES;                 // dimensions of one
 constexpr int PIECE = 16 / sizeof(Code);                    // codes that are copied at once
 constexpr int ROW = HEAD_DIM + PIECE;                       // padded: the 8 rows that ldmatrix reads at once share no bank
 constexpr int CHUNK_CODES = CHUNK * ROW;                    // of keys, then of values, then their scales
@@ -42,6 +44,8 @@ constexpr float LARGEST = KV == KV_INT8 ? 127.f : 448.f;    // of a code
 constexpr float LIFT = KV == KV_INT8 ? 64.f : KV == KV_FP8 ? 256.f : 1.f;  // × a weight × 65504 / LARGEST fits fp16
 constexpr int OUTPUTS = QUERIES * HEAD_DIM;
 constexpr int RESULT = OUTPUTS + 2 * QUERIES;               // a warp's or block's: sums, then maxima, then weights
+constexpr int SHARE = OUTPUTS / SPLITS;                     // of the outputs: what each block of a cluster finishes
+constexpr int LETTER = SHARE + 2 * QUERIES;                 // what it is told by each: sums, then all maxima and weights
 constexpr float LOG2_E = 1.4426950408889634f;               // exponentials are powers of two here
 static_assert(QUERIES <= 8, "the heads of a group are the 8 columns of an mma");
 static_assert(RESULT * 4 <= CHUNK_BYTES && CHUNK_BYTES % 16 == 0, "a warp's result takes the place of its first chunk");
@@ -92,15 +96,17 @@ __device__ __forceinline__ uint16_t to_codes(uint32_t& low, uint32_t& high) {
   return scale;
 }
 // STAGES chunks per warp on their way: 1 leaves room for a product's block beside this one, more keep memory busy.
-template <int STAGES> __global__ void __maxnreg__(NARROW ? 104 : 96) attention_kernel(const __grid_constant__ Attention a) {
-  static_assert(OUTPUTS % SPLITS == 0 && OUTPUTS / SPLITS <= ATTENTION_WARPS * 32, "each block finishes its share");
+template <int STAGES> __global__ void __maxnreg__(STAGES > 1 ? 128 : NARROW ? 104 : 96) attention_kernel(const __grid_constant__ Attention a) {
+  static_assert(OUTPUTS % SPLITS == 0 && SHARE <= ATTENTION_WARPS * 32 && SPLITS <= HEAD_DIM, "each block finishes its share");
+  constexpr int AT_ONCE = STAGES > 1 ? 4 : NARROW ? 1 : 2;  // matrices in registers
   SHARED_MEMORY(memory);
   const int t = threadIdx.x, lane = t & 31, warp = t >> 5, g = lane >> 2, quarter = lane & 3, split = blockIdx.y;
   // Of a batch, sequence after sequence: caches lie [BATCH][KV_HEADS]..., qkv and out [BATCH]...
   const int owned = blockIdx.x, kv = BATCH > 1 ? owned % KV_HEADS : owned;
   const uint16_t* qkv = a.qkv + (BATCH > 1 ? owned / KV_HEADS * (QDIM + 2 * KVDIM) : 0);
   uint8_t* own = memory + warp * STAGES * CHUNK_BYTES;
-  float* result = (float*)(memory + ATTENTION_WARPS * STAGES * CHUNK_BYTES);
+  float* letters = (float*)(memory + ATTENTION_WARPS * STAGES * CHUNK_BYTES);  // [SPLITS][LETTER]
+  cluster_arrive();  // peers may write here from now on
   // Written by the step before, whose kernels are all done: may be read before the wait, and so may the old cache
   const int position = (int)*a.position, chunks = position / CHUNK + 1;
   const size_t first_row = (size_t)owned * a.length;
@@ -193,31 +199,37 @@ template <int STAGES> __global__ void __maxnreg__(NARROW ? 104 : 96) attention_k
       }
       __syncwarp();
     }
-    float s[4] = {};  // positions g and g + 8, two heads each
+    // Matrices are asked for some at a time, before any of them is used; every other one has sums of its own, so that one
+    // mma does not wait for the one before it
+    float s[4] = {}, odd_s[4] = {};  // positions g and g + 8, two heads each
     [[maybe_unused]] float value_scale[2];  // theirs
     const int first = chunk_of(i) * CHUNK;
-    if constexpr (NARROW) {
 #pragma unroll
-      for (int kt = 0; kt < K_TILES; kt += 2) {
-        uint32_t k[4], low[4], high[4];
-        load_matrices(k, keys + key_at + kt * 16);
+    for (int m0 = 0; m0 < MATRICES; m0 += AT_ONCE) {
+      uint32_t k[AT_ONCE][4];
 #pragma unroll
-        for (int n = 0; n < 4; n++) codes_to_halves<false>(k[n], low[n], high[n]);
-        multiply(s, low[0], low[1], high[0], high[1], q[kt][0], q[kt][1]);
-        multiply(s, low[2], low[3], high[2], high[3], q[kt + 1][0], q[kt + 1][1]);
+      for (int m = 0; m < AT_ONCE; m++) if (m0 + m < MATRICES) load_matrices(k[m], keys + key_at + (m0 + m) * MATRIX);
+#pragma unroll
+      for (int m = 0; m < AT_ONCE; m++) if (m0 + m < MATRICES) {
+        float (&to)[4] = m % 2 ? odd_s : s;
+        if constexpr (NARROW) {
+          const int kt = (m0 + m) * 2;
+          uint32_t low[4], high[4];
+#pragma unroll
+          for (int n = 0; n < 4; n++) codes_to_halves<false>(k[m][n], low[n], high[n]);
+          multiply(to, low[0], low[1], high[0], high[1], q[kt][0], q[kt][1]);
+          multiply(to, low[2], low[3], high[2], high[3], q[kt + 1][0], q[kt + 1][1]);
+        } else multiply(to, k[m][0], k[m][1], k[m][2], k[m][3], q[m0 + m][0], q[m0 + m][1]);
       }
+    }
+#pragma unroll
+    for (int n = 0; n < 4; n++) s[n] += odd_s[n];
+    if constexpr (NARROW) {
 #pragma unroll
       for (int n = 0; n < 2; n++) {  // beyond the position a scale may be anything
         const float key_scale = __half2float(__ushort_as_half(scales[g + n * 8]));
         s[n * 2] *= key_scale, s[n * 2 + 1] *= key_scale;
         value_scale[n] = first + g + n * 8 > position ? 0.f : LIFT * __half2float(__ushort_as_half(scales[CHUNK + g + n * 8]));
-      }
-    } else {
-#pragma unroll
-      for (int kt = 0; kt < K_TILES; kt++) {
-        uint32_t k[4];
-        load_matrices(k, keys + key_at + kt * 16);
-        multiply(s, k[0], k[1], k[2], k[3], q[kt][0], q[kt][1]);
       }
     }
     if (first + g > position) s[0] = s[1] = -1e30f;
@@ -238,22 +250,21 @@ template <int STAGES> __global__ void __maxnreg__(NARROW ? 104 : 96) attention_k
       o[dt][0] *= change[0], o[dt][1] *= change[1], o[dt][2] *= change[0], o[dt][3] *= change[1];
       multiply(o[dt], v0, v1, v2, v3, w0, w1);
     };
-    if constexpr (NARROW) {
 #pragma unroll
-      for (int dt = 0; dt < K_TILES; dt += 2) {
-        uint32_t v[4], even[4], odd[4];
-        load_matrices_transposed(v, values + value_at + dt * 16);
+    for (int m0 = 0; m0 < MATRICES; m0 += AT_ONCE) {
+      uint32_t v[AT_ONCE][4];
 #pragma unroll
-        for (int n = 0; n < 4; n++) codes_to_halves<true>(v[n], even[n], odd[n]);
-        add_values(dt, even[0], odd[0], even[1], odd[1]);
-        add_values(dt + 1, even[2], odd[2], even[3], odd[3]);
-      }
-    } else {
+      for (int m = 0; m < AT_ONCE; m++) if (m0 + m < MATRICES) load_matrices_transposed(v[m], values + value_at + (m0 + m) * MATRIX);
 #pragma unroll
-      for (int dt = 0; dt < K_TILES; dt++) {
-        uint32_t v[4];
-        load_matrices_transposed(v, values + value_at + dt * 16);
-        add_values(dt, v[0], v[1], v[2], v[3]);
+      for (int m = 0; m < AT_ONCE; m++) if (m0 + m < MATRICES) {
+        if constexpr (NARROW) {
+          const int dt = (m0 + m) * 2;
+          uint32_t even[4], odd[4];
+#pragma unroll
+          for (int n = 0; n < 4; n++) codes_to_halves<true>(v[m][n], even[n], odd[n]);
+          add_values(dt, even[0], odd[0], even[1], odd[1]);
+          add_values(dt + 1, even[2], odd[2], even[3], odd[3]);
+        } else add_values(m0 + m, v[m][0], v[m][1], v[m][2], v[m][3]);
       }
     }
     __syncwarp();  // all lanes have read the chunk
@@ -280,6 +291,7 @@ template <int STAGES> __global__ void __maxnreg__(NARROW ? 104 : 96) attention_k
       }
     }
   }
+  cluster_wait();  // for the peers to be there, as they long are
   __syncthreads();
   const int active = min(ATTENTION_WARPS, (chunks - split + SPLITS - 1) / SPLITS);  // warps with a result; at most 0: none
   const int stride = STAGES * CHUNK_BYTES / 4;                                      // of their results, in floats
@@ -293,22 +305,23 @@ template <int STAGES> __global__ void __maxnreg__(NARROW ? 104 : 96) attention_k
       const float c = exp2f(theirs[OUTPUTS + h] - now);
       total += c * theirs[OUTPUTS + QUERIES + h], sum += c * theirs[n];
     }
-    result[n] = sum;
-    if (n % HEAD_DIM == 0) result[OUTPUTS + h] = now, result[OUTPUTS + QUERIES + h] = total;
+    float* letter = letters + split * LETTER;  // sums to the block that finishes them, maxima and weights to all
+    store_peer(letter + n % SHARE, n / SHARE, sum);
+    const int peer = n % HEAD_DIM;
+    if (peer < SPLITS) store_peer(letter + SHARE + h, peer, now), store_peer(letter + SHARE + QUERIES + h, peer, total);
   }
-  // The blocks of the cluster: each finishes its share of the outputs
-  cluster_sync();
-  if (t < OUTPUTS / SPLITS) {
-    const int n = split * (OUTPUTS / SPLITS) + t, h = n / HEAD_DIM;
+  cluster_arrive(), cluster_wait();
+  if (t < SHARE) {
+    const int n = split * SHARE + t, h = n / HEAD_DIM;
     float m[SPLITS], l[SPLITS], v[SPLITS], now = -1e30f, total = 0.f, sum = 0.f;
 #pragma unroll
     for (int r = 0; r < SPLITS; r++) {
-      m[r] = load_peer(result + OUTPUTS + h, r), l[r] = load_peer(result + OUTPUTS + QUERIES + h, r), v[r] = load_peer(result + n, r);
+      const float* letter = letters + r * LETTER;
+      m[r] = letter[SHARE + h], l[r] = letter[SHARE + QUERIES + h], v[r] = letter[t];
       now = fmaxf(now, m[r]);
     }
 #pragma unroll
     for (int r = 0; r < SPLITS; r++) { const float c = exp2f(m[r] - now); total += c * l[r], sum += c * v[r]; }
     a.out[owned * OUTPUTS + n] = to16(sum / (NARROW ? total * LIFT : total));
   }
-  cluster_sync();  // a block's shared memory lives until its peers have read it
 }

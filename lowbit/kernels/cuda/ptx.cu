@@ -90,11 +90,10 @@ __device__ __forceinline__ void copy_ahead(void* to, const void* from, bool ther
 }
 __device__ __forceinline__ void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int LEFT> __device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
-__device__ __forceinline__ void cluster_sync() { asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory"); }
-__device__ __forceinline__ float load_peer(const float* own, int rank) {  // the same address in another block of the cluster
-  float v;
-  asm volatile("{ .reg .u32 a; mapa.shared::cluster.u32 a, %1, %2; ld.shared::cluster.f32 %0, [a]; }" : "=f"(v) : "r"(shared_address(own)), "r"(rank) : "memory");
-  return v;
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+__device__ __forceinline__ void store_peer(float* own, int rank, float v) {  // to the same address in another block of the cluster
+  asm volatile("{ .reg .u32 a; mapa.shared::cluster.u32 a, %0, %1; st.shared::cluster.f32 [a], %2; }" ::"r"(shared_address(own)), "r"(rank), "f"(v) : "memory");
 }
 // Four 8x8 matrices of 16 bits; lanes 8 i to 8 i + 7 name the rows of matrix i
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row) {
