@@ -218,6 +218,16 @@ def test_a_case_without_kl_and_a_void_one_are_never_recommended(records):
     assert 'its KL is not known (test_quality of this format did not run). Run its test_quality too: -k "a16w8' in alone
 
 
+def test_a_row_without_the_shortest_context_stands_with_its_own(records):
+    native = speed("a16w8-lowbit", "native", workload="b1_c128", decode_tok_s=489.6, vram_peak_mib=10_408.0)
+    scores = quality("a16w8-lowbit", kld_embedded_512_8176tok=9.2e-5)
+    text = recommend([*records, native, scores])
+    assert "a16w8-lowbit · native (b1_c128): 489.6 tok/s (2.73× bf16's best, reduce-overhead)" in flat(text)
+    assert text.splitlines()[-1].endswith('-k "test_decode[a16w8-lowbit-native-b1_c128]"')
+    shorter = speed("a16w8-lowbit", "native", decode_tok_s=500.0, vram_peak_mib=10_400.0)
+    assert "a16w8-lowbit · native: 500.0 tok/s" in flat(recommend([*records, native, shorter, scores]))
+
+
 def test_a_nan_kl_does_not_qualify(records):
     records[4].metrics["kld_embedded_512_8176tok"] = float("nan")
     assert "bf16-torch · reduce-overhead" in recommend(records)

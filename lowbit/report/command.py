@@ -37,15 +37,24 @@ def add_parser(commands: Any) -> None:
         "--baseline", metavar="FILE|none", help="judge by this one (default: the device's accepted one)"
     )
     parser.add_argument("--baselines-dir", type=Path, default=BASELINES, metavar="DIR", help=str(BASELINES))
+    parser.add_argument(
+        "--quality",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="RUN",
+        help="the KL of formats that the run did not score, from this one (with dummy weights: of the embedded model)",
+    )
     parser.add_argument("--max-kld", type=float, default=0.05, metavar="NAT", help="limit of the recommendation (0.05)")
     parser.add_argument("--max-vram", type=float, metavar="MIB", help="limit of the recommendation (none)")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    from lowbit.report import files, markdown, page
+    from lowbit.report import files, markdown, page, scores
 
     content = gather(options)
+    content = scores.with_quality(content, options.quality) if options.quality else content
     files.write_page(options.output, page.render(content))
     print(f"{markdown.headline(content)}\nwritten: {options.output} ({options.output.stat().st_size / 1e6:.2f} MB)")
     if options.summary is not None:

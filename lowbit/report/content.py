@@ -51,7 +51,8 @@ class Content:
     """``verdicts`` has every metric that the run and the baseline share, gated or not. ``judged_by`` names the
     baseline, "" without one; ``confirmed`` is True where suspicions were measured again in fresh processes. Of a
     baseline shown alone, ``runs`` are those its figures are medians of. ``blunt`` are its limits that are too wide to
-    guard much; of a run, those of the cases that it was judged in."""
+    guard much; of a run, those of the cases that it was judged in. ``scores`` are quality records from elsewhere
+    (``scored_by``) of formats that this run did not score: shown beside its figures, no case of it, never judged."""
 
     header: Header
     records: list[Record]
@@ -68,6 +69,8 @@ class Content:
     is_baseline: bool = False
     runs: int = 1
     blunt: Sequence[Blunt] = ()
+    scores: Sequence[Record] = ()
+    scored_by: str = ""
     history: History | None = None
     trends: Sequence[Trend] = ()
     max_kld: float = 0.05
@@ -77,6 +80,11 @@ class Content:
     def arguments(self) -> list[str]:
         """The options of ``pytest benches`` that measure this run's model again."""
         return arguments_of(self.header)
+
+    @property
+    def scored(self) -> list[Record]:
+        """The run's records, and the scores that stand beside them."""
+        return [*self.records, *self.scores]
 
     @cached_property
     def _spreads(self) -> Spreads:

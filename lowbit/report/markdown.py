@@ -157,9 +157,10 @@ def _sentence(finding: Finding) -> str:
 
 
 def _fastest(content: Content) -> list[str]:
-    rows = [row for row in join(content.records) if row.decode_tok_s][:FASTEST]
+    rows = [row for row in join(content.scored) if row.short]
+    rows = sorted(rows, key=lambda row: -row.short.metrics["decode_tok_s"] if row.short else 0.0)[:FASTEST]
     if not rows:
-        return ["No decode case at batch 1 and context 0 was measured."]
+        return ["No decode case at batch 1 and a short context was measured."]
     memory = memory_metric(rows)
     lines = [
         f"| fastest decode | tok/s | {'weights' if memory == 'weights_mib' else 'VRAM'} MiB | KL | MBU |",
@@ -170,20 +171,22 @@ def _fastest(content: Content) -> list[str]:
 
 
 def _row(row: Row, memory: str) -> list[str]:
-    mbu = row.value("decode", "b1_c0", "mbu")
+    measured = row.short.metrics if row.short else {}
+    mbu = measured.get("mbu")
     share = NONE if mbu is None else f"{100 * mbu:.0f} %"
-    title = code(f"{row.format} · {row.mode}")
-    return [title, thousands(row.decode_tok_s), thousands(row.memory(memory)), divergence(row.kld), share]
+    used = thousands(measured.get(memory, row.memory(memory)))
+    return [code(row.title), thousands(measured.get("decode_tok_s")), used, divergence(row.kld), share]
 
 
 def _answer(content: Content) -> list[str]:
     """The recommendation as one paragraph and its command."""
     told = recommendation(
-        content.records, max_kld=content.max_kld, max_vram_mib=content.max_vram_mib, arguments=content.arguments
+        content.scored, max_kld=content.max_kld, max_vram_mib=content.max_vram_mib, arguments=content.arguments
     )
     body, _, rest = told.partition("\n  reproduce: ")
     command = rest.splitlines()[0] if rest else ""
     words = " ".join(body.split()).removeprefix("recommendation")
+    words += f" (KL of formats that this run did not score: {content.scored_by})" if content.scores else ""
     lines = [f"**Answer**{' ' if words.startswith(' ') else ''}{text(words)}"]
     return [*lines, f"Reproduce: {code(command)}"] if command else lines
 

@@ -30,7 +30,7 @@ class Candidate:
 def recommendation(
     records: Iterable[Record], *, max_kld: float, max_vram_mib: float | None, arguments: Sequence[str]
 ) -> str:
-    """The fastest measured case (decode, batch 1, context ~0) within both limits; else the closest and what it misses.
+    """The fastest measured case (decode, batch 1, short context) in both limits; else the closest and what it misses.
 
     ``arguments`` are the options that choose this run's model. bf16 itself qualifies, with KL 0. Void and failed cases
     never do.
@@ -39,7 +39,7 @@ def recommendation(
     memory = memory_metric(rows)
     candidates = find_candidates(rows, max_kld=max_kld, max_vram_mib=max_vram_mib)
     if not candidates:
-        return "recommendation: none, for no decode case at batch 1 and context 0 was measured"
+        return "recommendation: none, for no decode case at batch 1 and a short context was measured"
     label = "weights" if memory == "weights_mib" else "VRAM"
     limits = f"KL ≤ {max_kld:g}"
     if max_vram_mib is not None:
@@ -64,13 +64,9 @@ def recommendation(
 
 
 def find_candidates(rows: Sequence[Row], *, max_kld: float, max_vram_mib: float | None) -> list[Candidate]:
-    """Every row whose decode at batch 1 and context ~0 was measured, with what it misses of the limits."""
+    """Every row whose decode at batch 1 over a short context was measured, with what it misses of the limits."""
     memory = memory_metric(rows)
-    return [
-        _candidate(row, row.headline, memory, max_kld, max_vram_mib)
-        for row in rows
-        if row.headline is not None and row.headline.outcome == "measured" and row.decode_tok_s
-    ]
+    return [_candidate(row, row.short, memory, max_kld, max_vram_mib) for row in rows if row.short is not None]
 
 
 def best_of(candidates: Sequence[Candidate]) -> Candidate | None:
@@ -95,7 +91,7 @@ def reproduce(case: str, arguments: Sequence[str]) -> str:
 
 def _candidate(row: Row, record: Record, memory: str, max_kld: float, max_vram_mib: float | None) -> Candidate:
     misses = []
-    kld, used = row.kld, row.memory(memory)
+    kld, used = row.kld, record.metrics.get(memory, row.memory(memory))
     if kld is None:
         misses.append((f"its KL is not known ({_why_no_kld(row)})", float("inf")))
     elif not kld <= max_kld:
@@ -105,7 +101,7 @@ def _candidate(row: Row, record: Record, memory: str, max_kld: float, max_vram_m
     elif max_vram_mib is not None and used is not None and used > max_vram_mib:
         over = used - max_vram_mib
         misses.append((f"it takes {used:,.0f} MiB, {over:,.0f} too many", over / max(max_vram_mib, 1e-9)))
-    return Candidate(row, record, row.decode_tok_s or 0.0, used, tuple(misses))
+    return Candidate(row, record, record.metrics["decode_tok_s"], used, tuple(misses))
 
 
 def _advice(closest: Candidate) -> str:
@@ -138,7 +134,7 @@ def _against_bf16(best: Candidate, candidates: Sequence[Candidate]) -> str:
 
 
 def _name(candidate: Candidate) -> str:
-    return f"{candidate.row.format} · {candidate.row.mode}"
+    return candidate.row.title
 
 
 def _fill(text: str) -> str:

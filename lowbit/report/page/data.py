@@ -14,7 +14,8 @@ from lowbit.report.content import Content, Finding, format_of
 from lowbit.report.content import name as name_of
 from lowbit.report.page import nights
 from lowbit.report.page.series import rounded
-from lowbit.report.rows import Row, join, memory_metric, workloads_of
+from lowbit.report.recommendation import best_of, find_candidates
+from lowbit.report.rows import HEADLINE, Row, join, memory_metric, workloads_of
 from lowbit.report.since import since
 from lowbit.roofline import mean_context
 from lowbit.workloads import SMALL_MODEL_PARAMETERS, WORKLOADS
@@ -50,6 +51,7 @@ def collect(content: Content) -> dict[str, Any]:
     findings = content.findings
     cases = _cases(content, findings)
     place = {case: number for number, case in enumerate(cases["id"])}
+    short = _short(content, place)
     return {
         "cases": cases,
         "values": _values(content, cases["id"]),
@@ -58,7 +60,10 @@ def collect(content: Content) -> dict[str, Any]:
         "metrics": _metrics(content),
         "workloads": workloads_of(join(content.records), "decode"),
         "memory": memory_metric(join(content.records)),
+        "start": _start(content, short),
+        "short": short,
         "embedded": content.header.load_format == "dummy",
+        "scores": [len(content.scores), content.scored_by],
         "cpu": content.header.device.startswith("cpu"),
         "ceilings": _ceilings(content),
         "command": " ".join(["pytest benches", *content.arguments]),
@@ -66,10 +71,28 @@ def collect(content: Content) -> dict[str, Any]:
     }
 
 
+def _short(content: Content, place: Mapping[str, int]) -> list[int]:
+    """The numbers of the cases that stand for their rows at batch 1 and a short context; [] where all have the same
+    workload, which then says as much."""
+    found = [row.short for row in join(content.records) if row.short is not None]
+    return [place[record.case] for record in found] if len({record.workload for record in found}) > 1 else []
+
+
+def _start(content: Content, short: Sequence[int]) -> str | None:
+    """The workload that the plots begin with: all rows at a short context, else the recommended case's, else the
+    headline's or the first there is."""
+    if short:
+        return "short context"
+    limits = {"max_kld": content.max_kld, "max_vram_mib": content.max_vram_mib}
+    best = best_of(find_candidates(join(content.scored), **limits))  # type: ignore[arg-type]
+    known = workloads_of(join(content.records), "decode")
+    return best.record.workload if best else next(iter(sorted(known, key=lambda name: name != HEADLINE)), None)
+
+
 def _cases(content: Content, findings: Sequence[Finding]) -> dict[str, list[Any]]:
     """Columns of the cases: what was run, and after it what was lost or skipped without a record."""
     words = _words(content, findings)
-    quality = {record.format: row for row in join(content.records) for record in row.records}
+    quality = {record.format: row for row in join(content.scored) for record in row.records}
     columns: dict[str, list[Any]] = {
         name: []
         for name in (

@@ -155,9 +155,9 @@ def _upgrade(line: str) -> str:
 
 def _answer(content: Content) -> str:
     limits = {"max_kld": content.max_kld, "max_vram_mib": content.max_vram_mib}
-    told = recommendation(content.records, **limits, arguments=content.arguments)  # type: ignore[arg-type]
+    told = recommendation(content.scored, **limits, arguments=content.arguments)  # type: ignore[arg-type]
     body, _, rest = told.partition("\n  reproduce: ")
-    rows = join(content.records)
+    rows = join(content.scored)
     candidates = find_candidates(rows, **limits)  # type: ignore[arg-type]
     best = best_of(candidates)
     if best is None:
@@ -167,7 +167,7 @@ def _answer(content: Content) -> str:
     limit = f"the fastest with KL ≤ {content.max_kld:g}"
     if content.max_vram_mib is not None:
         limit += f" and {_memory_name(memory_metric(rows))} ≤ {content.max_vram_mib:,.0f} MiB"
-    title = f"<b>{escape(best.row.format)}</b> · {escape(best.row.mode)}"
+    title = f"<b>{escape(best.row.format)}</b>{escape(best.row.title.removeprefix(best.row.format))}"
     lines = [
         f'<h3>Which one to run</h3><p class="best">{title} <span class="hint">{escape(limit)}</span></p>',
         f'<dl class="tiles">{"".join(_tiles(content, best, fastest_bf16(candidates), memory_metric(rows)))}</dl>',
@@ -189,17 +189,24 @@ def _tiles(content: Content, best: Candidate, bf16: Candidate | None, memory: st
     yield _tile("decode", thousands(best.decode_tok_s), "tok/s", factor)
     ttft = next(iter(workloads_of([best.row], "prefill")), "")
     kinds = (("prefill", ttft, "ttft_ms", f"TTFT of {ttft.lstrip('p')} tokens", "ms"),)
-    for kind, workload, metric, title, unit in (*kinds, ("decode", "b1_c0", "energy_j_per_tok", "energy", "J/tok")):
-        value = best.row.value(kind, workload, metric)
+    for kind, workload, metric, title, unit in (*kinds, ("decode", "", "energy_j_per_tok", "energy", "J/tok")):
+        value = _value(best, kind, workload, metric)
         if value is not None:
-            base = other.row.value(kind, workload, metric) if other else None
+            base = _value(other, kind, workload, metric) if other else None
             yield _tile(title, thousands(value), unit, f"bf16 {thousands(base)}" if base is not None else "")
     if best.memory_mib is not None:
         base = other.memory_mib if other else None
         beside = f"bf16 {base:,.0f}" if base is not None else ""
         yield _tile(_memory_name(memory), f"{best.memory_mib:,.0f}", "MiB", beside)
     model = "of the embedded model" if content.header.load_format == "dummy" else "from this run's bf16"
+    if any(score.format == best.row.format for score in content.scores):
+        model += f", scored in {content.scored_by}"
     yield _tile("KL divergence", divergence(best.row.kld), "nat", model)
+
+
+def _value(candidate: Candidate, kind: str, workload: str, metric: str) -> float | None:
+    """Of a decode the candidate's own record; of a prefill its row's."""
+    return candidate.record.metrics.get(metric) if kind == "decode" else candidate.row.value(kind, workload, metric)
 
 
 def _tile(title: str, value: str, unit: str, beside: str) -> str:

@@ -1,7 +1,7 @@
 // What all plots share: colours, axes, hovers, the legend. ECharts draws them as SVG; colours come from the style sheet.
 const LIBRARY = {
   torch: ["#5f6b7a", "#aab4c0", "circle"], torchao: ["#0b6fb8", "#5cb0f2", "rect"], gemlite: ["#c8500a", "#ff9352", "triangle"],
-  bitsandbytes: ["#0a8a63", "#43cc9f", "diamond"], hqq: ["#b3478f", "#ea86c8", "roundRect"], lowbit: ["#6a3fd1", "#a98bff", "pin"],
+  bitsandbytes: ["#0a8a63", "#43cc9f", "diamond"], hqq: ["#b3478f", "#ea86c8", "roundRect"], lowbit: ["#6a3fd1", "#a98bff", "path://M0 1h12L6 11z"],
   reference: ["#8a6d00", "#dcb93a", "arrow"],
 };
 const OTHERS = [["#3f7f8c", "#7cc4d2", "circle"], ["#8c3f3f", "#e08f8f", "rect"], ["#4f6b12", "#a9c95a", "triangle"], ["#7a4a1e", "#d6a16c", "diamond"], ["#a3336b", "#f089b5", "roundRect"], ["#33508c", "#93abe6", "triangle"]];
@@ -64,8 +64,11 @@ function tip(i) {
   return make("div", { className: "tip" }, make("b", null, `${state}${titleOf(i)} · ${cases.workload[i] || ""}`), facts.join(" · "), make("code", null, command(i)));
 }
 
-const decoded = (workload) => Array.from({ length: COUNT }, (_, i) => i).filter((i) => cases.kind[i] === "decode" && cases.workload[i] === workload && valueOf("decode_tok_s", i) !== null);
-const workloads = data.workloads.filter((name) => decoded(name).length);
+/** Each row at the shortest context that it was measured at, where those differ: all rows in one plot. */
+const SHORT = "short context";
+const short = new Set(data.short);
+const decoded = (workload) => Array.from({ length: COUNT }, (_, i) => i).filter((i) => cases.kind[i] === "decode" && (workload === SHORT ? short.has(i) : cases.workload[i] === workload) && valueOf("decode_tok_s", i) !== null);
+const workloads = [SHORT, ...data.workloads].filter((name) => decoded(name).length);
 
 const GRID = { left: 58, right: 22, top: 24, bottom: 46 };
 const caseTip = () => tooltip({ trigger: "item", formatter: (point) => (point.data?.case === undefined ? "" : tip(point.data.case)) });
@@ -78,14 +81,15 @@ function buildLegend() {
 }
 
 function legendItems(id) {
-  const shapes = { circle: "M6 1a5 5 0 100 10A5 5 0 006 1z", rect: "M1 1h10v10H1z", triangle: "M6 1l5.5 10H.5z", diamond: "M6 0l5 6-5 6-5-6z", roundRect: "M3 1h6a2 2 0 012 2v6a2 2 0 01-2 2H3a2 2 0 01-2-2V3a2 2 0 012-2z", pin: "M6 12C2 7 2 6 2 4a4 4 0 018 0c0 2 0 3-4 8z", arrow: "M6 0l5 12-5-3-5 3z" };
+  const shapes = { circle: "M6 1a5 5 0 100 10A5 5 0 006 1z", rect: "M1 1h10v10H1z", triangle: "M6 1l5.5 10H.5z", diamond: "M6 0l5 6-5 6-5-6z", roundRect: "M3 1h6a2 2 0 012 2v6a2 2 0 01-2 2H3a2 2 0 01-2-2V3a2 2 0 012-2z" };
   const shown = libraries.filter((name) => cases.kind.some((kind, i) => kind === "decode" && cases.library[i] === name && valueOf("decode_tok_s", i) !== null));
   return shown.map((name) => {
     const mark = document.createElementNS("http://www.w3.org/2000/svg", "svg");
     mark.setAttribute("viewBox", "0 0 12 12");
     mark.setAttribute("aria-hidden", "true");
     const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
-    path.setAttribute("d", shapes[styleOf(name)[2]] || shapes.circle);
+    const symbol = styleOf(name)[2];
+    path.setAttribute("d", symbol.startsWith("path://") ? symbol.slice(7) : shapes[symbol] || shapes.circle);
     path.setAttribute("fill", paintOf(name));
     mark.append(path);
     const button = make("button", { type: "button", "aria-pressed": String(!hidden.has(name)) }, mark, name);
@@ -106,7 +110,7 @@ function buildCharts() {
     return;
   }
   for (const element of document.querySelectorAll(".memory-name")) element.textContent = MEMORY === "VRAM" ? "VRAM" : "weights' size";
-  const preferred = workloads.includes("b1_c0") ? "b1_c0" : workloads[0];
+  const preferred = workloads.includes(data.start) ? data.start : workloads[0];
   for (const [id, redraw] of [["pareto-workload", drawPareto], ["roofline-workload", drawRoofline]]) {
     fill(byId(id), workloads.map((name) => [name, name]), preferred);
     byId(id).addEventListener("change", redraw);

@@ -117,6 +117,8 @@ function drawQuality(points) {
   const scored = points.filter((i) => column[i] !== null);
   byId("quality-name").textContent = name === "kld" ? (data.embedded ? "KL divergence (embedded model)" : "KL divergence") : "perplexity";
   const without = points.length - scored.length;
+  const [borrowed, from] = data.scores;
+  byId("quality-from").textContent = borrowed ? `, ${borrowed} of its formats scored in ${from}` : "";
   byId("quality-missing").textContent = scored.length && without ? `, without ${without} of ${points.length} cases that have none (test_quality gives it)` : "";
   if (!scored.length) return leaveEmpty("plot-quality", "No decode case of this workload has a quality: test_quality gives it.");
   const { x, place, isLog } = name === "kld" ? divergenceAxis(scored.map((i) => column[i])) : perplexityAxis(scored.map((i) => column[i]));

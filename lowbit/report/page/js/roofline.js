@@ -22,11 +22,12 @@ function drawRoofline() {
   const bytes = points.map(bytesPerStep);
   const steps = (i) => valueOf("decode_tok_s", i) / cases.batch[i];
   const [low, high] = [Math.min(...bytes) * 0.7, Math.max(...bytes) * 1.4];
+  const least = Math.min(...points.map(steps)) / 1.5;
   const octaves = { type: "log", logBase: 2, axisLabel: { color: color("muted"), hideOverlap: true, showMinLabel: false, showMaxLabel: false, formatter: tick } };
   const roof = (part) => ({
     type: "line", name: `MBU ${share(part)}`, symbol: "none", silent: true, z: 1, tooltip: { show: false },
     lineStyle: { color: color(part === 1 ? "accent" : "muted"), width: part === 1 ? 2 : 1, type: part === 1 ? "solid" : "dotted" },
-    endLabel: { show: true, formatter: share(part), color: color("muted"), fontSize: 11 },
+    endLabel: { show: (part * ceiling * 1e9) / high > least, formatter: share(part), color: color("muted"), fontSize: 11 }, // else it leaves by the bottom
     data: [low, high].map((size) => [size / 1e9, (part * ceiling * 1e9) / size]),
   });
   const groups = libraries.filter((name) => points.some((i) => cases.library[i] === name)).map((name) => ({
@@ -36,7 +37,7 @@ function drawRoofline() {
   draw("plot-roofline", {
     grid: { ...GRID, right: 46 }, tooltip: caseTip(),
     xAxis: axis("read per step, GB (log)", { ...octaves, min: low / 1e9, max: high / 1e9 }),
-    yAxis: upright("steps per second (log)", { ...octaves, min: Math.min(...points.map(steps)) / 1.5, max: (1.15 * ceiling * 1e9) / low }), series: [roof(1), roof(0.5), roof(0.25), ...groups],
+    yAxis: upright("steps per second (log)", { ...octaves, min: least, max: (1.15 * ceiling * 1e9) / low }), series: [roof(1), roof(0.5), roof(0.25), ...groups],
   }, `Roofline of ${points.length} cases under ${number(ceiling)} GB/s`, choose);
   drawTimes(points, ceiling);
 }
