@@ -206,7 +206,7 @@ def load(path: Path) -> Baseline:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise LowbitError(
             f"{path}: expected a lowbit baseline, a part of it is missing or of another shape ({error!r}); "
-            "restore it from git or make it anew with: pytest benches --update-baselines"
+            f"{documents.ANEW}"
         ) from error
 
 
@@ -215,7 +215,7 @@ def _to_row(path: Path, data: Mapping[str, Any]) -> Row:
     for name, values in metrics.items():
         if not all(map(math.isfinite, values.runs)):
             raise LowbitError(
-                f"{path}: {data['case']}: {name} is not finite, nothing can be judged by it; make it anew"
+                f"{path}: {data['case']}: {name} is not finite, nothing can be judged by it; {documents.ANEW}"
             )
     return Row(**{**data, "metrics": metrics})
 

@@ -15,6 +15,8 @@ from lowbit.errors import LowbitError
 SCHEMA = 1
 """Of the ``lowbit`` part. A file of a newer one is refused: an older lowbit can't know what it means."""
 
+ANEW = "restore it from git, or delete it and make it anew (a baseline: pytest benches --update-baselines)"
+
 PYTEST_BENCHMARK_VERSION = "5.3.1"  # the writer whose keys ``benchmark`` and ``document`` follow
 
 STATS = (
@@ -81,19 +83,18 @@ def read(path: Path, what: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise LowbitError(f"{path}: can't read this {what} ({error})") from error
     if not text.strip():
-        raise LowbitError(f"{path}: expected a {what}, got an empty file; restore it from git or make it anew")
+        raise LowbitError(f"{path}: expected a {what}, got an empty file; {ANEW}")
     try:
         data = json.loads(text)
     except json.JSONDecodeError as error:
         raise LowbitError(
-            f"{path}: expected a {what}, got broken JSON ({error}); it was cut short or edited: "
-            "restore it from git or make it anew"
+            f"{path}: expected a {what}, got broken JSON ({error}); it was cut short or edited: {ANEW}"
         ) from error
     if not isinstance(data, dict) or not isinstance(data.get("benchmarks"), list):
-        raise LowbitError(f"{path}: expected a {what}, got JSON that is no pytest-benchmark document")
+        raise LowbitError(f"{path}: expected a {what}, got JSON that is no pytest-benchmark document; {ANEW}")
     part = data.get("lowbit")
     if not isinstance(part, dict):
-        raise LowbitError(f"{path}: expected a {what}, got a plain pytest-benchmark file without lowbit's part")
+        raise LowbitError(f"{path}: expected a {what}, got a plain pytest-benchmark file without lowbit's part; {ANEW}")
     check_schema(path, part.get("schema"))
     return data
 
@@ -102,7 +103,7 @@ def check_schema(path: Path, schema: object) -> None:
     """Raise LowbitError unless this version of lowbit can read that schema."""
     if schema != SCHEMA:
         newer = isinstance(schema, int) and schema > SCHEMA
-        advice = "upgrade lowbit to read it" if newer else "make it anew"
+        advice = "upgrade lowbit to read it" if newer else ANEW
         raise LowbitError(f"{path}: expected lowbit schema {SCHEMA}, got {schema!r}; {advice}")
 
 

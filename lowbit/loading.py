@@ -34,12 +34,7 @@ def load_folder(name: str, folder: Path, progress: Progress, *, pin: bool) -> Ho
     """Read the safetensors of a Hugging Face folder. Raises LowbitError when they don't make a whole Llama."""
     started = time.perf_counter()
     config = checkpoint.read_config(folder)
-    how = formats.stored.read(config, str(folder))
-    stored = checkpoint.read_index(folder, quantized=how is not None)
-    matrices: dict[str, Matrix] = {}
-    if how is not None:
-        matrices, stored = _find_matrices(stored, config, how, folder)
-    entries = checkpoint.match(stored, config, folder, [f"{path}.weight" for path in matrices])
+    stored, matrices, entries = read_headers(folder, config)
 
     def fill(key: str, out: Bytes, start: int) -> None:
         checkpoint.read_bytes(entries[key], out, start)
@@ -52,6 +47,21 @@ def load_folder(name: str, folder: Path, progress: Progress, *, pin: bool) -> Ho
     host.tokenizer = _read_tokenizer(folder)
     host.load_s = time.perf_counter() - started
     return host
+
+
+def read_headers(
+    folder: Path, config: Any
+) -> tuple[dict[str, checkpoint.Entry], dict[str, Matrix], dict[str, checkpoint.Entry]]:
+    """What the folder stores, its packed matrices, and the entry of each parameter; reads no weights.
+
+    Raises LowbitError for files that are cut short, are something else, or don't make a whole Llama.
+    """
+    how = formats.stored.read(config, str(folder))
+    stored = checkpoint.read_index(folder, quantized=how is not None)
+    matrices: dict[str, Matrix] = {}
+    if how is not None:
+        matrices, stored = _find_matrices(stored, config, how, folder)
+    return stored, matrices, checkpoint.match(stored, config, folder, [f"{path}.weight" for path in matrices])
 
 
 def _find_matrices(

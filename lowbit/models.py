@@ -15,7 +15,7 @@ from lowbit import checkpoint, formats, hub
 from lowbit.errors import LowbitError, unknown
 from lowbit.formats import stored
 from lowbit.hostmodel import HostModel, Progress, silent
-from lowbit.loading import load_dummy, load_folder
+from lowbit.loading import load_dummy, load_folder, read_headers
 from lowbit.presets import EMBEDDED, LLAMA_8B_IDS, PRESETS, Preset
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def _named(option: str, load_format: str, why: str, env: Mapping[str, str]) -> C
     if (option and folder.exists()) or option.startswith((".", "/", "~")):
         config = checkpoint.read_config(folder)
         if load_format == "auto":
-            checkpoint.weight_files(folder)  # a folder without weights is told before anything is measured
+            read_headers(folder, config)  # what is missing or cut short is told before anything is measured
         return Choice(slug(_folder_name(folder.resolve())), folder, load_format, why, config)
     if "/" not in option:
         raise LowbitError(

@@ -146,7 +146,7 @@ def test_compare_if_baseline_runs_without_one_and_compares_with_one(bench):
         ('{"benchmarks": [], "lowbit": {"schema": 99}}', "upgrade lowbit to read it"),
     ],
 )
-@pytest.mark.parametrize("option", ["--benchmark-compare", "--compare-if-baseline"])
+@pytest.mark.parametrize("option", ["--benchmark-compare", "--compare-if-baseline", "--update-baselines"])
 def test_a_broken_baseline_is_refused(bench, content, text, option):
     bench.baseline.parent.mkdir(parents=True)
     bench.baseline.write_text(content)
@@ -154,6 +154,7 @@ def test_a_broken_baseline_is_refused(bench, content, text, option):
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     assert bench.baseline.name in result.stderr.str()
     assert text in result.stderr.str()
+    assert "upgrade lowbit" in text or "delete it and make it anew (a baseline: pytest benches" in result.stderr.str()
     assert bench.baseline.read_text() == content
     assert bench.runs() == []
 

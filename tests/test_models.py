@@ -188,6 +188,18 @@ def test_a_folder_without_weights_is_refused_before_loading_unless_dummy(folder,
     assert load(folder, "dummy").load_format == "dummy"
 
 
+def test_a_folder_whose_files_are_cut_or_do_not_fit_is_refused_before_loading(folder, env):
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(LowbitError, match="is truncated or no safetensors file"):
+        models.choose(str(folder), "auto", NO_GPU, env)
+    path.write_bytes(whole)
+    tiny_llama.edit_config(folder, num_hidden_layers=3)
+    with pytest.raises(LowbitError, match=r"don't fit its config.json; 9 missing: model.layers.2"):
+        models.choose(str(folder), "auto", NO_GPU, env)
+
+
 # -- the hub ------------------------------------------------------------------------------------------------------
 
 

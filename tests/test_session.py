@@ -45,6 +45,8 @@ def test_a_model_that_does_not_load_ends_the_run_with_one_error(bench):
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     assert (result.stdout.str() + result.stderr.str()).count("Exit: model.safetensors is truncated") == 1
     assert list(outcomes(bench).values()) == ["failed"]
+    assert "recommendation" not in result.stdout.str()
+    assert "accept this machine's figures" not in result.stdout.str()
 
 
 def test_a_librarys_own_error_keeps_its_traceback_and_leaves_a_failed_record(bench):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pty
+import re
 import time
 from types import SimpleNamespace
 
@@ -255,6 +256,15 @@ def test_footer_says_where_the_time_went():
         "lowbit: 100.0 s wall: load 1.0, quantize 2.0, compile 40.0, measure 50.0, quality 3.0, own 4.0 s (4.0 %); "
         "peak host memory 2,310 MiB"
     )
+
+
+@pytest.mark.parametrize("wall_s", [100.0, 1000.0, 10_000.0])
+def test_the_footer_keeps_a_percent_sign_beside_its_number(wall_s):
+    spent = SimpleNamespace(imports=6.2, quantize=0.5, warmup=0.4, measure=4.2, quality=5.4)
+    text = terminal.footer(spent, wall_s=wall_s, host_peak_mib=856.0)
+    assert max(map(len, text.splitlines())) <= 100
+    assert re.search(r"\d %\)", text)
+    assert "\N{NO-BREAK SPACE}" not in text
 
 
 def wait_for(condition, seconds=5.0):

@@ -27,6 +27,15 @@ def refuse_blocking(bench: BenchSession) -> None:
             raise LowbitError(f"{option}: {BLOCKING}; unset it, or leave {option} out")
 
 
+def check_accepted(bench: BenchSession) -> None:
+    """Raises LowbitError where --update-baselines would find a file that it can't read, after hours of measuring."""
+    settings, choice = bench.settings, bench.choice
+    if settings.update_baselines and settings.child is None:
+        path = baselines.find(settings.baselines_dir, bench.device.slug, choice.name, choice.load_format)
+        if path is not None:
+            baselines.load(path)
+
+
 def find_baseline(bench: BenchSession) -> Baseline | None:
     """The baseline to judge by. Raises LowbitError when one is asked for and missing, corrupt or foreign."""
     settings, choice, device = bench.settings, bench.choice, bench.device

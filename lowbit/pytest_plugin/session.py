@@ -61,6 +61,7 @@ class BenchSession:
         self.refused = False
         self.blocking = launch_blocking(self.device)
         gate.refuse_blocking(self)
+        gate.check_accepted(self)
         self.baseline: Baseline | None = gate.find_baseline(self)
         self.spreads = pool_spread(self.baseline.rows.values()) if self.baseline else Spreads()
         profiler = Profiler(self.device, settings.profile) if settings.profile else None

@@ -31,13 +31,13 @@ def make_progress(config: pytest.Config) -> Progress:
 
 
 def quiet_pytest_benchmark(config: pytest.Config) -> None:
-    """Its table beside ours: three columns and short names, unless the user asked for others."""
+    """Its table beside ours: as many columns as 100 hold beside the names, unless the user asked for others."""
     option = config.option
     if option.log_level is None:
         option.log_level = "WARNING"  # a failed compile would show a thousand lines of Dynamo's trace
     config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning")  # the libraries' own, a dozen per import
     if not any(str(word).startswith("--benchmark-columns") for word in config.invocation_params.args):
-        option.benchmark_columns = ["median", "iqr", "rounds"]
+        option.benchmark_columns = ["median", "rounds"]
     if option.lowbit_child is not None or option.no_summary:
         option.benchmark_quiet = True
 
@@ -134,7 +134,7 @@ def _results(bench: BenchSession, color: bool) -> list[str]:
         terminal.notes(records, bench.verdicts, accept=bench.accept_command),
         gate.upgrades(bench) if bench.regressed else "",
         ""
-        if bench.settings.profile
+        if bench.settings.profile or not _measured(bench)
         else recommendation.recommendation(
             records, max_kld=bench.settings.max_kld, max_vram_mib=vram, arguments=arguments
         ),
@@ -144,6 +144,11 @@ def _results(bench: BenchSession, color: bool) -> list[str]:
         _footer(bench, records),
     ]
     return [part for part in parts if part]
+
+
+def _measured(bench: BenchSession) -> bool:
+    """Whether there is a figure to recommend or to accept."""
+    return any(record.outcome == "measured" for record in bench.records.values())
 
 
 def _notes(records: list[Record]) -> str:
@@ -180,6 +185,6 @@ def _consequences(bench: BenchSession) -> list[str]:
         kind = bench.device.kind
         blunt = [one for one in find_blunt(bench.baseline.rows.values(), kind) if one.case in bench.verdicts]
         lines += [f"{blunt_words(blunt)}; more runs in the baseline narrow them (--baseline-runs)"] if blunt else []
-    elif bench.records and not (bench.settings.update_baselines or bench.unreached):
+    elif _measured(bench) and not (bench.settings.update_baselines or bench.unreached):
         lines.append(f"not compared with a baseline; accept this machine's figures with: {bench.accept_command()}")
     return lines

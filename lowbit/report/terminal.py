@@ -195,4 +195,5 @@ def footer(spent: object, *, wall_s: float, host_peak_mib: float | None) -> str:
     share = 100 * own / wall_s if wall_s > 0 else 0.0
     text = f"lowbit: {wall_s:.1f} s wall: {shares + ', ' if shares else ''}own {own:.1f} s ({share:.1f} %)"
     memory = "" if host_peak_mib is None else f"; peak host memory {host_peak_mib:,.0f} MiB"
-    return textwrap.fill(text + memory, WIDTH, subsequent_indent="  ")
+    whole = (text + memory).replace(" %", "\N{NO-BREAK SPACE}%")  # fill breaks at no such space
+    return textwrap.fill(whole, WIDTH, subsequent_indent="  ").replace("\N{NO-BREAK SPACE}", " ")
