@@ -18,6 +18,8 @@ NEEDED_SM = (9, 0)
 BLOCKS = 128
 """Thread blocks of a product: divides the row tiles of Llama-3's matrices; an H200 has 132 multiprocessors."""
 BATCH_TILES = 14
+BATCH_WARPS = 14
+"""Consumer warps of a product of several sequences at most: 16 would leave their sums too few registers."""
 RING_BYTES = 220 * 1024
 """Shared memory of a product: more than half of a multiprocessor's, so that two products never share one."""
 SHARED_BYTES, RESERVED_BYTES = 228 * 1024, 1024
@@ -93,7 +95,9 @@ class Geometry:
 
     @property
     def warps(self) -> int:
-        return LAYOUTS[self.format].warps
+        """Consumer warps of a product's block."""
+        warps = LAYOUTS[self.format].warps
+        return min(warps, BATCH_WARPS) if self.batch > 1 else warps
 
     @property
     def threads(self) -> int:
