@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import nights
 import pytest
 from _pytest.mark.expression import Expression  # what -k itself reads
 
+from lowbit import merge
 from lowbit.__main__ import make_parser
 from lowbit.cases import KINDS, Case, enumerate_cases
 from lowbit.formats import FORMATS
 from lowbit.pytest_plugin.collection import selectors
 
-PAGE = (Path(__file__).parent.parent / "docs" / "slurm.md").read_text()
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "slurm.md").read_text()
 SCRIPTS = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
 OPTIONS = (Path(__file__).parent.parent / "lowbit" / "pytest_plugin" / "options.py").read_text()
 
@@ -86,3 +92,73 @@ def test_the_merge_command_parses():
     options = make_parser().parse_args([*shlex.split(command), "a", "b"])
     assert options.runs == [Path("a"), Path("b")]
     assert options.output == Path("all.json")
+
+
+SBATCH = """#!/bin/bash
+# As Slurm does it: an array's tasks one after the other, each with its own SLURM_*; --wrap is a script for sh.
+echo "$*" >> "$SLURM_LOG"
+for word in "$@"; do
+    case $word in
+        --array=*) IFS=- read -r first last <<< "${word#*=}" ;;
+        --constraint=*) export CONSTRAINT=${word#*=} ;;
+        --output=*) output=${word#*=} ;;
+        --wrap=*) wrap=${word#*=} ;;
+        -*) ;;
+        *) script=$word ;;
+    esac
+done
+[[ -n ${wrap-} ]] && { sh -c "$wrap" > "$output"; exit; }
+job=$((1000 + $(wc -l < "$SLURM_LOG")))
+for ((task = first; task <= last; task++)); do
+    SLURM_ARRAY_JOB_ID=$job SLURM_ARRAY_TASK_ID=$task SLURM_CPUS_PER_TASK=8 SLURM_SUBMIT_DIR=$PWD bash "$script" || true
+done
+echo "$job;cluster"
+"""
+PYTEST = """#!/bin/bash
+# Keeps the run that this task would have made, and writes its -k down.
+cp -r "made/$CONSTRAINT-$SLURM_ARRAY_TASK_ID" .lowbit/runs/
+while [[ $1 != -k ]]; do shift; done
+echo "$CONSTRAINT $2" >> tasks
+exit 1
+"""
+
+
+def test_the_whole_sweep_on_a_slurm_that_is_none(tmp_path, monkeypatch):
+    """The page's own scripts, submitted: every kind and part measured once, all runs of the sweep in one file."""
+    kinds = ("h100", "h200", "a100")
+    for name in ("logs", "made", "bin", ".venv/bin", ".lowbit/runs"):
+        (tmp_path / name).mkdir(parents=True)
+    programs = {"sbatch": SBATCH, "srun": '#!/bin/bash\nexec "$@"\n', "pytest": PYTEST}
+    programs["python"] = f'#!/bin/sh\nexec {sys.executable} "$@"\n'
+    for name, text in programs.items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / ".venv" / "bin" / "activate").touch()
+    (tmp_path / "lowbit.sbatch").write_text(SCRIPTS[0])
+    for kind in kinds:
+        for part in range(len(expressions())):
+            made = nights.keep(tmp_path / "kept", [nights.decode(f"part{part}-torch")], device=f"nvidia-{kind}")
+            shutil.move(made, tmp_path / "made" / f"{kind}-{part}")
+    earlier = nights.keep(tmp_path / ".lowbit" / "runs", [nights.decode("earlier-torch")])
+    for path in (earlier, *earlier.iterdir()):
+        os.utime(path, (0, 0))
+    path = f"{tmp_path / 'bin'}:/usr/bin:/bin"
+    environment = {"PATH": path, "SLURM_LOG": str(tmp_path / "submitted"), "PYTHONPATH": str(ROOT)}
+    subprocess.run(["bash", "-eu", "-c", SCRIPTS[1]], cwd=tmp_path, env=environment, check=True)
+    assert "\n--dependency=afterany:1001:1002:1003 " in (tmp_path / "submitted").read_text()
+    tasks = (tmp_path / "tasks").read_text().splitlines()
+    assert tasks == [f"{kind} {part}" for kind in kinds for part in expressions()]
+    assert "24 runs merged into all.json" in (tmp_path / "logs" / "merge.txt").read_text()
+    merged = merge.read(tmp_path / "all.json")
+    assert {run.header.device for run in merged} == {f"nvidia-{kind}" for kind in kinds}
+    assert [len(run.entries) for run in merged] == [len(expressions())] * len(kinds)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=["array", "submit", "node"])
+def test_shellcheck_finds_nothing_in_the_scripts(script):
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed; the dev extra and tox have it")
+    told = [shellcheck, "--shell=bash", "--exclude=SC1091", "-"]  # .venv/bin/activate is not there to be read
+    result = subprocess.run(told, input=script, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
