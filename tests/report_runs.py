@@ -58,7 +58,8 @@ EVIL = "</script><img src=x onerror=\"document.title='owned'\">"
 
 @dataclass
 class Plan:
-    """What is kept. ``slower`` maps a part of a case's id to the factor that its speed has from night ``step`` on."""
+    """What is kept. ``slower`` maps a part of a case's id to the factor that its speed has from night ``step`` on,
+    ``drifting`` to what it loses each night from then on."""
 
     nights: int = 40
     cases: int | None = None
@@ -68,6 +69,7 @@ class Plan:
     step: int = 33
     slower: dict[str, float] = field(default_factory=lambda: {"a16w4_g128-torchao-reduce-overhead-b1_c0": 0.88})
     faster: dict[str, float] = field(default_factory=lambda: {"a8w8_fp8-torchao-reduce-overhead-p512": 0.90})
+    drifting: dict[str, float] = field(default_factory=dict)
     skipped: str = "llmint8"
     failing: str = "gemlite-eager-b8"
     error: str = "NaN or Inf logits"
@@ -138,6 +140,8 @@ def record(case: Case, node: str, rng: random.Random, plan: Plan, night: int) ->
     if night >= plan.step:
         factor *= next((share for part, share in plan.slower.items() if part in node), 1.0)
         factor /= next((share for part, share in plan.faster.items() if part in node), 1.0)
+        a_night = next((share for part, share in plan.drifting.items() if part in node), 0.0)
+        factor *= 1 - a_night * (night - plan.step + 1)
     vram = streamed / 2**20 + 1900 + 64 * (case.workload.batch if case.workload else 1)
     compile_s = 0.0 if case.mode == "eager" else 14 * rng.gauss(1, 0.05)
     made.metrics = {"weights_mib": streamed / 2**20, "vram_peak_mib": round(vram), "compile_s": compile_s}

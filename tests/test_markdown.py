@@ -12,7 +12,7 @@ import report_runs
 from fakes import Bench
 
 from lowbit import baselines, regression, runs
-from lowbit.report import content, markdown, page
+from lowbit.report import content, markdown, page, since
 from lowbit.report.content import Content
 from lowbit.spread import Values
 
@@ -105,6 +105,52 @@ def test_500_cases_that_all_regress_are_one_screen_and_the_rest_is_counted(tmp_p
     told = markdown.summary(content.of_run(runs.read(last), baselines.load(accepted)))
     assert len(told.splitlines()) <= 40
     assert re.search(r"^and \d{3,} more, in the report$", told, re.M)
+
+
+DRIFTING = "decode[a16w8-torchao-reduce-overhead-b1_c0]"
+
+
+@pytest.fixture(scope="module")
+def drifting(tmp_path_factory: pytest.TempPathFactory) -> Content:
+    """Nothing failed; one case has lost 0.15 % a night for ten nights, as a warming room does: 1.5 % in all."""
+    plan = report_runs.Plan(
+        nights=24, step=14, noise=0.001, slower={}, faster={}, failing="\0", drifting={DRIFTING[6:]: 0.0015}
+    )
+    accepted, root, last = report_runs.build(tmp_path_factory.mktemp("drift"), plan)
+    run = runs.read(last)
+    return since.with_history(content.of_run(run, baselines.load(accepted)), since.read_history([root], run)[0])
+
+
+def test_what_gets_worse_within_its_limits_is_told_before_it_fails(drifting: Content) -> None:
+    assert drifting.failures == []
+    assert [(trend.case.rpartition("::test_")[2], trend.metric) for trend in since.moving(drifting)] == [
+        (DRIFTING, "decode_tok_s")
+    ]
+    assert markdown.headline(drifting).startswith("✅ nothing got worse beyond its limit: ")
+    (line,) = [line for line in markdown.summary(drifting).splitlines() if "Getting worse" in line]
+    moved = r"decode\\_tok\\_s 2\d\d\.\d → 2\d\d\.\d tok/s \(-1\.\d %, a drift since 2026-10-2\d, \d+ nights\)"
+    told = f"`{re.escape(DRIFTING)}` {moved}"
+    assert re.search(rf"^\*\*Getting worse, within the limits:\*\* {told} \(`python -m lowbit trend`\)$", line), line
+    assert '<div class="moving"><h3>Getting worse, within the limits</h3><ul><li><a class="case"' in page.render(
+        drifting
+    )
+
+
+def test_what_was_accepted_fails_or_is_old_is_not_told_as_moving(drifting: Content) -> None:
+    (trend,) = since.moving(drifting)
+    assert drifting.baseline is not None
+    row = drifting.baseline.rows[trend.case]
+    moved = replace(row, metrics={**row.metrics, trend.metric: Values(trend.change.after, (trend.change.after,))})
+    rows = {**drifting.baseline.rows, trend.case: moved}
+    assert since.moving(replace(drifting, baseline=replace(drifting.baseline, rows=rows))) == []
+    failing = regression.Verdict(trend.metric, "regression", baseline=trend.change.before, now=trend.change.after)
+    assert since.moving(replace(drifting, verdicts={trend.case: [failing]})) == []
+    old = replace(trend, change=replace(trend.change, index=trend.change.end - since.RECENT - 1))
+    assert since.moving(replace(drifting, trends=[old])) == []
+    over = replace(trend, change=replace(trend.change, end=trend.change.end - 1))
+    assert since.moving(replace(drifting, trends=[over])) == []
+    better = replace(trend, worse=False)
+    assert since.moving(replace(drifting, trends=[better])) == []
 
 
 def test_how_little_a_noisy_baseline_guards_stands_below_the_verdict(kept: tuple[Path, Path, Path]) -> None:

@@ -13,9 +13,9 @@ from lowbit.report.content import Content, Finding, format_of, name
 from lowbit.report.layout import NONE, divergence, number
 from lowbit.report.recommendation import recommendation
 from lowbit.report.rows import Row, join, memory_metric
-from lowbit.report.since import since
+from lowbit.report.since import moving, moving_words, since
 
-FAILURES, BETTER, FASTEST, REASONS, UPGRADES, CELL = 10, 3, 5, 4, 8, 160
+FAILURES, BETTER, MOVING, FASTEST, REASONS, UPGRADES, CELL = 10, 3, 3, 5, 4, 8, 160
 """Rows of each part, so that all of it stays below 40 lines, and characters of a cell. What is left out is counted."""
 
 WORDS = {
@@ -43,6 +43,7 @@ def summary(content: Content) -> str:
         lines += ["", "**Better, unexplained** (accept: `pytest benches --update-baselines`)"]
         lines += [f"- {_sentence(finding)}" for finding in better[:BETTER]]
         lines += [f"- and {len(better) - BETTER} more"] if len(better) > BETTER else []
+    lines += _moving(content)
     lines += ["", *_fastest(content)]
     lines += ["", *_skips(content)] if content.skips else []
     return "\n".join(lines) + "\n"
@@ -59,7 +60,7 @@ def verdict_words(content: Content) -> tuple[str, str]:
         return "open", "unfinished run: nothing got worse in what was measured"
     if not content.judged_by:
         return "none", "measured, not compared with a baseline"
-    return "good", "nothing got worse"
+    return "good", "nothing got worse beyond its limit" if moving(content) else "nothing got worse"
 
 
 def headline(content: Content) -> str:
@@ -92,6 +93,16 @@ def _blunt(content: Content) -> list[str]:
     return (
         [f"⚠️ {text(told)}; more runs narrow them: `--update-baselines --baseline-runs {DEFAULT_RUNS}`"] if told else []
     )
+
+
+def _moving(content: Content) -> list[str]:
+    """In one line: what gets worse and does not fail yet."""
+    found, history = moving(content), content.history
+    if not found or history is None:
+        return []
+    told = [f"{code(name(one.case))} {text(moving_words(one, len(history.nights)))}" for one in found[:MOVING]]
+    more = f"; and {len(found) - MOVING} more" if len(found) > MOVING else ""
+    return ["", f"**Getting worse, within the limits:** {'; '.join(told)}{more} (`python -m lowbit trend`)"]
 
 
 def _findings(content: Content, findings: Sequence[Finding], limit: int) -> list[str]:

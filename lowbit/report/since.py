@@ -11,10 +11,13 @@ from lowbit import history as histories
 from lowbit import metrics
 from lowbit.errors import LowbitError
 from lowbit.history import History, Night
-from lowbit.regression import Verdict
+from lowbit.regression import Verdict, figure
 from lowbit.report.content import Content, Finding
 from lowbit.runs import Run
-from lowbit.trend import NIGHTS, find_trends
+from lowbit.trend import NIGHTS, Trend, find_trends
+
+RECENT = 14
+"""Nights that a change within its limits is told of; after that it is how things are, and `trend` has it."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,44 @@ def since(content: Content, finding: Finding) -> Since | None:
             nights = last - trend.change.index
             return Since(trend.first.date, nights, trend.change.kind, trend.environment)
     return _in_a_row(history, finding.case, verdict)
+
+
+def moving(content: Content) -> list[Trend]:
+    """What gets worse within its limits: changes that began in the last ``RECENT`` nights, last until this one, are not
+    among the findings and not accepted. A drift is told of before it adds up to a failure."""
+    history, told = content.history, {(f.case, f.verdict.metric) for f in content.findings if f.verdict is not None}
+    if history is None:
+        return []
+    kind = "cpu" if content.header.device.startswith("cpu") else "cuda"
+    last = len(history.nights)
+    return [
+        trend
+        for trend in content.trends
+        if trend.worse
+        and trend.change.end == last
+        and last - trend.change.index <= RECENT
+        and (trend.case, trend.metric) not in told
+        and (metric := metrics.find(trend.metric)) is not None
+        and kind in metric.gated_on
+        and not _is_accepted(content, trend)
+    ]
+
+
+def _is_accepted(content: Content, trend: Trend) -> bool:
+    """Whether the baseline's figure is that of after the change."""
+    row = content.baseline.rows.get(trend.case) if content.baseline else None
+    if row is None or trend.metric not in row.metrics:
+        return False
+    median = row.metrics[trend.metric].median
+    return abs(trend.change.after - median) < abs(trend.change.before - median)
+
+
+def moving_words(trend: Trend, nights: int) -> str:
+    """``decode_tok_s 180.1 → 176.4 tok/s (-2.1 %, a drift since 2026-11-12, 10 nights)``."""
+    change, relative = trend.change, trend.change.size_relative
+    moved = f"{figure(change.before, change.after)} → {figure(change.after, change.before)} {trend.unit}".rstrip()
+    share = "" if relative is None else f"{100 * relative:+.{2 if abs(relative) < 0.01 else 1}f} %, "
+    return f"{trend.metric} {moved} ({share}a {change.kind} since {trend.first.date}, {nights - change.index} nights)"
 
 
 def _in_a_row(history: History, case: str, verdict: Verdict) -> Since | None:

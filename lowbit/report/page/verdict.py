@@ -13,7 +13,7 @@ from lowbit.report.markdown import WORDS, figures, thousands, verdict_words
 from lowbit.report.page.markup import escape
 from lowbit.report.recommendation import Candidate, best_of, fastest_bf16, find_candidates, recommendation
 from lowbit.report.rows import join, memory_metric, workloads_of
-from lowbit.report.since import since
+from lowbit.report.since import moving, moving_words, since
 
 CARDS = 8
 """Shown beside the verdict; the table has all of them on top."""
@@ -32,6 +32,7 @@ def verdict(content: Content) -> str:
     columns = [column for column in (_findings(content), _upgrades(content)) if column]
     if columns:
         parts.append(f'<div class="columns">{"".join(f"<div>{column}</div>" for column in columns)}</div>')
+    parts.append(_moving(content))
     parts.append(f'<div class="answer">{_answer(content)}</div>')
     return "\n".join(parts)
 
@@ -129,6 +130,17 @@ def _figures(content: Content, finding: Finding) -> str:
     sure += [finding.reason] if finding.reason else []
     text = f"{escape(finding.verdict.metric)} {escape(moved)} <b>({escape(change)})</b>"
     return f'<div class="figures">{text}</div><div class="sure">{escape(" · ".join(sure))}</div>'
+
+
+def _moving(content: Content) -> str:
+    """What gets worse and does not fail yet: its history opens by a click."""
+    found, history = moving(content), content.history
+    if not found or history is None:
+        return ""
+    nights = len(history.nights)
+    items = "".join(f"<li>{_link(one.case)} {escape(moving_words(one, nights))}</li>" for one in found[:CASES])
+    more = f'<p class="more"><a href="#history">and {len(found) - CASES} more</a></p>' if len(found) > CASES else ""
+    return f'<div class="moving"><h3>Getting worse, within the limits</h3><ul>{items}</ul>{more}</div>'
 
 
 def _upgraded(lines: Sequence[str]) -> str:
