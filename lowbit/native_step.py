@@ -54,7 +54,7 @@ def main(options: Any) -> int:
     prompts = _numbers(options.prefill, "--prefill") if options.prefill else []
     here = device.detect()
     choice = models.choose(options.model, options.load_format, here)
-    names = options.formats.split(",") if options.formats else list(LAYOUTS)
+    names = options.formats.split(",") if options.formats else list(LAYOUTS if options.batch == 1 else batches.FORMATS)
     for name in names:
         why = batches.unmet(choice.config, name, here.capability, options.batch)
         if why is not None:

@@ -128,9 +128,9 @@ def test_the_native_mode_is_for_gpus_and_captures_the_prefill(monkeypatch):
     [
         ("a16w4_g128-lowbit", gpu(8, 0), None),
         ("a16w4_g128-lowbit", gpu(12, 0), None),
-        ("a16w4_g32-lowbit", gpu(9, 0), None),
+        ("a16w4_nvfp4-lowbit", gpu(8, 9), None),
         (
-            "a16w4_g128-lowbit",
+            "a16w4_g32-lowbit",
             gpu(9, 0),
             "reduce-overhead compiles no streamed weights, which SM90 has here: mode native",
         ),

@@ -7,11 +7,10 @@ import torch
 from emulated import EmulatedModule, unmet
 from streaming import build
 
-from lowbit.kernels import runner
-from lowbit.kernels.stream import LAYOUTS
+from lowbit.kernels import batch, runner
 
 pytestmark = pytest.mark.skipif(unmet() is not None, reason=str(unmet()))
-FORMATS = [name for name in LAYOUTS if name != "int4_sym_g128"]
+FORMATS = batch.FORMATS
 LENGTH = 64
 
 

@@ -245,12 +245,21 @@ NATIVE_MIX = {
 }
 
 
+@pytest.mark.parametrize("fmt", ROWS, ids=lambda fmt: fmt.id)
+def test_every_row_of_ours_decodes_natively_on_an_h200(fmt):
+    assert "native" in fmt.modes
+    assert native.step_unmet(fmt, H200, config()) is None
+    assert str(native.step_unmet(fmt, gpu(8, 0), config())).startswith("capability: needs SM90")
+
+
 def test_a_recipe_of_lowbits_rows_decodes_natively():
     fmt = mixed(NATIVE_MIX)
     assert fmt.modes == ("eager", "reduce-overhead", "native")
     assert native.step_unmet(fmt, H200, config()) is None
     assert native.step_unmet(INT4, H200, config()) is None
     assert native.step_unmet(mixed(NATIVE_MIX, kv="fp8"), H200, config()) is None
+    others = {"lm_head": "a16w4_nvfp4-lowbit", "*.self_attn.*": "a16w4_mxfp4-lowbit", "layers.*": "a16w3_g128-lowbit"}
+    assert native.step_unmet(mixed(others), H200, config()) is None
     for kv in ("int8", "fp8"):
         row = FORMATS[f"a16w4_g128_lowbit_kv_{kv}-recipe"]
         assert row.kv == kv
@@ -269,7 +278,6 @@ def test_a_recipe_of_lowbits_rows_decodes_natively():
         ({"*.up_proj": INT8.id, "*": INT4.id}, {}, r"gate_proj, up_proj share a stream, which has one format"),
         ({"*": INT4.id}, {"dtype": "bf16"}, "want activations in float16 for these rows, the recipe's are in bf16"),
         ({"lm_head": "bf16-lowbit", "*": INT4.id}, {}, "want activations in bfloat16 and float16"),
-        ({"*": "a16w3_g128-lowbit"}, {}, "no decode kernel streams int3_g128"),
         ({"*": INT4.id}, {"kv": "int4"}, "reads a KV cache of 16 bits, int8, fp8; this one is int4"),
     ],
 )  # fmt: skip

@@ -10,7 +10,7 @@ import pytest
 from lowbit.errors import LowbitError
 from lowbit.kernels import arguments, batch, nvrtc, prefill, runner
 from lowbit.kernels.geometry import Geometry
-from lowbit.kernels.stream import LAYOUTS
+from lowbit.kernels.stream import LAYOUTS, stage_columns
 
 needs_nvrtc = pytest.mark.skipif(nvrtc.available() is not None, reason=f"NVRTC is not installed: {nvrtc.available()}")
 pytestmark = needs_nvrtc
@@ -20,12 +20,12 @@ LLAMA_1B = {"hidden": 2048, "inter": 8192, "heads": 32, "kv_heads": 8, "head_dim
 LLAMA_3B = {"hidden": 3072, "inter": 8192, "heads": 24, "kv_heads": 8, "head_dim": 128, "eps": 1e-5}
 SMALL = {"hidden": 256, "inter": 768, "heads": 8, "kv_heads": 2, "head_dim": 32, "eps": 1e-6}
 CASES = [
-    *((name, LLAMA_8B) for name in LAYOUTS if name != "int4_sym_g128"),  # the same kernels as int4_g128's
+    *((name, LLAMA_8B) for name in LAYOUTS),
     ("int4_g128", LLAMA_1B),
-    ("int8", LLAMA_3B),
+    ("int4_g128", LLAMA_3B),
     ("bf16", SMALL),
 ]
-SOURCE = nvrtc.read_sources("ptx", "common", "product", "attention", "embedding", "unpack", "prefill")
+SOURCE = nvrtc.read_sources("ptx", "common", "decode", "product", "attention", "embedding", "unpack", "prefill")
 BATCH_SOURCE = nvrtc.read_sources("batch_x", "batch")
 STRUCTURES = {
     "Product": arguments.Product,
@@ -69,8 +69,10 @@ def test_arguments_have_the_kernels_fields_in_their_order(name):
 )
 def test_the_decode_kernels_compile_for_sm90_without_spills(name, shape, kv):
     geometry = Geometry(name, **shape, kv=kv)
-    ku = 1024 if LAYOUTS[name].widest == 1024 and shape is LLAMA_8B else 256
-    kernels = (*runner.kernels(geometry), *prefill.KERNELS, f"unpack_kernel<{ku}>")
+    ku = stage_columns(name, geometry.hidden)
+    kernels = (*runner.PRODUCTS.values(), "embed_kernel", *prefill.KERNELS, f"unpack_kernel<{ku}>")
+    if name in ("int4_g128", "bf16"):  # attention knows of the format only the activations' dtype
+        kernels = (*kernels, *geometry.attentions)
     binary = nvrtc.compile_source(f"{SOURCE}\n{layout_checks()}", kernels, geometry.macros(), "sm_90a")
     assert set(binary.names) == set(kernels)
     found = binary.resources()

@@ -33,7 +33,7 @@ def test_a_llama_in_a_streamed_format_on_an_h200_can_run():
         ({}, "int8", None, 1, "capability", "needs a CUDA device"),
         ({}, "int8", (8, 0), 1, "capability", "needs SM90 (bulk copies, dependent launch; compiled and measured"),
         ({}, "int8", (12, 0), 1, "capability", "this is SM120"),
-        ({}, "mxfp4", H200, 1, "capability", "no decode kernel streams mxfp4"),
+        ({}, "int4_zp_g64", H200, 1, "capability", "no decode kernel streams int4_zp_g64; there are ones for bf16"),
         ({}, "int8", H200, 9, "shape", "decodes 1 to 8 sequences, this case has 9"),
         ({"intermediate_size": 640}, "int8", H200, 1, "shape", "multiple of 256"),
         ({"head_dim": 48, "num_attention_heads": 16}, "int8", H200, 1, "shape", "head_dim must be 32, 64 or 128"),
@@ -242,8 +242,8 @@ def test_what_a_step_can_not_run_is_refused_by_name(module):
     mixed.model.layers[0].self_attn.o_proj = alone(quantize(torch.randn(weight.n, weight.k).bfloat16(), "bf16"))
     with pytest.raises(LowbitError, match=r"activations in one dtype, torch.float16 .* but o is bf16"):
         step_of(mixed, dtype)
-    mixed.model.embed_tokens = NativeEmbedding.from_embedding(mixed.model.embed_tokens, "mxfp4")
-    with pytest.raises(LowbitError, match=r"looks up 16-bit and integer tables, this embedding is mxfp4"):
+    mixed.model.embed_tokens = NativeEmbedding.from_embedding(mixed.model.embed_tokens.bfloat16(), "bf16")
+    with pytest.raises(LowbitError, match=r"looks up no table packed as bf16: leave it in 16 bits"):
         step_of(mixed, dtype)
 
 

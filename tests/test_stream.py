@@ -34,23 +34,61 @@ def same(a, b):
 # -- what a lane reads, written down from cuda/product.cu and not from the packing -------------------------------------
 
 
-def lane_codes(words, bits, lane, block):
+def lane_codes(words, layout, lane, block):
     """A lane's codes of a block, for rows g and g + 8: [2, columns]. ``words``: the stage as uint32.
 
     16 bits: a block has 32 columns, 8 of them the lane's; else 64, of which 16."""
     quad = words.reshape(-1, 32, 4)[:, lane]  # the 16 bytes that this lane loads at a time
+    bits, rows = layout.bits, (0, 1)
     if bits == 16:  # two loads per block, 4 columns each; word = high, then the pair
         words = [quad[block * 2], quad[block * 2 + 1]]
-        places = [[(words[c // 4][high + 2 * (c % 4 // 2)], 16 * (c % 2)) for c in range(8)] for high in (0, 1)]
+        places = [[(words[c // 4][high + 2 * (c % 4 // 2)], 16 * (c % 2)) for c in range(8)] for high in rows]
     elif bits == 8:  # a load per row
-        places = [[(quad[block * 2 + high][c // 4], 8 * (c % 4)) for c in range(16)] for high in (0, 1)]
+        places = [[(quad[block * 2 + high][c // 4], 8 * (c % 4)) for c in range(16)] for high in rows]
+    elif layout.e2m1:  # a word: 4 columns of row g, then of row g + 8
+        places = [[(quad[block][c // 4], 16 * high + 4 * (c % 4)) for c in range(16)] for high in rows]
     elif bits == 4:  # a byte per column: row g low, row g + 8 high
-        places = [[(quad[block][c // 4], 8 * (c % 4) + 4 * high) for c in range(16)] for high in (0, 1)]
-    else:  # a byte per column and that of the next block
+        places = [[(quad[block][c // 4], 8 * (c % 4) + 4 * high) for c in range(16)] for high in rows]
+    elif bits == 2:  # a byte per column and that of the next block
         places = [
-            [(quad[block // 2][c // 4], 8 * (c % 4) + 4 * (block % 2) + 2 * high) for c in range(16)] for high in (0, 1)
+            [(quad[block // 2][c // 4], 8 * (c % 4) + 4 * (block % 2) + 2 * high) for c in range(16)] for high in rows
         ]
+    elif bits == 1:  # a byte per column of four blocks
+        places = [[(quad[block // 4][c // 4], 8 * (c % 4) + 4 * high + block % 4) for c in range(16)] for high in rows]
+    else:
+        return lane_threes(quad, block)
     return np.array([[int(word) >> shift & ((1 << bits) - 1) for word, shift in row] for row in places])
+
+
+def lane_threes(quad, block):
+    """3 bits: a plane of two, then one of single bits; which bits of a code lie where goes by the block."""
+    ones = quad[len(quad) * 2 // 3 :][block // 4]
+    found = np.zeros((2, 16), dtype=np.int64)
+    for high in (0, 1):
+        for c in range(16):
+            two = int(quad[block // 2][c // 4]) >> (8 * (c % 4) + 4 * high + 2 * (block % 2)) & 3
+            one = int(ones[c // 4]) >> (8 * (c % 4) + 4 * high + (2, 1, 3, 0)[block % 4]) & 1
+            found[high, c] = 2 * two + one if block % 2 else two + 4 * one
+    return found
+
+
+def lane_columns(layout, quarter, block):
+    """Where in the stage the columns of a lane's block lie."""
+    if layout.bits == 16:
+        return np.arange(8) + block * 32 + quarter * 8
+    if layout.group == 32:
+        return np.concatenate([np.arange(8), np.arange(32, 40)]) + block * 64 + quarter * 8
+    return np.arange(16) + block * 64 + quarter * 16
+
+
+def stored_scales(stage, size, layout, ku, g, high, column):
+    """The numbers of a row and column of a stage, as stored: a scale, and a zero if there are such."""
+    kind = {1: np.uint8, 2: np.float16, 4: np.float16}[layout.scale_bytes]
+    found = stage[size:].view(kind).reshape(-1, 2 if layout.zeroed else 1)
+    if layout.group == 16:
+        return found[((g * 4 + column % 64 // 16) * (ku // 64) + column // 64) * 2 + high]
+    subs = 128 // layout.group
+    return found[((column // 128 * 8 + g) * subs + column % 128 // layout.group) * 2 + high]
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -68,27 +106,25 @@ def test_a_lane_finds_its_codes_and_scales_where_the_kernel_looks(name):
         stage = found.data[tile, chunk].numpy()
         words = stage[:size].view(np.uint32)
         for lane in (0, 5, 31):
-            g, quarter = lane // 4, lane % 4
-            width = 32 if layout.bits == 16 else 64
-            for block in range(ku // width):
-                column = chunk * ku + block * width + quarter * (width // 4)
-                rows = canonical[[tile * 16 + g, tile * 16 + g + 8], column : column + width // 4]
+            g = lane // 4
+            for block in range(ku // (32 if layout.bits == 16 else 64)):
+                columns = lane_columns(layout, lane % 4, block)
+                rows = canonical[[tile * 16 + g, tile * 16 + g + 8]][:, chunk * ku + columns]
                 flip = 128 if name == "int8" else 0  # canonical codes are q + 128, the stream's two's complement
-                assert (lane_codes(words, layout.bits, lane, block) == rows.astype(np.int64) ^ flip).all()
-            if layout.grouped:
-                for group in range(ku // 128):
-                    pairs = stage[size:].view(np.float16)[(group * 8 + g) * 4 :][:4].reshape(2, 2)
-                    at = [tile * 16 + g, tile * 16 + g + 8], chunk * ku // 128 + group
-                    assert (pairs[:, 0] == want.scale.numpy()[at]).all()
-                    zero = want.zero if want.zero is not None else want.scale * want.row.offset
-                    assert (pairs[:, 1] == zero.numpy()[at]).all()
+                assert (lane_codes(words, layout, lane, block) == rows.astype(np.int64) ^ flip).all()
+                for column in columns[[0, -1]] if layout.grouped else ():
+                    for high in (0, 1):
+                        pair = stored_scales(stage, size, layout, ku, g, high, column)
+                        at = tile * 16 + g + 8 * high, (chunk * ku + column) // layout.group
+                        assert pair[0] == want.scale.numpy()[at]
+                        assert want.zero is None or pair[1] == want.zero.numpy()[at]
 
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("n", [48, 40])  # 40 rows: the last tile is padded
 def test_a_stream_comes_back_bit_for_bit(name, n):
     want = packed(name, n=n, k=768)
-    assert same(stream.unpack_stream(stream.pack_stream(want)), want)
+    assert same(stream.own_scale(stream.unpack_stream(stream.pack_stream(want))), want)
 
 
 def test_a_large_matrix_is_reordered_in_pieces(monkeypatch):
@@ -102,9 +138,15 @@ def test_a_large_matrix_is_reordered_in_pieces(monkeypatch):
 def test_nothing_is_added_to_the_stored_bytes(name):
     want = packed(name, n=64, k=1024)
     found = stream.pack_stream(want)
-    bits = want.row.bits * 64 * 1024
-    scales = 64 * 8 * 32 if found.layout.grouped else 0  # fp16 scale and zero per group of 128
-    assert found.data.numel() * 8 == bits + scales
+    stored = sum(t.numel() * t.element_size() for t in want.tensors().values())
+    beside = 0 if want.scale is None or found.layout.grouped else want.scale.numel() * 4  # found.row_scale
+    beside += 4 if want.tensor_scale is not None else 0
+    assert found.data.numel() == stored - beside
+    rows = 4 * 64 if found.row_scale is not None else 0
+    per_row = 0 if found.layout.grouped else 32 / 1024
+    assert 8 * (found.data.numel() + rows) / (64 * 1024) == pytest.approx(
+        want.row.stored_bits(1024) + (32 / 1024 if want.tensor_scale is not None else 0), abs=per_row
+    )
 
 
 def test_stages_are_as_wide_as_k_allows():
@@ -114,11 +156,11 @@ def test_stages_are_as_wide_as_k_allows():
     assert stream.stage_columns("bf16", 4096) == 256
     with pytest.raises(LowbitError, match=r"K=384"):
         stream.stage_columns("int4_g128", 384)
-    with pytest.raises(LowbitError, match="no decode kernel streams mxfp4; there are ones for bf16"):
-        stream.stage_columns("mxfp4", 4096)
+    with pytest.raises(LowbitError, match="no decode kernel streams int3_zp_g32; there are ones for bf16"):
+        stream.stage_columns("int3_zp_g32", 4096)
     assert stream.streamable("int8", 512)
     assert not stream.streamable("int8", 640)
-    assert not stream.streamable("nvfp4", 512)
+    assert not stream.streamable("int4_zp_g64", 512)
 
 
 # -- several matrices in one stream ------------------------------------------------------------------------------------
@@ -133,7 +175,7 @@ def native_layer(name, dtype):
     return made
 
 
-@pytest.mark.parametrize("name", ["int4_g128", "int4_sym_g128", "ternary", "bf16"])
+@pytest.mark.parametrize("name", ["int4_g128", "int4_sym_g32", "int3_g128", "nvfp4", "ternary", "bf16"])
 def test_linears_that_share_x_share_a_stream_and_keep_their_rows(name):
     dtype = torch.bfloat16 if name == "bf16" else torch.float16
     layer = native_layer(name, dtype)

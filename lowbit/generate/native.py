@@ -73,7 +73,9 @@ def takes(model: Any, batch: int, kv: str = "") -> bool:
     device = head.part.stream.data.device
     if not native.streams(device):
         return False
-    return batches.unmet(model.config, head.format, torch.cuda.get_device_capability(device), batch, kv) is None
+    capability = torch.cuda.get_device_capability(device)
+    formats = {module.format for module in model.modules() if isinstance(module, StreamLinear)}
+    return all(batches.unmet(model.config, name, capability, batch, kv) is None for name in formats)
 
 
 def offer(model: Any, batch: int, length: int, kv: str = "") -> NativeRunner | None:

@@ -25,7 +25,9 @@ Batch = structure(
     "i:tiles i:rows i:ring i:turns i:length",
 )
 Normalize = structure("Normalize", "p:residual p:parts p:norm p:x")
-Embed = structure("Embed", "p:table p:scale p:zero p:token p:x i:bits i:group i:offset i:step i:wide")
+Embed = structure(
+    "Embed", "p:table p:scale p:zero p:tensor_scale p:token p:x i:bits i:group i:offset i:step i:code_kind i:scale_kind"
+)
 Attention = structure("Attention", "p:qkv p:keys p:values p:key_scale p:value_scale p:rope p:position p:out i:length")
 Unpack = structure("Unpack", "p:weights p:row_scale p:out i:row0 i:rows i:k i:half i:bf16_out")
 Norm = structure("Norm", "p:residual p:added p:weight p:out")

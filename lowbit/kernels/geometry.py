@@ -114,6 +114,8 @@ class Geometry:
         return {
             "FORMAT": LAYOUTS[self.format].code,
             "WIDEST": LAYOUTS[self.format].widest,
+            "WGROUP": LAYOUTS[self.format].group or 0,
+            "ZEROED": int(LAYOUTS[self.format].zeroed),
             "HIDDEN": self.hidden,
             "INTER": self.inter,
             "HEADS": self.heads,
@@ -153,9 +155,10 @@ class Geometry:
         blocks = min(BLOCKS, tiles)
         batch = min(BATCH_TILES, -(-tiles // blocks))
         ku = stage_columns(self.format, k)
-        stage = LAYOUTS[self.format].stage_bytes(ku)
-        digits = 2 * PLANE_GAP + ku if LAYOUTS[self.format].integer else 0
-        fixed = k * 2 + digits + k // GROUP * 8 + batch * (k // ku) * 64 + 128 + 16 * MAX_RING
+        layout = LAYOUTS[self.format]
+        stage = layout.stage_bytes(ku)
+        digits = 2 * PLANE_GAP + ku if layout.integer else 0
+        fixed = k * 2 + digits + k // layout.sum_columns * 8 + batch * (k // ku) * 64 + 128 + 16 * MAX_RING
         ring = min(MAX_RING, (room - fixed) // stage) // self.warps * self.warps
         if not ring:
             raise LowbitError(f"a ring of {self.warps} stages of {stage} bytes and x of K={k} exceed {room} bytes")

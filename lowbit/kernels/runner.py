@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import LowbitError
-from lowbit.kernels import attention_plan, batch, weights
+from lowbit.kernels import attention_plan, batch
 from lowbit.kernels.arguments import Attention, Embed, Product, fill
 from lowbit.kernels.geometry import ATTENTION_WARPS, BLOCKS, RING_BYTES, SPLITS, Geometry
 from lowbit.kernels.launch import Module, compile_module
 from lowbit.kernels.modules import NativeEmbedding, NativeLinear
-from lowbit.kernels.stream import LAYOUTS, Stream
+from lowbit.kernels.stream import Stream
 from lowbit.kernels.stream_modules import StreamLinear
+from lowbit.kernels.weights import Packed
 
 PRODUCTS = {
     "qkv": "product_kernel<HIDDEN, true, TO_ACT>",
@@ -31,6 +32,9 @@ PRODUCTS = {
     "head": "product_kernel<HIDDEN, true, TO_LOGITS>",
 }
 """Of one sequence; batch.PRODUCTS are those of several."""
+CODES = {"int": 0, "e4m3": 1, "e2m1": 2}
+SCALES = {torch.float16: 0, torch.float32: 1, torch.float8_e8m0fnu: 2, torch.float8_e4m3fn: 3}
+"""Kinds of an embedding's codes and of their scales, as cuda/embedding.cu counts them."""
 
 
 def kernels(shape: Geometry) -> tuple[str, ...]:
@@ -42,7 +46,7 @@ def kernels(shape: Geometry) -> tuple[str, ...]:
 def sources(shape: Geometry) -> tuple[str, ...]:
     """The files of cuda/ that they are compiled from."""
     several = () if shape.batch == 1 else ("batch_x", "batch")
-    return ("common", "product", *several, "attention", "embedding")
+    return ("common", "decode", "product", *several, "attention", "embedding")
 
 
 Pick = Callable[[Tensor], Tensor]
@@ -73,6 +77,16 @@ def unstreamed(model: Any) -> str | None:
     if kept is not dtype:
         return f"its norms are in {kept}, its streams want {dtype}"
     return None
+
+
+def lookup(packed: Packed) -> dict[str, Any]:
+    """What the embedding's kernel is told of a packed table, as fields of Embed."""
+    row, tensors = packed.row, packed.tensors()
+    if row.kind not in CODES or row.scale not in SCALES:
+        raise LowbitError(f"the native step looks up no table packed as {packed.format}: leave it in 16 bits")
+    tensors["table"] = tensors.pop("codes")
+    values = {"bits": row.bits, "group": row.group_size or packed.k, "offset": row.offset, "step": row.step}
+    return {**tensors, **values, "code_kind": CODES[row.kind], "scale_kind": SCALES[row.scale]}
 
 
 def stream_of(linear: nn.Module, where: str) -> Stream:
@@ -144,12 +158,9 @@ class NativeStep:
             raise LowbitError(f"NativeStep decodes one sequence (batch 1), got a cache of batch {of_cache}: BatchStep")
 
     def _module(self, format: str) -> Module:
-        # kernels of the two int4 formats are the same: their streams are
-        code = LAYOUTS[format].code
-        name = next(name for name, layout in LAYOUTS.items() if layout.code == code)
-        if name not in self._modules:
-            self._modules[name] = load(replace(self.shape, format=name), self._device, self._progress)
-        return self._modules[name]
+        if format not in self._modules:
+            self._modules[format] = load(replace(self.shape, format=format), self._device, self._progress)
+        return self._modules[format]
 
     def _expect(self, dtype: torch.dtype, what: str) -> None:
         if dtype != self.shape.dtype:
@@ -203,17 +214,8 @@ class NativeStep:
         yield self._product("head", stream_of(model.lm_head, "lm_head"), self.residual, self.logits, body.norm)
 
     def _embedding(self, table: Any) -> Launch:
-        named: dict[str, Any]
         if isinstance(table, NativeEmbedding):
-            packed, row = table.packed, weights.find(table.format)
-            if row.kind != "int" or 8 % row.bits:
-                raise LowbitError(
-                    f"the native step looks up 16-bit and integer tables, this embedding is {packed.format}"
-                )
-            assert packed.scale is not None
-            named = {"table": packed.codes, "scale": packed.scale, "zero": packed.zero, "bits": row.bits}
-            named |= {"group": row.group_size or packed.k, "offset": row.offset, "step": row.step}
-            named["wide"] = int(packed.scale.dtype is torch.float32)
+            named = lookup(table.packed)
             self._kept += [tensor for tensor in named.values() if isinstance(tensor, Tensor)]
         else:
             self._expect(table.weight.dtype, "an embedding")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.kernels.keeping import keep
-from lowbit.kernels.stream import TILE, Stream, concatenate, interleave, pack_stream, unpack_stream
+from lowbit.kernels.stream import TILE, Stream, concatenate, interleave, own_scale, pack_stream, unpack_stream
 from lowbit.kernels.weights import Packed
 
 SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -44,13 +44,13 @@ class StreamLinear(nn.Module):
         """This linear's own rows in canonical form: a copy, for saving and for proofs."""
         whole = unpack_stream(self.part.stream)
         if not self.part.half:
-            return whole.rows(self.part.row0, self.part.row0 + self.part.rows)
+            return own_scale(whole.rows(self.part.row0, self.part.row0 + self.part.rows))
         first = 8 * (self.part.half - 1)
         named = {
             name: tensor.view(-1, TILE, tensor.shape[-1])[:, first : first + 8].reshape(self.part.rows, -1)
             for name, tensor in whole.tensors().items()
         }
-        return Packed(whole.format, self.part.rows, whole.k, **named)
+        return own_scale(Packed(whole.format, self.part.rows, whole.k, **named))
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """[out_features, in_features] in ``dtype``, rounded once."""

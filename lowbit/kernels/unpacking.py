@@ -21,7 +21,7 @@ _ANY_SHAPE = {"hidden": 1024, "inter": 1024, "heads": 8, "kv_heads": 8, "head_di
 @lru_cache(maxsize=32)
 def _unpacker(format: str, ku: int, device: int) -> Module:
     macros = Geometry(format, **_ANY_SHAPE).macros()  # type: ignore[arg-type]
-    return compile_module(("ptx", "common", "unpack"), (f"unpack_kernel<{ku}>",), macros, device)
+    return compile_module(("ptx", "common", "decode", "unpack"), (f"unpack_kernel<{ku}>",), macros, device)
 
 
 def unpack(part: StreamPart, dtype: torch.dtype) -> Tensor:
@@ -52,6 +52,7 @@ def unpack_into(part: StreamPart, out: Tensor) -> Tensor:
     )
     module = _unpacker(stream.format, stream.ku, stream.data.device.index or 0)
     tiles = -(-(part.row0 % TILE + part.rows) // (TILE // 2 if part.half else TILE))
-    threads = tiles * stream.k * TILE * stream.layout.bits // 8 // 16
+    bits = 2 if stream.layout.bits == 3 else stream.layout.bits  # a thread for 16 bytes of the first plane
+    threads = tiles * stream.k * TILE * bits // 8 // 16
     module.launch(f"unpack_kernel<{stream.ku}>", (-(-threads // 256), 1), 256, argument)
     return out

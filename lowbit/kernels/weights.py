@@ -172,7 +172,8 @@ class Packed:
 
     def rows(self, start: int, stop: int) -> Packed:
         """Rows start .. stop, sharing memory."""
-        parts = {name: t if name == "tensor_scale" else t[start:stop] for name, t in self.tensors().items()}
+        whole = {"tensor_scale"} if self.tensor_scale is not None and self.tensor_scale.numel() == 1 else set()
+        parts = {name: t if name in whole else t[start:stop] for name, t in self.tensors().items()}
         return Packed(self.format, len(range(self.n)[start:stop]), self.k, **parts)
 
     def check(self, what: str = "a packed weight") -> None:

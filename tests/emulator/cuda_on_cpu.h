@@ -374,9 +374,14 @@ inline uint32_t half_warp_max(uint32_t v) { return over_half_warp(v, [](uint32_t
 inline int half_warp_sum(int v) { return over_half_warp(v, [](int a, int b) { return a + b; }); }
 inline uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t pick) {
   uint32_t r = 0;
-  for (int i = 0; i < 4; i++) { const uint32_t from = pick >> (4 * i) & 7; r |= ((from < 4 ? a : b) >> (8 * (from & 3)) & 255) << (8 * i); }
+  for (int i = 0; i < 4; i++) {
+    const uint32_t from = pick >> (4 * i) & 15, byte = ((from & 4 ? b : a) >> (8 * (from & 3))) & 255;
+    r |= (from & 8 ? (byte & 128 ? 255 : 0) : byte) << (8 * i);  // bit 3: its sign, eight times
+  }
   return r;
 }
+inline uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) { return (a & mask) | (b & ~mask); }
+inline uint32_t in_register(uint32_t v) { return v; }
 inline uint32_t e4m3_to_halves(uint32_t w, int high) {
   uint32_t r = 0;
   for (int i = 0; i < 2; i++) {

@@ -79,9 +79,10 @@ template <int KU> __device__ __forceinline__ void batch_product(const uint8_t* s
       const float2* of = groups + group * COLUMNS + min(quarter, OWN - 1) * 2;
       const float4 two = *(const float4*)of;  // scales and sums of x of both columns
       float2 scale[2] = {};
-      if constexpr (GROUPED) {  // w = scale q + zero, of both rows
-        const uint2 u = *(const uint2*)(stage + code_bytes(KU) + (group * 8 + g) * 8);
-        scale[0] = __half22float2(*(const __half2*)&u.x), scale[1] = __half22float2(*(const __half2*)&u.y);
+      if constexpr (GROUPED) {  // w = scale q + zero, or scale (q - 8), of both rows
+        const Scales s = scales_at<KU>(stage, group, g);
+#pragma unroll
+        for (int i = 0; i < 2; i++) scale[i] = make_float2(s.scale[0][i], ZEROED ? s.zero[0][i] : -8.f * s.scale[0][i]);
       }
 #pragma unroll
       for (int i = 0; i < 4; i++) {

@@ -11,7 +11,7 @@
 //   * WARPS consumer warps take whole stages, each alone: 128-bit loads, a mask instead of a conversion, and mma with the
 //     weights as operand A. Tensor cores do the multiplication and the sum over k; operand B is x.
 //
-// Integer formats (int8, int4, int2, ternary) are multiplied as integers, exactly, by mma.m16n8k32. Per 128 columns x is
+// Integer formats (int8, int4, int3, int2, ternary, binary, and e2m1 as twice its values) are multiplied as integers, exactly, by mma.m16n8k32. Per 128 columns x is
 // rounded to 16 bits, x = scale (256 d0 + d1) with digits of 8 bits, which is closer than fp16. An mma has 8 columns of x,
 // one would do for a matrix-vector product: here they are d0 and d1 of 4 groups of 128 columns. A lane whose column
 // belongs to another group than the weights at hand gives zeros, so that after 4 groups the sums of all of them, digit by
@@ -23,23 +23,26 @@
 // N still runs, and gave different bits in 1 of 10 runs while every tolerance held (docs/kernels.md).
 //
 // Compiled by NVRTC (lowbit/kernels/nvrtc.py), which knows no host headers. Macros given on the command line:
-// FORMAT, WIDEST, HIDDEN, INTER, HEADS, KV_HEADS, HEAD_DIM, EPS, WARPS, KV, BATCH (sequences; batch.cu is for 2 to 8).
-enum { BF16 = 0, INT8 = 1, INT4 = 2, INT2 = 3, TERNARY = 4, FP8 = 5 };
+// FORMAT, WIDEST, WGROUP, ZEROED, HIDDEN, INTER, HEADS, KV_HEADS, HEAD_DIM, EPS, WARPS, KV, BATCH (sequences; batch.cu is for 2 to 8).
+enum { BF16 = 0, INT8 = 1, INT4 = 2, INT2 = 3, TERNARY = 4, FP8 = 5, MXFP4 = 6, NVFP4 = 7, INT3 = 8, BINARY = 9 };
 enum { TO_ACT = 0, ADD_RESIDUAL = 1, SILU_MUL = 2, TO_LOGITS = 3 };  // what a product's epilogue does
 
 constexpr int CONSUMERS = WARPS * 32, THREADS = CONSUMERS + 32;  // and one producer warp
 constexpr int QDIM = HEADS * HEAD_DIM, KVDIM = KV_HEADS * HEAD_DIM;
-constexpr int GROUP = 128;       // columns that share a scale of x (INTEGER), and of the weights in the grouped formats
+constexpr int GROUP = 128;       // columns that share a scale of x (INTEGER)
 constexpr int MAX_RING = 48;      // stages
 constexpr int BATCH_TILES = 14;  // row tiles whose partial sums are in shared memory at once
-constexpr bool GROUPED = FORMAT == INT4 || FORMAT == INT2;                        // fp16 scale and zero per group
-constexpr bool ROW_SCALED = FORMAT == INT8 || FORMAT == TERNARY || FORMAT == FP8;  // fp32 scale per row
-constexpr bool INTEGER = FORMAT != BF16 && FORMAT != FP8;
-constexpr int BITS = FORMAT == BF16 ? 16 : (FORMAT == INT8 || FORMAT == FP8) ? 8 : FORMAT == INT4 ? 4 : 2;
+constexpr bool GROUPED = WGROUP > 0;  // WGROUP columns of a row share a scale and, ZEROED, a zero: fp16, or a byte beside e2m1
+constexpr bool ROW_SCALED = FORMAT == INT8 || FORMAT == TERNARY || FORMAT == BINARY || FORMAT == FP8 || FORMAT == NVFP4;  // fp32 per row
+constexpr bool INTEGER = FORMAT != BF16 && FORMAT != FP8, E2M1 = FORMAT == MXFP4 || FORMAT == NVFP4;
+constexpr int BITS = FORMAT == BF16 ? 16 : (FORMAT == INT8 || FORMAT == FP8) ? 8 : FORMAT == INT3 ? 3 : (FORMAT == INT2 || FORMAT == TERNARY) ? 2 : FORMAT == BINARY ? 1 : 4;
+constexpr int SCALE_COLUMNS = GROUPED ? WGROUP : GROUP, SCALE_BYTES = !GROUPED ? 0 : E2M1 ? 1 : ZEROED ? 4 : 2;
+constexpr bool SPLIT = WGROUP == 32;  // a lane's 16 of 64 columns lie in two of those groups (decode.cu)
+constexpr int SUM_COLUMNS = FORMAT == INT4 && WGROUP < GROUP ? WGROUP : GROUP;  // whose sum of x the weights' zeros are multiplied by
 // Of a matrix with K columns: columns of a stage, bytes of its codes, bytes with scales
 __device__ constexpr int stage_columns(int k) { int ku = WIDEST; while (k % ku) ku /= 2; return ku; }
 __device__ constexpr int code_bytes(int ku) { return 2 * ku * BITS; }
-__device__ constexpr int stage_bytes(int ku) { return code_bytes(ku) + (GROUPED ? ku / GROUP * 64 : 0); }
+__device__ constexpr int stage_bytes(int ku) { return code_bytes(ku) + 16 * ku / SCALE_COLUMNS * SCALE_BYTES; }
 static_assert(CONSUMERS >= BATCH_TILES * 16, "an epilogue has one thread per row");
 static_assert(HIDDEN % 256 == 0 && INTER % 256 == 0 && QDIM % 256 == 0, "K is cut into whole stages");
 
@@ -66,7 +69,7 @@ __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uin
   else mma_f16(c, a0, a1, a2, a3, b0, b1);
 }
 __device__ __forceinline__ void mma(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-  if constexpr (FORMAT == INT8) mma_s8(c, a0, a1, a2, a3, b0, b1);
+  if constexpr (FORMAT == INT8 || E2M1) mma_s8(c, a0, a1, a2, a3, b0, b1);
   else mma_u8(c, a0, a1, a2, a3, b0, b1);
 }
 // 16-bit activations, norms and KV cache: bf16 beside bf16 weights, else fp16.

@@ -2,7 +2,7 @@
 struct Shared {
   uint8_t* ring;      // [ring][stage]
   uint16_t* x;        // [K]; INTEGER: two planes of digits, [K + PLANE_GAP] bytes each, and then zeros for a stage's columns
-  float2* groups;     // [K / GROUP], INTEGER: scale of x, sum of x
+  float2* groups;     // [K / SUM_COLUMNS], INTEGER: scale of x, sum of x
   float* partial;     // [batch x stages of a tile][16]: row sums of every stage
   float* reduce;      // [32]
   uint64_t *full, *empty;  // [ring]
@@ -14,7 +14,7 @@ template <int K> __device__ __forceinline__ Shared carve(uint8_t* memory, int ri
   s.ring = memory;
   uint8_t* p = memory + ring * stage_bytes(stage_columns(K));
   s.x = (uint16_t*)p, p += K * 2 + (INTEGER ? 2 * PLANE_GAP + stage_columns(K) : 0);
-  s.groups = (float2*)p, p += K / GROUP * 8;
+  s.groups = (float2*)p, p += K / SUM_COLUMNS * 8;
   s.partial = (float*)p, p += batch * (K / stage_columns(K)) * 64;
   s.reduce = (float*)p, p += 128;
   s.full = (uint64_t*)p, s.empty = (uint64_t*)p + MAX_RING;
@@ -57,11 +57,14 @@ template <int K> __device__ __forceinline__ void put8(const Shared& s, int k, co
     float scale;
     int sum;
     to_digits(v, high, low, scale, sum);
-    uint8_t* to = (uint8_t*)s.x + k;
+    uint8_t* to = (uint8_t*)s.x + place_of(k);
     *(uint2*)to = make_uint2(high[0], high[1]);
     *(uint2*)(to + K + PLANE_GAP) = make_uint2(low[0], low[1]);
-    sum = half_warp_sum(sum);
-    if ((threadIdx.x & 15) == 0) s.groups[k / GROUP] = make_float2(scale, scale * (float)sum);
+    if constexpr (SUM_COLUMNS == GROUP) sum = half_warp_sum(sum);
+    else
+#pragma unroll
+      for (int d = 1; d < SUM_COLUMNS / 8; d <<= 1) sum += __shfl_xor_sync(~0u, sum, d);
+    if (k % SUM_COLUMNS == 0) s.groups[k / SUM_COLUMNS] = make_float2(scale, scale * (float)sum);
   }
 }
 template <int K, bool NORM> __device__ __forceinline__ void stage_x(const Product& op, const Ahead& ahead, const Shared& s) {
@@ -139,60 +142,11 @@ template <int K> __device__ __forceinline__ void stage_product(const uint8_t* st
     }
     r0 = c[0][0] + c[1][0] + c[2][0] + c[3][0], r1 = c[0][2] + c[1][2] + c[2][2] + c[3][2];
   } else {
-    constexpr int SETS = KU / GROUP > 4 ? 2 : 1, AT_ONCE = KU / GROUP / SETS;  // groups side by side in an mma's columns
-    // What the fields of rows g and g + 8 are worth; of 2 bits, the second 64 columns' are worth 16 times the first's
-    constexpr int SHIFT = BITS == 2 ? 4 : 0;
-    constexpr float WORTH0 = BITS == 2 ? 16.f : 1.f, WORTH1 = BITS == 2 ? 64.f : BITS == 4 ? 16.f : 1.f;
     const uint8_t* digits = (const uint8_t*)s.x;
     const uint8_t* own = digits + (g & 1) * (K + PLANE_GAP) + chunk * KU + quarter * 16;
     const uint8_t* zeros = digits + 2 * (K + PLANE_GAP);
-    const uint8_t* from[AT_ONCE];
-#pragma unroll
-    for (int n = 0; n < AT_ONCE; n++) from[n] = g >> 1 == n ? own : zeros;
-    int c[SETS][2][4];  // of the first and second 64 columns of each group
-#pragma unroll
-    for (int i = 0; i < SETS * 4; i++) c[i / 4][0][i % 4] = 0, c[i / 4][1][i % 4] = MAGIC_BITS;
-#pragma unroll
-    for (int n = 0; n < AT_ONCE; n++)
-#pragma unroll
-      for (int set = 0; set < SETS; set++) {
-        const int group = set * AT_ONCE + n;
-        uint4 w = BITS == 2 ? wp[group * 32] : uint4{};
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-          const uint4 x = *(const uint4*)(from[n] + group * GROUP + half * 64);
-          int (&to)[4] = c[set][half];
-          if constexpr (BITS == 8) {
-            const uint4 w0 = wp[(group * 4 + half * 2) * 32], w1 = wp[(group * 4 + half * 2 + 1) * 32];
-            mma(to, w0.x, w1.x, w0.y, w1.y, x.x, x.y), mma(to, w0.z, w1.z, w0.w, w1.w, x.z, x.w);
-          } else {
-            constexpr uint32_t ONES = 0x01010101u;
-            if constexpr (BITS == 4) w = wp[(group * 2 + half) * 32];
-            const uint32_t m0 = BITS == 4 ? 0xf * ONES : half ? 0x30 * ONES : 0x3 * ONES, m1 = BITS == 4 ? 0xf0 * ONES : half ? 0xc0 * ONES : 0xc * ONES;
-            mma(to, w.x & m0, w.x & m1, w.y & m0, w.y & m1, x.x, x.y), mma(to, w.z & m0, w.z & m1, w.w & m0, w.w & m1, x.z, x.w);
-          }
-        }
-      }
-    r0 = r1 = 0.f;
-#pragma unroll
-    for (int set = 0; set < SETS; set++) {  // the lanes of a row: a group each
-      const int group = set * AT_ONCE + min(quarter, AT_ONCE - 1);
-      const float2 x = s.groups[chunk * (KU / GROUP) + group];
-      auto total = [&](int at, float worth) {  // 256 d0 + d1, exact but for its own rounding
-        const float d0 = __int_as_float((c[set][0][at] << SHIFT) + c[set][1][at]), d1 = __int_as_float((c[set][0][at + 1] << SHIFT) + c[set][1][at + 1]);
-        return d1 * (1.f / worth) + (d0 * (256.f / worth) - MAGIC * 257.f / worth);
-      };
-      const float t0 = total(0, WORTH0), t1 = total(2, WORTH1);
-      if constexpr (GROUPED) {  // w = scale q + zero
-        const uint2 u = *(const uint2*)(stage + code_bytes(KU) + (group * 8 + g) * 8);
-        const float2 s0 = __half22float2(*(const __half2*)&u.x), s1 = __half22float2(*(const __half2*)&u.y);
-        const float sum = quarter < AT_ONCE ? x.y : 0.f;
-        r0 += s0.x * x.x * t0 + s0.y * sum, r1 += s1.x * x.x * t1 + s1.y * sum;
-      } else {
-        const float sum = FORMAT == TERNARY && quarter < AT_ONCE ? x.y : 0.f;  // ternary fields are stored as q + 1
-        r0 += x.x * t0 - sum, r1 += x.x * t1 - sum;
-      }
-    }
+    if constexpr (FORMAT == NVFP4) sixteens_product<K>(stage, s.groups + chunk * (KU / GROUP), own, zeros, r0, r1);
+    else groups_product<K>(stage, s.groups + chunk * (KU / SUM_COLUMNS), own, zeros, r0, r1);
 #pragma unroll
     for (int d = 1; d < 4; d <<= 1) r0 += __shfl_xor_sync(~0u, r0, d), r1 += __shfl_xor_sync(~0u, r1, d);
   }

@@ -64,9 +64,21 @@ MMA(mma_s8, "s8")
 // Over the half of a warp that a lane is in
 __device__ __forceinline__ uint32_t half_warp_max(uint32_t v) { uint32_t r; asm volatile("redux.sync.max.u32 %0, %1, %2;" : "=r"(r) : "r"(v), "r"(threadIdx.x & 16 ? 0xffff0000u : 0xffffu)); return r; }
 __device__ __forceinline__ int half_warp_sum(int v) { int r; asm volatile("redux.sync.add.s32 %0, %1, %2;" : "=r"(r) : "r"(v), "r"(threadIdx.x & 16 ? 0xffff0000u : 0xffffu)); return r; }
-__device__ __forceinline__ uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t pick) {  // bytes 0 to 3 are a's, 4 to 7 b's
+__device__ __forceinline__ uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t pick) {  // bytes 0 to 3 are a's, 4 to 7 b's; + 8: of that byte the sign, eight times
   uint32_t r;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(pick));
+  return r;
+}
+__device__ __forceinline__ uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) {  // a where the mask is 1; one LOP3 and not two
+  uint32_t r;
+  asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(r) : "r"(mask), "r"(a), "r"(b));
+  return r;
+}
+// In a register of its own, by a shuffle of which ptxas does not know what it gives: a constant is else copied anew, from a
+// uniform register, for every prmt (SASS: an IMAD.U32 each)
+__device__ __forceinline__ uint32_t in_register(uint32_t v) {
+  uint32_t r;
+  asm volatile("shfl.sync.idx.b32 %0, %1, 0, 31, -1;" : "=r"(r) : "r"(v));
   return r;
 }
 __device__ __forceinline__ uint32_t e4m3_to_halves(uint32_t w, int high) {  // two e4m3 -> two halves, exact

@@ -1,18 +1,17 @@
 // ---------------------------------------------------------------------------------------------- back to a matrix
 // Rows of a stream as a 16-bit matrix, for products with many tokens: dequantize, then a library's GEMM. One thread takes
 // the 16 bytes that a lane takes above: 16 columns of a row (8 bits), or of rows g and g + 8 of a tile (4 bits; 2 bits:
-// twice 16; bf16: 4). `half`: the stream holds
-// two matrices, 8 rows of each in a tile; 0: it does not, 1: write the first, 2: the second.
+// twice 16, 3 bits too, with the third from another place; 1 bit: four times; bf16: 4). `half`: the stream holds two matrices, 8 rows of each in a tile; 0: it does not, 1: write the first, 2: the second.
 struct Unpack { const uint8_t* weights; const float* row_scale; uint16_t* out; int row0, rows, k, half, bf16_out; };
-constexpr int UNPACKED_ROWS = FORMAT == INT8 || FORMAT == FP8 ? 1 : 2;          // of 16 columns (bf16: 4), per thread
-constexpr int UNPACKED_BLOCKS = FORMAT == INT2 || FORMAT == TERNARY ? 2 : 1;  // of 64 columns, 16 of them per thread
+constexpr int UNPACKED_ROWS = BITS == 8 ? 1 : 2;                                        // of 16 columns (bf16: 4), per thread
+constexpr int UNPACKED_BLOCKS = BITS == 2 || BITS == 3 ? 2 : BITS == 1 ? 4 : 1;  // of 64 columns, 16 of them per thread
 
 __device__ __forceinline__ uint32_t pair16(float a, float b, int bf16_out) {
   if (bf16_out) return (uint32_t)__bfloat16_as_ushort(__float2bfloat16(a)) | ((uint32_t)__bfloat16_as_ushort(__float2bfloat16(b)) << 16);
   return (uint32_t)__half_as_ushort(__float2half_rn(a)) | ((uint32_t)__half_as_ushort(__float2half_rn(b)) << 16);
 }
 template <int KU> __global__ void __launch_bounds__(256) unpack_kernel(const __grid_constant__ Unpack u) {
-  constexpr int PER_STAGE = code_bytes(KU) / 16, STAGE_BYTES = stage_bytes(KU);  // threads and bytes of a stage
+  constexpr int PER_STAGE = 2 * KU * (BITS == 3 ? 2 : BITS) / 16, STAGE_BYTES = stage_bytes(KU);  // threads and bytes of a stage
   const int chunks = u.k / KU, first = u.half ? 0 : u.row0 / 16;
   const uint32_t i = blockIdx.x * 256 + threadIdx.x, stage_index = i / PER_STAGE, in_stage = i % PER_STAGE;
   const int tile = first + stage_index / chunks, chunk = stage_index % chunks, j = in_stage / 32, lane = in_stage % 32;
@@ -21,6 +20,8 @@ template <int KU> __global__ void __launch_bounds__(256) unpack_kernel(const __g
   const uint8_t* stage = u.weights + ((size_t)tile * chunks + chunk) * STAGE_BYTES;
   const uint4 four = ((const uint4*)stage)[in_stage];
   const uint32_t w[4] = {four.x, four.y, four.z, four.w};
+  uint4 third = {};
+  if constexpr (BITS == 3) third = ((const uint4*)stage)[(KU / GROUP + j / 2) * 32 + lane];
 #pragma unroll
   for (int r = 0; r < UNPACKED_ROWS; r++) {
     const int high = UNPACKED_ROWS == 1 ? j & 1 : r;
@@ -36,26 +37,30 @@ template <int KU> __global__ void __launch_bounds__(256) unpack_kernel(const __g
     }
 #pragma unroll
     for (int b = 0; b < UNPACKED_BLOCKS; b++) {
-      const int column = (j / (3 - UNPACKED_ROWS) * UNPACKED_BLOCKS + b) * 64 + q4 * 16;
-      float v[16], scale = row_scale, zero = 0.f;
+      const int block = (j / (3 - UNPACKED_ROWS) * UNPACKED_BLOCKS + b) * 64;
+      float v[16];
 #pragma unroll
       for (int e = 0; e < 16; e++) {
         const uint32_t byte = w[e / 4] >> (8 * (e % 4));
         if constexpr (FORMAT == INT8) v[e] = (float)(int8_t)byte;
         else if constexpr (FORMAT == FP8) v[e] = __half2float(__ushort_as_half((uint16_t)(e4m3_to_halves(w[e / 4], e % 4 >= 2) >> (16 * (e & 1)))));
-        else if constexpr (FORMAT == INT4) v[e] = (float)((byte >> (high * 4)) & 15);
-        else v[e] = (float)((byte >> (b * 4 + high * 2)) & 3) - (FORMAT == TERNARY ? 1.f : 0.f);
-      }
-      if constexpr (GROUPED) {
-        const __half2 sz = *(const __half2*)(stage + code_bytes(KU) + ((column / GROUP) * 8 + g) * 8 + high * 4);
-        scale = __low2float(sz), zero = __high2float(sz);
+        else if constexpr (E2M1) v[e] = e2m1_value(w[e / 4] >> (16 * high + 4 * (e % 4)));
+        else if constexpr (FORMAT == INT4) v[e] = (float)((byte >> (high * 4)) & 15) - (ZEROED ? 0.f : 8.f);
+        else if constexpr (FORMAT == BINARY) v[e] = (float)((byte >> (high * 4 + b) & 1) * 2) - 1.f;
+        else if constexpr (FORMAT == INT3) {
+          const uint32_t two = byte >> (high * 4 + b * 2) & 3, one = word_of(third, e / 4) >> (8 * (e % 4) + high * 4 + third_at(j & 1, b)) & 1;
+          v[e] = (float)(b ? two << 1 | one : two | one << 2);
+        } else v[e] = (float)((byte >> (b * 4 + high * 2)) & 3) - (FORMAT == TERNARY ? 1.f : 0.f);
       }
 #pragma unroll
       for (int h = 0; h < 2; h++) {
+        const int column = block + (SPLIT ? h * 32 + q4 * 8 : q4 * 16 + h * 8);
+        float2 scale = make_float2(row_scale, 0.f);
+        if constexpr (GROUPED) scale = scale_at<KU>(stage, g, high, column), scale.x *= row_scale;
         uint32_t o[4];
 #pragma unroll
-        for (int i = 0; i < 4; i++) o[i] = pair16(v[h * 8 + 2 * i] * scale + zero, v[h * 8 + 2 * i + 1] * scale + zero, u.bf16_out);
-        ((uint4*)(out + column))[h] = make_uint4(o[0], o[1], o[2], o[3]);
+        for (int i = 0; i < 4; i++) o[i] = pair16(v[h * 8 + 2 * i] * scale.x + scale.y, v[h * 8 + 2 * i + 1] * scale.x + scale.y, u.bf16_out);
+        *(uint4*)(out + column) = make_uint4(o[0], o[1], o[2], o[3]);
       }
     }
   }
