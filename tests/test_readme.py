@@ -57,7 +57,7 @@ def test_the_limits_are_those_of_the_code(metric: Metric):
     if metric.limit.absolute > 1:
         expected += f" {metric.unit}"
     if metric.host_bound_limit is not None:
-        expected += f" (eager {word(metric.host_bound_limit)})"
+        expected += f" (host-bound {word(metric.host_bound_limit)})"
     assert said == expected
 
 

@@ -23,6 +23,16 @@ def test_host_bound_is_eager_speed() -> None:
     assert host_bound(Record("c", "prefill", "bf16-torch", "eager", "p512", "embedded", "auto"))
 
 
+def test_a_compiled_case_is_host_bound_where_the_gpu_was_seen_to_wait() -> None:
+    assert host_bound(row("a", host_share=[0.87, 0.98, 0.99]))
+    assert not host_bound(row("a", host_share=[0.5, 0.56, 0.99]))
+    assert not host_bound(row("a", kind="quality", host_share=[0.99]))
+    measured = Record("c", "decode", "a16w8-torchao", "reduce-overhead", "b1_c0", "embedded", "auto")
+    assert not host_bound(measured)
+    measured.metrics["host_share"] = 0.99
+    assert host_bound(measured)
+
+
 def test_factor_falls_with_what_is_known() -> None:
     factors = [spread_factor(freedom, 5) for freedom in (3, 4, 8, 20, 80, 10_000)]
     assert factors == sorted(factors, reverse=True)
@@ -43,6 +53,13 @@ def test_spread_is_pooled_by_hand() -> None:
 
 def test_host_bound_noise_is_pooled_apart() -> None:
     rows = [row("a", decode_tok_s=[99, 100, 101]), row("b", mode="eager", decode_tok_s=[90, 100, 110])]
+    spreads = pool_spread(rows)
+    assert spreads.of("decode_tok_s", rows[0]).sigma == pytest.approx(0.01)
+    assert spreads.of("decode_tok_s", rows[1]).sigma == pytest.approx(0.10)
+
+
+def test_compiled_cases_that_wait_for_the_host_share_the_pool_of_eager_ones() -> None:
+    rows = [row("a", decode_tok_s=[99, 100, 101]), row("b", decode_tok_s=[90, 100, 110], host_share=[0.99] * 3)]
     spreads = pool_spread(rows)
     assert spreads.of("decode_tok_s", rows[0]).sigma == pytest.approx(0.01)
     assert spreads.of("decode_tok_s", rows[1]).sigma == pytest.approx(0.10)
