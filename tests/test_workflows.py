@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lowbit import trend
+
 ROOT = Path(__file__).parents[1]
 CI = ROOT / ".ci"
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -275,6 +277,18 @@ def test_a_night_leaves_its_summary_its_code_and_its_own_run(nightly, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == ["exit_code", "runs", "summary.md"]
     assert [path.name for path in (out / "runs").iterdir()] == ["0002"]  # the nights before are kept, not uploaded
     assert sorted(path.name for path in (root / "kept" / "lowbit" / "runs").iterdir()) == ["0001", "0002"]
+
+
+def test_a_night_keeps_as_many_runs_as_the_trend_looks_at(nightly, tmp_path):
+    """The folder is cached: it must not grow for ever."""
+    kept = tmp_path / "a night" / "kept" / "lowbit" / "runs"
+    for number in range(trend.NIGHTS):
+        (kept / f"0000-{number:03}").mkdir()
+    nightly(0)
+    left = sorted(path.name for path in kept.iterdir())
+    assert len(left) == trend.NIGHTS
+    assert left[0] == "0000-002"  # the two oldest went; 0001 and this night's 0002 came after
+    assert left[-2:] == ["0001", "0002"]
 
 
 # -- nightly_issue -----------------------------------------------------------------------------------------------------
