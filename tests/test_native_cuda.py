@@ -12,7 +12,7 @@ from torch import nn
 from lowbit import native_step
 from lowbit.generate.decoder import decode_logits
 from lowbit.generate.proof import NATIVE_BOUNDS
-from lowbit.kernels import geometry, nvrtc
+from lowbit.kernels import batch, geometry, nvrtc
 from lowbit.kernels.keeping import kept_together
 from lowbit.kernels.prefill import NativePrefill
 from lowbit.kernels.stream import LAYOUTS
@@ -109,6 +109,65 @@ def test_a_prompt_gives_the_same_bits_with_and_without_its_graph(made):
         assert int(decoder.token) == int(step.logits.argmax())
         assert all(torch.equal(logits, found[0][0]) and torch.equal(keys, found[0][1]) for logits, keys in found)
     assert run.recorded == [24, 130, 1]
+
+
+# -- 2 to 8 sequences --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[*((name, 8) for name in batch.FORMATS), ("int4_g128", 2), ("int4_g128", 5)], ids=str)
+def several(request):
+    name, count = request.param
+    return build(name, LENGTH, "cuda", batch=count)
+
+
+@torch.no_grad()
+def test_every_sequence_has_the_logits_of_the_same_weights_in_fp32(several):
+    _, exact, decoder, step = several
+    sequences, count = step.logits.shape[0], LENGTH - 16
+    tokens = (torch.arange(sequences, device="cuda").unsqueeze(1) * 97 + torch.arange(count, device="cuda") * 31) % 512
+    want = exact(tokens, use_cache=False).logits
+    decoder.position.zero_()
+    bound = 2e-2 if step.shape.dtype is torch.bfloat16 else 5e-3
+    for place in range(count):
+        decoder.token.copy_(tokens[:, place : place + 1])
+        step()
+        error = (step.logits - want[:, place]).norm(dim=-1) / want[:, place].norm(dim=-1)
+        assert float(error.max()) < bound, (place, error)
+        assert torch.equal(decoder.token, step.logits.argmax(-1, keepdim=True))
+        assert int(decoder.position) == place + 1
+
+
+@torch.no_grad()
+def test_the_same_prompts_give_the_same_bits_every_time(several):
+    _, _, decoder, step = several
+    ids = torch.arange(24, device="cuda") + 31 * torch.arange(step.logits.shape[0], device="cuda").unsqueeze(1)
+    runs = []
+    for _ in range(30):
+        decoder.prefill(ids)
+        for _ in range(200):
+            step()
+        runs.append((step.history.clone(), step.logits.clone()))
+    assert all(torch.equal(history, runs[0][0]) and torch.equal(logits, runs[0][1]) for history, logits in runs)
+
+
+@pytest.mark.parametrize("kv", ["", "int8", "fp8"])
+@torch.no_grad()
+def test_several_sequences_over_long_caches_of_every_kind_give_the_modules_logits(kv):
+    streamed, _, decoder, step = build("int4_g128", 3000, "cuda", kv=kv, batch=4, max_position_embeddings=4096)
+    ids = torch.arange(3000, device="cuda") * 31 % 512 + torch.arange(4, device="cuda").unsqueeze(1)
+    for place in (1, 700, 2900):
+        found = []
+        for _ in range(20):
+            decoder.prefill(ids[:, :place])
+            decoder.token.copy_(ids[:, place : place + 1])
+            step.launch()
+            found.append(step.logits.clone())
+        assert all(torch.equal(logits, found[0]) for logits in found), place
+        decoder.prefill(ids[:, :place])
+        decoder.token.copy_(ids[:, place : place + 1])
+        want = decode_logits(streamed, decoder.token, decoder.position, decoder.cache)[:, 0].float()
+        error = (found[0] - want).norm(dim=-1) / want.norm(dim=-1)
+        assert float(error.max()) < NATIVE_BOUNDS[torch.float16] / 2, (place, error)
 
 
 @torch.no_grad()

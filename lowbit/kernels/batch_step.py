@@ -33,7 +33,8 @@ class BatchStep(NativeStep):
         count = self.shape.batch
         if count != of_cache or not 2 <= count <= MOST_SEQUENCES:
             raise LowbitError(
-                f"BatchStep decodes 2 to {MOST_SEQUENCES} sequences, got {count} tokens and a cache of batch {of_cache}"
+                f"BatchStep decodes 2 to {MOST_SEQUENCES} sequences, got {count} tokens and a cache of {of_cache} "
+                "sequences"
             )
 
     def _buffers(self, model: Any, device: torch.device) -> None:

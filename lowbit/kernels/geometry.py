@@ -95,9 +95,11 @@ class Geometry:
 
     @property
     def warps(self) -> int:
-        """Consumer warps of a product's block."""
-        warps = LAYOUTS[self.format].warps
-        return min(warps, BATCH_WARPS) if self.batch > 1 else warps
+        """Consumer warps of a product's block; fewer make a finer ring of stages of 8 KB, where x takes its room."""
+        own = LAYOUTS[self.format]
+        if self.batch == 1:
+            return own.warps
+        return 8 if own.stage_bytes(own.widest) >= 8192 else min(own.warps, BATCH_WARPS)
 
     @property
     def threads(self) -> int:

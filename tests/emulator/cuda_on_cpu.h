@@ -185,7 +185,6 @@ inline void launch(void (*kernel)(const void*), const void* with, int grid_x, in
 inline void __syncthreads() { emulator::wait_at(emulator::self->block->all, [] { return emulator::self->block->live; }); }
 inline void __syncwarp() { emulator::wait_at(emulator::warp().barrier, [] { return 32; }); }
 inline void __threadfence() {}
-inline void __threadfence_block() {}
 template <class T> inline T __shfl_xor_sync(unsigned, T v, int d) { return emulator::from_lane(v, emulator::lane() ^ d); }
 template <class T> inline T __shfl_sync(unsigned, T v, int from) { return emulator::from_lane(v, from & 31); }
 inline int __any_sync(unsigned, int p) {
@@ -267,6 +266,7 @@ inline void barrier_wait(uint64_t* b, uint32_t parity) { while (!barrier_try(b, 
 inline uint64_t evict_first() { return 0; }
 inline uint64_t evict_last() { return 0; }
 inline void before_copies() {}
+inline uint32_t count_one(uint32_t* p) { emulator::check_shared(p, 4, 4); return (*p)++; }
 inline void bulk_copy(void* to, const void* from, int bytes, uint64_t* barrier, uint64_t) {
   emulator::check_shared(to, bytes, 16);
   if ((uintptr_t)from % 16 || bytes % 16) emulator::fail("a bulk copy whose source or size is no multiple of 16");

@@ -128,12 +128,10 @@ template <int K, bool READY> __device__ __forceinline__ BatchShared carve_batch(
 // ---------------------------------------------------------------------------------------------- x of a block
 template <int K> __device__ __forceinline__ void fetch_x(const Batch& op, const BatchShared& s) {
   constexpr int BYTES = x_bytes(K);
-  if (threadIdx.x == 0) {
-    before_copies();
-    barrier_expect(s.ready, BYTES);
-    bulk_copy(s.x, op.x, BYTES, s.ready, evict_last());
-  }
-  barrier_wait(s.ready, 0);
+  if (threadIdx.x) return;
+  before_copies();
+  barrier_expect(s.ready, BYTES);
+  bulk_copy(s.x, op.x, BYTES, s.ready, evict_last());
 }
 // Columns first .. first + n of all sequences
 template <int K> __device__ __forceinline__ void stage_slice(const Batch& op, const BatchShared& s, int first, int n) {
@@ -160,10 +158,39 @@ template <int K> __device__ __forceinline__ void stage_slice(const Batch& op, co
       }
     }
   }
-  sync_consumers();
 }
 
 // ---------------------------------------------------------------------------------------------- one product
+// As product.cu's producer, over the slice's stages of every tile.
+template <int K, bool READY> __device__ __forceinline__ void produce_batch(const Batch& op, const BatchShared& s, int t0, int t1, int c0, int chunks) {
+  using Cut = Slicing<K, READY>;
+  constexpr int STAGE_BYTES = stage_bytes(Cut::KU), AT_ONCE = 4;
+  const uint8_t* from = op.weights + ((size_t)t0 * Cut::CHUNKS + c0) * STAGE_BYTES;
+  const uint64_t policy = evict_first();
+  const int stages = (t1 - t0) * chunks, first = min(stages, op.ring);
+  int chunk = 0;
+  auto fetch = [&](int slot) {
+    barrier_expect(s.full + slot, STAGE_BYTES);
+    bulk_copy(s.ring + slot * STAGE_BYTES, from, STAGE_BYTES, s.full + slot, policy);
+    from += STAGE_BYTES;
+    if (++chunk == chunks) chunk = 0, from += (size_t)(Cut::CHUNKS - chunks) * STAGE_BYTES;
+  };
+  for (int i = 0; i < first; i += AT_ONCE) {
+#pragma unroll
+    for (int j = 0; j < AT_ONCE; j++) if (i + j < first) barrier_init(s.full + i + j, 1), barrier_init(s.empty + i + j, 1);
+    barriers_ready();
+#pragma unroll
+    for (int j = 0; j < AT_ONCE; j++) if (i + j < first) fetch(i + j);
+  }
+  __syncthreads();  // with the consumers
+  int slot = 0;
+  uint32_t parity = 0;
+  for (int i = first; i < stages; i++) {
+    barrier_wait(s.empty + slot, parity);
+    fetch(slot);
+    if (++slot == op.ring) slot = 0, parity ^= 1;
+  }
+}
 template <int EPILOGUE> __device__ __forceinline__ void finish_tile(const Batch& op, const float* sums, int stages, int tile, int slice, float scale, uint64_t (&best)[OWN]) {
   const int lane = threadIdx.x & 31, row = tile * 16 + lane / 2, first = lane % 2 * OWN;  // of the columns
   float v[OWN] = {};
@@ -239,33 +266,18 @@ template <int K, bool READY, int EPILOGUE> __global__ void __launch_bounds__(THR
   const int t0 = (int)((int64_t)op.tiles * share / shares), t1 = (int)((int64_t)op.tiles * (share + 1) / shares);
   const int c0 = Cut::CHUNKS * slice / Cut::COUNT;
   const int chunks = Cut::EVEN ? Cut::LARGEST : Cut::CHUNKS * (slice + 1) / Cut::COUNT - c0;  // stages of a tile
-  if (t == 0) {
-    for (int i = 0; i < op.ring; i++) barrier_init(s.full + i, 1), barrier_init(s.empty + i, 1);
-    barrier_init(s.ready, 1);
-    barriers_ready();
-  }
-  if (t < op.turns) s.done[t] = 0;
-  __syncthreads();
   if (t >= CONSUMERS) {
-    if (t > CONSUMERS) return;
-    const uint64_t policy = evict_first();
-    uint32_t parity = 0;
-    int slot = 0, filled = 0;
-    for (int tile = t0; tile < t1; tile++) {
-      const uint8_t* from = op.weights + ((size_t)tile * Cut::CHUNKS + c0) * STAGE_BYTES;
-      for (int c = 0; c < chunks; c++, from += STAGE_BYTES) {
-        if (filled++ >= op.ring) barrier_wait(s.empty + slot, parity ^ 1);
-        barrier_expect(s.full + slot, STAGE_BYTES);
-        bulk_copy(s.ring + slot * STAGE_BYTES, from, STAGE_BYTES, s.full + slot, policy);
-        if (++slot == op.ring) slot = 0, parity ^= 1;
-      }
-    }
+    if (t == CONSUMERS) produce_batch<K, READY>(op, s, t0, t1, c0, chunks);
     return;
   }
+  if (t < op.turns) s.done[t] = 0;
+  if (READY && t == 0) barrier_init(s.ready, 1), barriers_ready();
   wait_for_previous();
   if (t == 0) let_next_start();
   if constexpr (READY) fetch_x<K>(op, s);
   else stage_slice<K>(op, s, c0 * KU, chunks * KU);
+  __syncthreads();  // x is staged or under way, and the producer's barriers are made
+  if constexpr (READY) barrier_wait(s.ready, 0);
 
   const int lane = t & 31, warp = t >> 5, g = lane >> 2, quarter = lane & 3;
   const float2* groups = (const float2*)(s.x + 2 * chunks * KU * BATCH);
@@ -291,10 +303,8 @@ template <int K, bool READY, int EPILOGUE> __global__ void __launch_bounds__(THR
     // A turn is taken again only when its tile is finished: lowbit/kernels/batch.py counts how many there must be.
     uint32_t last = 0;
     if (lane == 0) {
-      __threadfence_block();
-      last = atomicAdd(s.done + turn, 1u) == (uint32_t)chunks - 1;
+      last = count_one(s.done + turn) == (uint32_t)chunks - 1;
       if (last) s.done[turn] = 0;
-      __threadfence_block();
     }
     if (__shfl_sync(~0u, last, 0)) finish_tile<EPILOGUE>(op, sums, chunks, t0 + tile, slice, scale, best);
     __syncwarp();

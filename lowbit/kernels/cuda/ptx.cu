@@ -24,6 +24,8 @@ __device__ __forceinline__ bool barrier_try(uint64_t* b, uint32_t parity) {
 }
 __device__ __forceinline__ void barrier_wait(uint64_t* b, uint32_t parity) { while (!barrier_try(b, parity)) {} }
 __device__ __forceinline__ uint64_t evict_first() { uint64_t p; asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(p)); return p; }
+// What was there before. Whoever counts sees what those before it had stored in shared memory, themselves or their warps.
+__device__ __forceinline__ uint32_t count_one(uint32_t* p) { uint32_t v; asm volatile("atom.acq_rel.cta.shared::cta.add.u32 %0, [%1], 1;" : "=r"(v) : "r"(shared_address(p)) : "memory"); return v; }
 __device__ __forceinline__ uint64_t evict_last() { uint64_t p; asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(p)); return p; }
 // What other kernels stored is to be seen by the copy engine, which is a proxy of its own
 __device__ __forceinline__ void before_copies() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
