@@ -33,7 +33,7 @@ def emulate(monkeypatch, kernels_folder):
 
     def unpacker(name, ku, device):
         macros = Geometry(name, **unpacking._ANY_SHAPE).macros()
-        return EmulatedModule(kernels_folder, ("common", "unpack"), (f"unpack_kernel<{ku}>",), macros)
+        return EmulatedModule(kernels_folder, ("common", "decode", "unpack"), (f"unpack_kernel<{ku}>",), macros)
 
     monkeypatch.setattr(runner, "load", load)
     monkeypatch.setattr(unpacking, "_unpacker", unpacker)
@@ -49,7 +49,7 @@ class Products:
 
     def __init__(self, folder, name, count):
         self.shape = Geometry(name, **WIDE, batch=count)
-        sources = ("common", "product", "batch_x", "batch")
+        sources = runner.sources(self.shape)
         self.module = EmulatedModule(folder, sources, batch.kernels(self.shape), self.shape.macros())
         self.count, self.dtype = count, self.shape.dtype
         torch.manual_seed(count)

@@ -306,7 +306,9 @@ template <int K, bool READY, int EPILOGUE> __global__ void __launch_bounds__(THR
       last = count_one(s.done + turn) == (uint32_t)chunks - 1;
       if (last) s.done[turn] = 0;
     }
-    if (__shfl_sync(~0u, last, 0)) finish_tile<EPILOGUE>(op, sums, chunks, t0 + tile, slice, scale, best);
+    last = __shfl_sync(~0u, last, 0);
+    __syncwarp();  // what its first lane has seen of the other warps' sums, all lanes see
+    if (last) finish_tile<EPILOGUE>(op, sums, chunks, t0 + tile, slice, scale, best);
     __syncwarp();
   }
   if constexpr (EPILOGUE == TO_LOGITS) finish_tokens(op, s, best);
