@@ -19,8 +19,9 @@ from lowbit.changepoint import Change, find_changes
 from lowbit.history import History, Night
 from lowbit.metrics import Metric
 
-WATCHED = ("decode_tok_s", "vram_peak_mib", "ppl", "kld", "compile_s")
-"""The metrics with a trend, the weightier first; ``ppl`` and ``kld`` under every protocol that a history has."""
+WATCHED = ("decode_tok_s", "speed_ratio", "vram_peak_mib", "ppl", "kld", "compile_s")
+"""The metrics with a trend, the weightier first; ``ppl`` and ``kld`` under every protocol that a history has. On a CPU,
+whose clock drifts with its neighbours, ``speed_ratio`` is what says something."""
 
 SHARE_OF_LIMIT = 0.25
 """What is worth a name, as a share of the gate's floor: a drift has to be seen before it adds up to a regression."""

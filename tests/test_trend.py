@@ -295,3 +295,13 @@ def test_a_run_that_is_not_there_is_named(root, tmp_path, capsys):
     code, _, err = run(capsys, root, tmp_path / "none")
     assert code == 2
     assert f"{tmp_path / 'none'}: no such folder of kept runs" in err
+
+
+def test_on_a_cpu_the_ratio_to_the_hosts_own_speed_has_a_trend(tmp_path):
+    """Of the wall clock a busy neighbour makes a step; the ratio, measured beside fixed work, has none."""
+    for night, ratio in enumerate(noisy(0.2, 3, -0.3)):
+        busy = 0.5 if 12 <= night < 20 else 1.0
+        keep(tmp_path, [decode(decode_tok_s=900 * busy * ratio, speed_ratio=ratio)], night=night, device="cpu-epyc-2c")
+    changes = {(one.metric, one.change.index) for one in find(tmp_path)}
+    assert {index for metric, index in changes if metric == "speed_ratio"} == {STEP}
+    assert {index for metric, index in changes if metric == "decode_tok_s"} >= {12, 20}
