@@ -38,5 +38,5 @@ def check_finite(values: Tensor, source: str) -> None:
         raise LowbitError(
             f"NaN/Inf logits from {source}: expected finite values, got {bad} of {values.numel()} that are not; "
             "the format overflows in this dtype or its kernel is broken here: leave it out with -k, or try another "
-            "base dtype or library version"
+            "base dtype or library version; where every format fails, the checkpoint itself holds NaN or Inf"
         )

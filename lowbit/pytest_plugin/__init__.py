@@ -189,7 +189,7 @@ def measure_case(request: pytest.FixtureRequest, benchmark: Any) -> Iterator[Cal
             pytest.fail(f"measure_case is for the functions {kinds} of a folder `benches`", pytrace=False)
         case = item.stash[CASE]
         where = f"{case.name} on {bench.device.slug}"
-        stats = None
+        stats, failure = None, ""  # pytest.fail inside except would show the error twice, the second time as its effect
         try:
             record: Record = measurement.obtain(bench, item, benchmark)
             if benchmark.stats is not None:
@@ -198,17 +198,19 @@ def measure_case(request: pytest.FixtureRequest, benchmark: Any) -> Iterator[Cal
         except LoadError as error:
             if bench.settings.child is None and not hasattr(request.config, "workerinput"):
                 pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)  # once, not in every case
-            pytest.fail(f"{where}: {error}", pytrace=False)
+            failure = f"{where}: {error}"
         except LowbitError as error:
-            pytest.fail(f"{where}: {error}", pytrace=False)
+            failure = f"{where}: {error}"
         finally:
             if item.nodeid in bench.records:  # of a failure
                 _keep(bench, item, bench.records[item.nodeid], None)
+        if failure:
+            pytest.fail(failure, pytrace=False)
         _keep(bench, item, record, stats)
         try:
             failures = gate.judge(bench, case, record)
         except LowbitError as error:  # a confirming process died
-            pytest.fail(f"{where}: {error}", pytrace=False)
+            failures = [f"{where}: {error}"]
         if failures:
             pytest.fail("\n".join(failures), pytrace=False)
         if record.outcome == "skipped":

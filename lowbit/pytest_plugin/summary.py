@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from lowbit.pytest_plugin import collection, gate, updating
 from lowbit.record import Record
 from lowbit.regression import blunt_words, find_blunt
 from lowbit.report import evaluation, kernels, recommendation, terminal
-from lowbit.report.layout import count
+from lowbit.report.layout import WIDTH, count
 from lowbit.report.progress import Progress
 from lowbit.spent import host_peak_mib
 
@@ -153,7 +154,8 @@ def _measured(bench: BenchSession) -> bool:
 
 def _notes(records: list[Record]) -> str:
     """What did not go as planned: page-locking refused, CUDA graphs given up, no NVML. Each once."""
-    return "\n".join(dict.fromkeys(f"note: {note}" for record in records for note in record.info.get("notes") or ()))
+    told = dict.fromkeys(f"note: {note}" for record in records for note in record.info.get("notes") or ())
+    return "\n".join(textwrap.fill(note, WIDTH, subsequent_indent="  ", break_on_hyphens=False) for note in told)
 
 
 def _footer(bench: BenchSession, records: list[Record]) -> str:
