@@ -182,6 +182,40 @@ def _scattered(metrics: Mapping[str, Values]) -> dict[str, Values]:
     }
 
 
+def test_all_parts_at_their_longest_are_one_screen(drifting: Content) -> None:
+    """Failures that share something, improvements, upgrades, wide limits, a drift and skips, each beyond its rows."""
+    eager = [r.case for r in drifting.records if r.mode == "eager" and r.kind == "decode" and r.outcome == "measured"]
+    others = [r.case for r in drifting.records if r.mode != "eager" and r.kind == "prefill" and r.outcome == "measured"]
+    worse = {case: [regression.Verdict("energy_j_per_tok", "regression", "J/tok", 1.0, 2.0, 0.1)] for case in eager}
+    better = {case: [regression.Verdict("ttft_ms", "improvement", "ms", 2.0, 1.0, 0.1)] for case in others}
+    assert min(len(worse), len(better)) > markdown.FAILURES
+    full = replace(
+        drifting,
+        verdicts=worse | better,
+        upgrades=[f"package{number} 1 -> 2" for number in range(20)],
+        blunt=[regression.Blunt("decode[a]", name, 3.0) for name in ("compile_s", "ttft_ms", "decode_tok_s")],
+        skips={f"decode[{number}]": f"capability: reason {number}" for number in range(9)},
+    )
+    told = markdown.summary(full)
+    said = (
+        "**In common:** `mode eager`",
+        "more, in the report",
+        "**Changed since",
+        "**Better, unexplained**",
+        "⚠️ 3 limits",
+    )
+    for part in (
+        *said,
+        "**Getting worse, within the limits:**",
+        "**Answer**",
+        "Reproduce:",
+        "Skipped:",
+        "more reasons",
+    ):
+        assert part in told, part
+    assert len(told.splitlines()) <= 40, told
+
+
 def test_without_a_baseline_nothing_is_called_good(kept: tuple[Path, Path, Path]) -> None:
     run = runs.read(runs.list_runs(kept[1])[0])
     assert markdown.summary(content.of_run(run, None)).startswith("### 📏 measured, not compared with a baseline:")

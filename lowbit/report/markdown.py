@@ -15,7 +15,7 @@ from lowbit.report.recommendation import recommendation
 from lowbit.report.rows import Row, join, memory_metric
 from lowbit.report.since import moving, moving_words, since
 
-FAILURES, BETTER, MOVING, FASTEST, REASONS, UPGRADES, CELL = 10, 3, 3, 5, 4, 8, 160
+FAILURES, BETTER, MOVING, FASTEST, REASONS, UPGRADES, CELL = 8, 2, 3, 4, 4, 8, 160
 """Rows of each part, so that all of it stays below 40 lines, and characters of a cell. What is left out is counted."""
 
 WORDS = {
