@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from lowbit.errors import LowbitError
 from lowbit.kernels import geometry
 from lowbit.kernels.geometry import BLOCKS, MAX_RING, RING_BYTES, Geometry, Unmet
-from lowbit.kernels.stream import GROUP, LAYOUTS, TILE, stage_columns
+from lowbit.kernels.stream import LAYOUTS, TILE, stage_columns
 
 PRODUCTS = {
     "qkv": "batch_kernel<HIDDEN, true, TO_ACT>",
@@ -26,8 +26,9 @@ NORM_THREADS, NORM_SHARED_BYTES = 512, 128
 """Of a block of normalize_kernel."""
 
 
-FORMATS = ("bf16", "int8", "int4_g128", "int4_sym_g128", "int2_g128", "ternary", "fp8_e4m3")
-"""Weight formats that batch_product multiplies; a stream of another decodes one sequence at a time."""
+FORMATS = tuple(name for name in LAYOUTS if name != "nvfp4")
+"""Weight formats that batch_product multiplies. Of nvfp4 an mma's 32 columns have four scales, which one sequence keeps
+apart in the columns that it leaves free; several leave none."""
 
 
 class Plan(NamedTuple):
@@ -55,8 +56,8 @@ def kernels(shape: Geometry) -> tuple[str, ...]:
 
 def x_bytes(shape: Geometry, n: int) -> int:
     """Of n columns of x, as a block holds them."""
-    columns = (shape.batch + 1) // 2 * 2
-    return 2 * n * shape.batch + (n // GROUP * columns * 8 if LAYOUTS[shape.format].integer else 0)
+    columns, layout = (shape.batch + 1) // 2 * 2, LAYOUTS[shape.format]
+    return 2 * n * shape.batch + (n // layout.sum_columns * columns * 8 if layout.integer else 0)
 
 
 def plan(shape: Geometry, name: str, k: int, tiles: int) -> Plan:

@@ -47,51 +47,47 @@ template <int KU> __device__ __forceinline__ void batch_product(const uint8_t* s
 #pragma unroll
     for (int i = 0; i < 4; i++) r[i] = c[0][i] + c[1][i] + c[2][i] + c[3][i];
   } else {
-    // What fields are worth, as in stage_product; 2 bits: the second 64 columns have sums of their own, worth 16 times the first's
-    constexpr int HALVES = BITS == 2 ? 2 : 1;
-    constexpr float WORTH[2] = {BITS == 2 ? 16.f : 1.f, BITS == 2 ? 64.f : BITS == 4 ? 16.f : 1.f};
+    constexpr int APART = SUBS > 1 ? SUBS : SHIFT ? 2 : 1;  // sums of a group: by scale, or by what its halves' fields are worth
+    constexpr int XS = GROUP / SUM_COLUMNS;                 // sums of x of a group
+    const Tables t = tables();
 #pragma unroll
     for (int i = 0; i < 4; i++) r[i] = 0.f;
 #pragma unroll
     for (int group = 0; group < KU / GROUP; group++) {
-      int c[HALVES][2][4];  // of each digit
+      int c[APART][2][4];  // of each digit
 #pragma unroll
-      for (int i = 0; i < 8; i++) c[0][i / 4][i % 4] = HALVES == 2 ? 0 : MAGIC_BITS, c[HALVES - 1][i / 4][i % 4] = MAGIC_BITS;
-      uint4 w = BITS == 2 ? wp[group * 32] : uint4{};
+      for (int i = 0; i < APART * 8; i++) c[i / 8][i / 4 % 2][i % 4] = SUBS > 1 || i / 8 == APART - 1 ? MAGIC_BITS : 0;
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         const uint4 high = operand((group * 2 + half) * 2), low = operand((group * 2 + half) * 2 + 1);
-        int (&d0)[4] = c[half * (HALVES - 1)][0], (&d1)[4] = c[half * (HALVES - 1)][1];
-        auto both = [&](uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t h0, uint32_t h1, uint32_t l0, uint32_t l1) {
-          mma(d0, a0, a1, a2, a3, h0, h1), mma(d1, a0, a1, a2, a3, l0, l1);
+        const Words w = words_at<KU>(wp, group, half);
+        int (&c0)[2][4] = c[half * APART / 2], (&c1)[2][4] = c[half * APART / 2 + (APART > 2)];
+        auto both = [&](int (&to)[2][4], Rows a, Rows b, uint32_t h0, uint32_t h1, uint32_t l0, uint32_t l1) {
+          mma(to[0], a.low, a.high, b.low, b.high, h0, h1), mma(to[1], a.low, a.high, b.low, b.high, l0, l1);
         };
-        if constexpr (BITS == 8) {
-          const uint4 w0 = wp[(group * 4 + half * 2) * 32], w1 = wp[(group * 4 + half * 2 + 1) * 32];
-          both(w0.x, w1.x, w0.y, w1.y, high.x, high.y, low.x, low.y), both(w0.z, w1.z, w0.w, w1.w, high.z, high.w, low.z, low.w);
-        } else {
-          constexpr uint32_t ONES = 0x01010101u;
-          if constexpr (BITS == 4) w = wp[(group * 2 + half) * 32];
-          const uint32_t m0 = BITS == 4 ? 0xf * ONES : half ? 0x30 * ONES : 0x3 * ONES, m1 = BITS == 4 ? 0xf0 * ONES : half ? 0xc0 * ONES : 0xc * ONES;
-          both(w.x & m0, w.x & m1, w.y & m0, w.y & m1, high.x, high.y, low.x, low.y);
-          both(w.z & m0, w.z & m1, w.w & m0, w.w & m1, high.z, high.w, low.z, low.w);
+        both(c0, rows_of(w, 0, half, group, t), rows_of(w, 1, half, group, t), high.x, high.y, low.x, low.y);
+        both(c1, rows_of(w, 2, half, group, t), rows_of(w, 3, half, group, t), high.z, high.w, low.z, low.w);
+        if constexpr (E2M1) {
+          both(c0, negatives_of(w, 0, t), negatives_of(w, 1, t), high.x, high.y, low.x, low.y);
+          both(c1, negatives_of(w, 2, t), negatives_of(w, 3, t), high.z, high.w, low.z, low.w);
         }
       }
-      const float2* of = groups + group * COLUMNS + min(quarter, OWN - 1) * 2;
-      const float4 two = *(const float4*)of;  // scales and sums of x of both columns
-      float2 scale[2] = {};
-      if constexpr (GROUPED) {  // w = scale q + zero, or scale (q - 8), of both rows
-        const Scales s = scales_at<KU>(stage, group, g);
+      Scales s = {};
+      if constexpr (GROUPED) s = scales_at<KU>(stage, group, g);
 #pragma unroll
-        for (int i = 0; i < 2; i++) scale[i] = make_float2(s.scale[0][i], ZEROED ? s.zero[0][i] : -8.f * s.scale[0][i]);
-      }
+      for (int sub = 0; sub < SUBS; sub++) {
+        const float2* of = groups + (group * XS + sub * XS / SUBS) * COLUMNS + min(quarter, OWN - 1) * 2;
+        const float4 two = *(const float4*)of;  // scales and sums of x of both columns
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const float worth = WORTH[i / 2], factor = i % 2 ? two.z : two.x, sum = i % 2 ? two.w : two.y;
-        const float high = __int_as_float((HALVES == 2 ? c[0][0][i] << 4 : 0) + c[HALVES - 1][0][i]);
-        const float low = __int_as_float((HALVES == 2 ? c[0][1][i] << 4 : 0) + c[HALVES - 1][1][i]);
-        const float total = factor * (low * (1.f / worth) + (high * (256.f / worth) - MAGIC * 257.f / worth));  // 256 d0 + d1
-        if constexpr (GROUPED) r[i] += scale[i / 2].x * total, r[i] += scale[i / 2].y * sum;
-        else r[i] += total - (FORMAT == TERNARY ? sum : 0.f);  // ternary fields are stored as q + 1
+        for (int i = 0; i < 4; i++) {
+          const float factor = (i % 2 ? two.z : two.x) * (FORMAT == BINARY && group & 1 ? 0.25f : 1.f), sum = i % 2 ? two.w : two.y;
+          auto digit = [&](int d) { return SUBS > 1 ? c[sub][d][i] : (APART == 2 ? c[0][d][i] << SHIFT : 0) + c[APART - 1][d][i]; };
+          const float found = factor * total(digit(0), digit(1), i / 2 ? WORTH1 : WORTH0), scale = s.scale[sub][i / 2];
+          if constexpr (GROUPED && ZEROED) r[i] += scale * found, r[i] += s.zero[sub][i / 2] * sum;  // w = scale q + zero
+          else if constexpr (FORMAT == INT4) r[i] += scale * (found - 8.f * sum);                     // w = scale (q - 8)
+          else if constexpr (GROUPED) r[i] += scale * found;
+          else r[i] += found - (FORMAT == TERNARY || FORMAT == BINARY ? sum : 0.f);  // w = q - 1, 2 q - 1
+        }
       }
     }
   }
@@ -292,7 +288,7 @@ template <int K, bool READY, int EPILOGUE> __global__ void __launch_bounds__(THR
     float scale = 1.f, r[4];
     if constexpr (ROW_SCALED) scale = __ldg(op.row_scale + (t0 + tile) * 16 + lane / 2);  // on its way while the stage is multiplied
     barrier_wait(s.full + at.slot, at.parity);
-    batch_product<KU>(s.ring + at.slot * STAGE_BYTES, s.x + chunk * KU * 2 * BATCH, groups + chunk * (KU / GROUP) * COLUMNS, r);
+    batch_product<KU>(s.ring + at.slot * STAGE_BYTES, s.x + chunk * KU * 2 * BATCH, groups + chunk * (KU / SUM_COLUMNS) * COLUMNS, r);
     __syncwarp();
     if (lane == 0) barrier_arrive(s.empty + at.slot);
     if (quarter < OWN) {

@@ -13,14 +13,14 @@
 //
 // x of n columns: [n / 64][2][BATCH][64 bytes]; the two are digits (INTEGER), blocks of 32 columns (bf16), or the first and
 // second 8 of each 16 columns (fp8). A warp then reads 512 neighbouring bytes for an operand B. INTEGER: behind it lie
-// [n / GROUP][COLUMNS] (scale of x, sum of x).
+// [n / SUM_COLUMNS][COLUMNS] (scale of x, sum of x).
 enum { PARTS = 4 };                                 // an epilogue: this slice's part of the residual
 constexpr int COLUMNS = (BATCH + 1) / 2 * 2;        // of an mma's 8 that are kept; lanes hold two
 constexpr int OWN = COLUMNS / 2;                    // sums of a row that a lane finishes
 constexpr int SUMS = 16 * COLUMNS;                  // of a stage: [16 rows][COLUMNS]
 constexpr int PLANE = BATCH * 64;                   // bytes
 static_assert(BATCH >= 2 && BATCH <= 8, "an mma has 8 columns");
-__device__ constexpr int x_bytes(int n) { return 2 * n * BATCH + (INTEGER ? n / GROUP * COLUMNS * 8 : 0); }
+__device__ constexpr int x_bytes(int n) { return 2 * n * BATCH + (INTEGER ? n / SUM_COLUMNS * COLUMNS * 8 : 0); }
 // lowbit/kernels/batch.py says the same
 __device__ constexpr int slices(int chunks) { return chunks % 4 == 0 ? 4 : chunks % 2 == 0 ? 2 : chunks >= 12 ? 4 : 1; }
 
@@ -32,10 +32,10 @@ __device__ __forceinline__ void put_x(uint8_t* x, int n, int sequence, int k, co
     float scale;
     int sum;
     to_digits(v, high, low, scale, sum);
-    *(uint2*)(x + at + k % 64) = make_uint2(high[0], high[1]);
-    *(uint2*)(x + at + PLANE + k % 64) = make_uint2(low[0], low[1]);
-    sum = half_warp_sum(sum);
-    if ((threadIdx.x & 15) == 0) ((float2*)(x + 2 * n * BATCH))[k / GROUP * COLUMNS + sequence] = make_float2(scale, scale * (float)sum);
+    *(uint2*)(x + at + place_of(k) % 64) = make_uint2(high[0], high[1]);
+    *(uint2*)(x + at + PLANE + place_of(k) % 64) = make_uint2(low[0], low[1]);
+    sum = sum_of_columns(sum);
+    if (k % SUM_COLUMNS == 0) ((float2*)(x + 2 * n * BATCH))[k / SUM_COLUMNS * COLUMNS + sequence] = make_float2(scale, scale * (float)sum);
   } else {
     uint32_t o[4];
 #pragma unroll

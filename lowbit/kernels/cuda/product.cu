@@ -60,10 +60,7 @@ template <int K> __device__ __forceinline__ void put8(const Shared& s, int k, co
     uint8_t* to = (uint8_t*)s.x + place_of(k);
     *(uint2*)to = make_uint2(high[0], high[1]);
     *(uint2*)(to + K + PLANE_GAP) = make_uint2(low[0], low[1]);
-    if constexpr (SUM_COLUMNS == GROUP) sum = half_warp_sum(sum);
-    else
-#pragma unroll
-      for (int d = 1; d < SUM_COLUMNS / 8; d <<= 1) sum += __shfl_xor_sync(~0u, sum, d);
+    sum = sum_of_columns(sum);
     if (k % SUM_COLUMNS == 0) s.groups[k / SUM_COLUMNS] = make_float2(scale, scale * (float)sum);
   }
 }
