@@ -15,7 +15,7 @@ from fakes import CASES, DECODE, FAKE_CHOICE, FakeLab
 from lowbit.errors import LowbitError
 from lowbit.lab import Lab
 from lowbit.models import Choice
-from lowbit.pytest_plugin import session
+from lowbit.pytest_plugin import session, summary
 
 pytest_plugins = ["pytester"]
 
@@ -117,6 +117,16 @@ def test_one_format_is_alive_at_a_time(bench):
 def test_nightly_has_more_modes_and_workloads(bench):
     names = collected(bench.run("--collect-only", "-q", "--suite", "nightly"))
     assert len(names) == 2 * (1 + 6 * 5)
+
+
+def test_k_that_matches_nothing_says_what_there_is(bench):
+    text = " ".join(bench.run("-k", "int5 and decode").stdout.str().split())
+    assert "lowbit: no case of suite quick matches -k 'int5 and decode'. Its formats: bf16-torch, a16w4_g128" in text
+    assert "eager, compiled; --suite full has more" in text
+    bench.monkeypatch.setattr(summary, "MOST_FORMATS", 1)
+    text = " ".join(bench.run("-k", "int5").stdout.str().split())
+    assert "Its formats: 2, listed by python -m lowbit formats; other words: int4" in text
+    assert "no case of suite" not in bench.run("-m", "not benchmark").stdout.str()
 
 
 def test_k_that_matches_nothing_is_pytests_own_exit_and_keeps_nothing(bench):

@@ -164,9 +164,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
     bench = config.stash.get(SESSION, None)
-    return (
-        [] if bench is None else summary.expectation_lines(bench, [item.nodeid for item in items if CASE in item.stash])
-    )
+    if bench is None:
+        return []
+    if not items:
+        return summary.nothing_selected_lines(bench)
+    return summary.expectation_lines(bench, [item.nodeid for item in items if CASE in item.stash])
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from lowbit import runs, vram_limit
+from lowbit.cases import KINDS, enumerate_cases
 from lowbit.pytest_plugin import collection, gate, updating
 from lowbit.record import Record
 from lowbit.regression import blunt_words, find_blunt
@@ -22,6 +23,10 @@ from lowbit.spent import host_peak_mib
 
 if TYPE_CHECKING:
     from lowbit.pytest_plugin.session import BenchSession
+
+
+MOST_FORMATS = 20
+"""How many are named where -k matched none of them."""
 
 
 def make_progress(config: pytest.Config) -> Progress:
@@ -63,6 +68,22 @@ def header_lines(bench: BenchSession) -> list[str]:
     elif bench.settings.compare_if_baseline:
         lines.append(f"lowbit: no baseline of this device and model; accept this run with: {bench.accept_command()}")
     return lines
+
+
+def nothing_selected_lines(bench: BenchSession) -> list[str]:
+    """What -k could have said; nothing where it was not asked."""
+    if not (asked := bench.config.option.keyword):
+        return []
+    suite = bench.settings.suite
+    found = dict.fromkeys(
+        case.format.id for kind in KINDS for case in enumerate_cases(kind, suite, bench.choice.parameters)
+    )
+    names = ", ".join(found) if len(found) <= MOST_FORMATS else f"{len(found)}, listed by python -m lowbit formats"
+    more = "" if suite == "full" else "; --suite full has more"
+    return _fill(
+        f"lowbit: no case of suite {suite} matches -k {asked!r}. Its formats: {names}; other words: int4, W4A16, "
+        f"torchao, decode, prefill, quality, eager, compiled{more}"
+    ).splitlines()
 
 
 def expectation_lines(bench: BenchSession, nodeids: Sequence[str], *, workers: int | None = None) -> list[str]:
@@ -155,7 +176,11 @@ def _measured(bench: BenchSession) -> bool:
 def _notes(records: list[Record]) -> str:
     """What did not go as planned: page-locking refused, CUDA graphs given up, no NVML. Each once."""
     told = dict.fromkeys(f"note: {note}" for record in records for note in record.info.get("notes") or ())
-    return "\n".join(textwrap.fill(note, WIDTH, subsequent_indent="  ", break_on_hyphens=False) for note in told)
+    return "\n".join(map(_fill, told))
+
+
+def _fill(text: str) -> str:
+    return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _footer(bench: BenchSession, records: list[Record]) -> str:
