@@ -127,7 +127,7 @@ def test_a_step_is_7_kernels_per_layer_in_order_with_the_models_own_memory(modul
     body = made.model
     assert module.launched[0][1] == (1, 3)
     assert module.launched[1][1] == (3, 1)
-    assert module.launched[3][1] == (3 * 2, geometry.SPLITS)
+    assert module.launched[3][1] == (3 * 2, step.shape.splits)
     assert norm.norm == body.layers[0].input_layernorm.weight.data_ptr()
     assert then.norm == body.layers[0].post_attention_layernorm.weight.data_ptr()
     assert norm.residual == embed.x == then.residual == step.residual.data_ptr()

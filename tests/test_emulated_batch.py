@@ -9,11 +9,14 @@ import torch
 from emulated import EmulatedModule, unmet
 from streaming import build
 from test_emulated_attention import SMALL, rotated, rotation
+from tiny import model
+from torch import nn
 
 from lowbit import generate
-from lowbit.kernels import batch, runner, stream, unpacking, weights
+from lowbit.kernels import batch, runner, stream, stream_modules, unpacking, weights
 from lowbit.kernels.arguments import Attention, Batch, Normalize, fill
-from lowbit.kernels.geometry import ATTENTION_WARPS, SPLITS, Geometry
+from lowbit.kernels.batch_step import BatchStep
+from lowbit.kernels.geometry import ATTENTION_WARPS, Geometry
 from lowbit.kernels.quantizer import quantize
 from lowbit.kernels.stream import LAYOUTS
 from lowbit.sampling import Sampler, Sampling
@@ -174,6 +177,21 @@ def test_a_step_gives_every_sequence_the_logits_of_the_same_weights(emulate, nam
     held_against(exact, decoder, step, 3, 2e-2 if name == "bf16" else 2e-3)
 
 
+@torch.no_grad()
+def test_products_of_several_formats_take_x_as_each_wants_it(emulate):
+    streamed, exact = model(torch.float16, num_hidden_layers=1), model(torch.float32, num_hidden_layers=1)
+    given = {"lm_head": "fp8_e4m3", "down_proj": "int4_g32", "gate_proj": "int8", "up_proj": "int8"}
+    packed = {}
+    for path, linear in list(streamed.named_modules()):
+        if isinstance(linear, nn.Linear):
+            packed[linear] = quantize(linear.weight.detach(), given.get(path.rpartition(".")[2], "int4_g128"))
+            exact.get_submodule(path).weight.data = weights.dequantize(packed[linear])
+    exact.model.embed_tokens.weight.data = streamed.model.embed_tokens.weight.detach().float()
+    stream_modules.attach(streamed, packed.get)
+    decoder = generate.Decoder(streamed, 3, LENGTH, torch.float16)
+    held_against(exact, decoder, BatchStep(streamed, decoder.cache, decoder.token, decoder.position), 3, 2e-3)
+
+
 def test_sequences_do_not_see_each_other(emulate):
     """The same sequence gives the same bits beside any others, and a graph's worth of launches gives them again."""
     _, _, decoder, step = build("int4_g128", LENGTH, batch=3, num_hidden_layers=1)
@@ -234,14 +252,14 @@ def test_attention_takes_every_sequence_from_its_own_cache(kernels_folder):
     out = torch.full((count, heads, dim), math.nan, dtype=torch.float16)
     at, plan = torch.tensor([position]), shape.attention(length)
     named = {"qkv": qkv, "keys": keys, "values": values, "rope": rope, "position": at, "out": out, "length": length}
-    grid = count * kv, SPLITS
+    grid = count * kv, plan.splits
     module.launch(
         plan.kernel,
         grid,
         ATTENTION_WARPS * 32,
         fill(Attention, **named),
         shared_bytes=plan.shared_bytes,
-        cluster=SPLITS,
+        cluster=plan.splits,
     )
     assert torch.equal(values[:, :, position], qkv[:, heads + kv :])
     for one in range(count):

@@ -12,7 +12,7 @@ from torch import nn
 from lowbit import native_step
 from lowbit.generate.decoder import decode_logits
 from lowbit.generate.proof import NATIVE_BOUNDS
-from lowbit.kernels import batch, geometry, nvrtc
+from lowbit.kernels import geometry, nvrtc
 from lowbit.kernels.keeping import kept_together
 from lowbit.kernels.prefill import NativePrefill
 from lowbit.kernels.stream import LAYOUTS
@@ -114,7 +114,10 @@ def test_a_prompt_gives_the_same_bits_with_and_without_its_graph(made):
 # -- 2 to 8 sequences --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=[*((name, 8) for name in batch.FORMATS), ("int4_g128", 2), ("int4_g128", 5)], ids=str)
+EIGHT = ("bf16", "int8", "int4_g128", "int4_g32", "int2_g128", "ternary", "fp8_e4m3", "mxfp4")
+
+
+@pytest.fixture(params=[*((name, 8) for name in EIGHT), ("int4_g128", 2), ("int4_g128", 5)], ids=str)
 def several(request):
     name, count = request.param
     return build(name, LENGTH, "cuda", batch=count)

@@ -30,9 +30,11 @@ ATTENTION_WARPS, CHUNK = 8, 16
 """Attention: warps of a block, positions of a chunk (cuda/attention.cu says the same)."""
 SPLITS = 8
 """Blocks of a cluster of attention, which is one KV head's: as many as every device allows (cuda/attention.cu says the
-same). An H200 does not hold all of 8 larger clusters at once (docs/kernels.md)."""
+same). An H200 does not hold all of 8 larger clusters at once (docs/kernels.md). Several sequences have smaller ones."""
 SHORT_CACHE = SPLITS * ATTENTION_WARPS * CHUNK
-"""Up to this length of the cache every warp of attention has one chunk, and its block fits beside a product's."""
+"""Up to this length of the cache every warp of SPLITS blocks has one chunk, and a block fits beside a product's."""
+CLUSTERED = 16
+"""Blocks for one KV head of all sequences together: 8 KV heads then fill 128 multiprocessors."""
 
 
 KV_CODES = {"": 0, "int8": 1, "fp8": 2}
@@ -46,17 +48,19 @@ Unmet = tuple[Literal["capability", "shape"], str]
 
 
 class AttentionPlan(NamedTuple):
-    """How attention is launched: chunks per warp on their way, shared memory of each of its SPLITS blocks in bytes."""
+    """How attention is launched: chunks per warp on their way, shared memory of each of its blocks in bytes, and
+    how many blocks a cluster has."""
 
     stages: int
     shared_bytes: int
+    splits: int = SPLITS
 
     @property
     def kernel(self) -> str:
         return f"attention_kernel<{self.stages}>"
 
     def __str__(self) -> str:
-        return f"{SPLITS} blocks per KV head, {self.stages} chunk{'s' * (self.stages > 1)} ahead"
+        return f"{self.splits} blocks per KV head, {self.stages} chunk{'s' * (self.stages > 1)} ahead"
 
 
 @dataclass(frozen=True)
@@ -126,17 +130,26 @@ class Geometry:
             "EPS": f"{self.eps!r}f" if "e" in repr(self.eps) or "." in repr(self.eps) else f"{self.eps!r}.f",
             "WARPS": self.warps,
             "KV": KV_CODES[self.kv],
+            "SPLITS": self.splits,
             "BATCH": self.batch,
         }
 
+    @property
+    def splits(self) -> int:
+        """Blocks of a cluster of attention: a thread per output that a block finishes, and all clusters at once."""
+        outputs, found = self.heads // self.kv_heads * self.head_dim, SPLITS
+        while found * self.batch > CLUSTERED and outputs // found < ATTENTION_WARPS * 32:
+            found //= 2
+        return found
+
     def attention(self, length: int) -> AttentionPlan:
         """How attention over a cache of ``length`` positions is launched."""
-        stages = 1 if length <= SHORT_CACHE else AHEAD[self.kv]
+        stages = 1 if length <= self.splits * ATTENTION_WARPS * CHUNK else AHEAD[self.kv]
         queries = self.heads // self.kv_heads
         number = 1 if self.kv else 2
         chunk = 2 * CHUNK * (self.head_dim * number + 16) + (2 * CHUNK * 2 if self.kv else 0)  # padded rows, scales
-        letters = 4 * queries * (self.head_dim + 2 * SPLITS)
-        return AttentionPlan(stages, ATTENTION_WARPS * stages * chunk + letters)
+        letters = 4 * queries * (self.head_dim + 2 * self.splits)
+        return AttentionPlan(stages, ATTENTION_WARPS * stages * chunk + letters, self.splits)
 
     @property
     def attentions(self) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lowbit.errors import LowbitError
 from lowbit.kernels import attention_plan, batch
 from lowbit.kernels.arguments import Attention, Embed, Product, fill
-from lowbit.kernels.geometry import ATTENTION_WARPS, BLOCKS, RING_BYTES, SPLITS, Geometry
+from lowbit.kernels.geometry import ATTENTION_WARPS, BLOCKS, RING_BYTES, Geometry
 from lowbit.kernels.launch import Module, compile_module
 from lowbit.kernels.modules import NativeEmbedding, NativeLinear
 from lowbit.kernels.stream import Stream
@@ -262,8 +262,8 @@ class NativeStep:
         own = {"qkv": self.qkv, "rope": self.rope, "position": self.position, "out": self.attended}
         argument = fill(Attention, **held, **own, length=self.length)
         plan, module = self.shape.attention(self.length), self._module(self.shape.format)
-        grid = self.shape.batch * self.shape.kv_heads, SPLITS
-        return Launch(module, plan.kernel, grid, ATTENTION_WARPS * 32, argument, plan.shared_bytes, cluster=SPLITS)
+        grid = self.shape.batch * self.shape.kv_heads, plan.splits
+        return Launch(module, plan.kernel, grid, ATTENTION_WARPS * 32, argument, plan.shared_bytes, cluster=plan.splits)
 
     def launch(self) -> None:
         """The step's kernels, one by one, on the current stream; then ``pick``, if it is not greedy."""

@@ -31,7 +31,7 @@ struct Attention {
   uint16_t* out;              // [QDIM]
   int length;
 };
-constexpr int SPLITS = 8;                                   // blocks of a cluster
+// SPLITS, blocks of a cluster, is a macro: 8, and fewer where several sequences fill the GPU
 constexpr int ATTENTION_WARPS = 8, CHUNK = 16;              // warps of a block, positions of a chunk
 constexpr int QUERIES = HEADS / KV_HEADS, HALF_DIM = HEAD_DIM / 2, K_TILES = HEAD_DIM / 16;
 constexpr int MATRICES = NARROW ? K_TILES / 2 : K_TILES;    // that ldmatrix hands out per chunk, of keys and of values

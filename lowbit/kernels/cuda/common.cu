@@ -23,7 +23,7 @@
 // N still runs, and gave different bits in 1 of 10 runs while every tolerance held (docs/kernels.md).
 //
 // Compiled by NVRTC (lowbit/kernels/nvrtc.py), which knows no host headers. Macros given on the command line:
-// FORMAT, WIDEST, WGROUP, ZEROED, HIDDEN, INTER, HEADS, KV_HEADS, HEAD_DIM, EPS, WARPS, KV, BATCH (sequences; batch.cu is for 2 to 8).
+// FORMAT, WIDEST, WGROUP, ZEROED, HIDDEN, INTER, HEADS, KV_HEADS, HEAD_DIM, EPS, WARPS, KV, SPLITS, BATCH (sequences; batch.cu is for 2 to 8).
 enum { BF16 = 0, INT8 = 1, INT4 = 2, INT2 = 3, TERNARY = 4, FP8 = 5, MXFP4 = 6, NVFP4 = 7, INT3 = 8, BINARY = 9 };
 enum { TO_ACT = 0, ADD_RESIDUAL = 1, SILU_MUL = 2, TO_LOGITS = 3 };  // what a product's epilogue does
 
