@@ -117,7 +117,7 @@ def check(found, want, name, factors=1):
         *(("int4_g128", count) for count in (2, 3, 4, 5, 8)),
         *(("int4_sym_g128", 8), ("int8", 5), ("bf16", 8), ("ternary", 4), ("int2_g128", 8), ("fp8_e4m3", 3)),
         *(("int4_g64", 3), ("int4_sym_g64", 2), ("int4_g32", 8), ("int4_sym_g32", 5)),
-        *(("mxfp4", 8), ("int3_g128", 4), ("binary", 8)),
+        *(("mxfp4", 8), ("nvfp4", 8), ("int3_g128", 4), ("binary", 8)),
     ],
 )
 def test_every_product_is_that_of_the_dequantized_weights(kernels_folder, monkeypatch, name, count):

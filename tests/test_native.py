@@ -249,6 +249,7 @@ NATIVE_MIX = {
 def test_every_row_of_ours_decodes_natively_on_an_h200(fmt):
     assert "native" in fmt.modes
     assert native.step_unmet(fmt, H200, config()) is None
+    assert native.step_unmet(fmt, H200, config(), batch=8) is None
     assert str(native.step_unmet(fmt, gpu(8, 0), config())).startswith("capability: needs SM90")
 
 

@@ -26,9 +26,8 @@ NORM_THREADS, NORM_SHARED_BYTES = 512, 128
 """Of a block of normalize_kernel."""
 
 
-FORMATS = tuple(name for name in LAYOUTS if name != "nvfp4")
-"""Weight formats that batch_product multiplies. Of nvfp4 an mma's 32 columns have four scales, which one sequence keeps
-apart in the columns that it leaves free; several leave none."""
+FORMATS = tuple(LAYOUTS)
+"""Weight formats that batch_product multiplies; a stream of another decodes one sequence at a time."""
 
 
 class Plan(NamedTuple):
@@ -57,7 +56,7 @@ def kernels(shape: Geometry) -> tuple[str, ...]:
 def x_bytes(shape: Geometry, n: int) -> int:
     """Of n columns of x, as a block holds them."""
     columns, layout = (shape.batch + 1) // 2 * 2, LAYOUTS[shape.format]
-    return 2 * n * shape.batch + (n // layout.sum_columns * columns * 8 if layout.integer else 0)
+    return 2 * n * shape.batch + (n // layout.sum_columns(shape.batch) * columns * 8 if layout.integer else 0)
 
 
 def plan(shape: Geometry, name: str, k: int, tiles: int) -> Plan:

@@ -173,7 +173,7 @@ class Geometry:
         layout = LAYOUTS[self.format]
         stage = layout.stage_bytes(ku)
         digits = 2 * PLANE_GAP + ku if layout.integer else 0
-        fixed = k * 2 + digits + k // layout.sum_columns * 8 + batch * (k // ku) * 64 + 128 + 16 * MAX_RING
+        fixed = k * 2 + digits + k // layout.sum_columns() * 8 + batch * (k // ku) * 64 + 128 + 16 * MAX_RING
         ring = min(MAX_RING, (room - fixed) // stage) // self.warps * self.warps
         if not ring:
             raise LowbitError(f"a ring of {self.warps} stages of {stage} bytes and x of K={k} exceed {room} bytes")

@@ -56,10 +56,10 @@ class Layout:
         """Bytes of the stream are two's complement; canonical codes are q + 128."""
         return self.code == 1
 
-    @property
-    def sum_columns(self) -> int:
+    def sum_columns(self, sequences: int = 1) -> int:
         """Columns whose sum of x is kept in shared memory, if x is in digits (SUM_COLUMNS in cuda/common.cu)."""
-        return min(self.group or GROUP, GROUP) if self.code == 2 else GROUP
+        apart = self.code == 2 or (self.code == 7 and sequences > 1)
+        return min(self.group or GROUP, GROUP) if apart else GROUP
 
     def code_bytes(self, ku: int) -> int:
         """Bytes of 16 rows x ku columns without scales."""

@@ -46,6 +46,31 @@ template <int KU> __device__ __forceinline__ void batch_product(const uint8_t* s
     }
 #pragma unroll
     for (int i = 0; i < 4; i++) r[i] = c[0][i] + c[1][i] + c[2][i] + c[3][i];
+  } else if constexpr (FORMAT == NVFP4) {
+    // A scale for 16 columns, which are a quarter's of 64: of x, an mma gets one quarter after the other, zeros else
+    constexpr int BLOCKS = KU / 64;
+    const Tables t = lifted_tables();
+    const uint32_t* scales = (const uint32_t*)(stage + code_bytes(KU)) + g * 4 * (BLOCKS / 2);  // [quarter][two blocks][row]
+#pragma unroll
+    for (int i = 0; i < 4; i++) r[i] = 0.f;
+#pragma unroll 2
+    for (int block = 0; block < BLOCKS; block++) {
+      const uint4 high = operand(block * 2), low = operand(block * 2 + 1);
+      const Words w = words_at<KU>(wp, block / 2, block % 2);
+      const Rows a = lifted_of(w, 0, t), b = lifted_of(w, 1, t), c = lifted_of(w, 2, t), d = lifted_of(w, 3, t);
+#pragma unroll
+      for (int q = 0; q < 4; q++) {
+        const uint32_t mine = quarter == q ? ~0u : 0u;
+        int d0[4] = {MAGIC_BITS, MAGIC_BITS, MAGIC_BITS, MAGIC_BITS}, d1[4] = {MAGIC_BITS, MAGIC_BITS, MAGIC_BITS, MAGIC_BITS};
+        mma(d0, a.low, a.high, b.low, b.high, high.x & mine, high.y & mine), mma(d1, a.low, a.high, b.low, b.high, low.x & mine, low.y & mine);
+        mma(d0, c.low, c.high, d.low, d.high, high.z & mine, high.w & mine), mma(d1, c.low, c.high, d.low, d.high, low.z & mine, low.w & mine);
+        const float4 two = *(const float4*)(groups + (block * 4 + q) * COLUMNS + min(quarter, OWN - 1) * 2);
+        const float2 scale = halves_of(e4m3_to_halves(scales[q * (BLOCKS / 2) + block / 2], block % 2));
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+          r[i] += (i / 2 ? scale.y : scale.x) * ((i % 2 ? two.z : two.x) * total(d0[i], d1[i], WORTH0) - 6.f * (i % 2 ? two.w : two.y));
+      }
+    }
   } else {
     constexpr int APART = SUBS > 1 ? SUBS : SHIFT ? 2 : 1;  // sums of a group: by scale, or by what its halves' fields are worth
     constexpr int XS = GROUP / SUM_COLUMNS;                 // sums of x of a group

@@ -38,7 +38,7 @@ constexpr bool INTEGER = FORMAT != BF16 && FORMAT != FP8, E2M1 = FORMAT == MXFP4
 constexpr int BITS = FORMAT == BF16 ? 16 : (FORMAT == INT8 || FORMAT == FP8) ? 8 : FORMAT == INT3 ? 3 : (FORMAT == INT2 || FORMAT == TERNARY) ? 2 : FORMAT == BINARY ? 1 : 4;
 constexpr int SCALE_COLUMNS = GROUPED ? WGROUP : GROUP, SCALE_BYTES = !GROUPED ? 0 : E2M1 ? 1 : ZEROED ? 4 : 2;
 constexpr bool SPLIT = WGROUP == 32;  // a lane's 16 of 64 columns lie in two of those groups (decode.cu)
-constexpr int SUM_COLUMNS = FORMAT == INT4 && WGROUP < GROUP ? WGROUP : GROUP;  // whose sum of x the weights' zeros are multiplied by
+constexpr int SUM_COLUMNS = (FORMAT == INT4 && WGROUP < GROUP) || (FORMAT == NVFP4 && BATCH > 1) ? WGROUP : GROUP;  // whose sum of x the weights' zeros are multiplied by
 // Of a matrix with K columns: columns of a stage, bytes of its codes, bytes with scales
 __device__ constexpr int stage_columns(int k) { int ku = WIDEST; while (k % ku) ku /= 2; return ku; }
 __device__ constexpr int code_bytes(int ku) { return 2 * ku * BITS; }

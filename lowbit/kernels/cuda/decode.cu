@@ -64,6 +64,13 @@ __device__ __forceinline__ Rows negatives_of(const Words& w, int i, const Tables
   const uint32_t turned = word_of(w.a, i) ^ 0x88888888u;
   return {pick_bytes(t.negative[0], t.negative[1], turned), pick_bytes(t.negative[0], t.negative[1], turned >> 16)};
 }
+// e2m1 in one operand and not two: twice the value, and 12 more, so that both tables give 0 where they are not asked
+__device__ __forceinline__ Tables lifted_tables() { return {{in_register(0x0f0e0d0cu), 0x18141210u}, {in_register(0x090a0b0cu), 0x00040608u}}; }
+__device__ __forceinline__ Rows lifted_of(const Words& w, int i, const Tables& t) {
+  const uint32_t a = word_of(w.a, i), turned = a ^ 0x88888888u;
+  return {pick_bytes(t.positive[0], t.positive[1], a) | pick_bytes(t.negative[0], t.negative[1], turned),
+          pick_bytes(t.positive[0], t.positive[1], a >> 16) | pick_bytes(t.negative[0], t.negative[1], turned >> 16)};
+}
 __device__ __forceinline__ constexpr int third_at(int odd, int half) { return odd ? (half ? 0 : 3) : half ? 1 : 2; }  // 3 bits: in its nibble
 __device__ __forceinline__ float e2m1_value(uint32_t code) {  // a half's exponent and mantissa begin with e2m1's
   return __half2float(__ushort_as_half((uint16_t)((code & 8) << 12 | (code & 7) << 9))) * 16384.f;
