@@ -164,19 +164,18 @@ template <int K> __device__ __forceinline__ void stage_slice(const Batch& op, co
     uint4 u[AT_ONCE];
 #pragma unroll
     for (int i = 0; i < AT_ONCE; i++) {
-      const int at = (base + i) * CONSUMERS + t, sequence = at / of_one;
-      if (at < of_one * BATCH) u[i] = load_dependent((const uint4*)op.x + (sequence * K + first) / 8 + (at - sequence * of_one));
+      // Where nothing is left, the last once more, not kept: a load under a condition would wait for those before it
+      const int at = min((base + i) * CONSUMERS + t, of_one * BATCH - 1), sequence = at / of_one;
+      u[i] = load_dependent((const uint4*)op.x + (sequence * K + first) / 8 + (at - sequence * of_one));
     }
 #pragma unroll
     for (int i = 0; i < AT_ONCE; i++) {
       const int at = (base + i) * CONSUMERS + t, sequence = at / of_one;
-      if (at < of_one * BATCH) {
-        float v[8];
-        const uint32_t w[4] = {u[i].x, u[i].y, u[i].z, u[i].w};
+      float v[8];
+      const uint32_t w[4] = {u[i].x, u[i].y, u[i].z, u[i].w};
 #pragma unroll
-        for (int j = 0; j < 4; j++) { const float2 f = from16x2(w[j]); v[2 * j] = f.x, v[2 * j + 1] = f.y; }
-        put_x(s.x, n, sequence, (at - sequence * of_one) * 8, v);
-      }
+      for (int j = 0; j < 4; j++) { const float2 f = from16x2(w[j]); v[2 * j] = f.x, v[2 * j + 1] = f.y; }
+      put_x(s.x, n, sequence, (at - sequence * of_one) * 8, v, at < of_one * BATCH);
     }
   }
 }

@@ -24,24 +24,25 @@ __device__ constexpr int x_bytes(int n) { return 2 * n * BATCH + (INTEGER ? n / 
 // lowbit/kernels/batch.py says the same
 __device__ constexpr int slices(int chunks) { return chunks % 4 == 0 ? 4 : chunks % 2 == 0 ? 2 : chunks >= 12 ? 4 : 1; }
 
-// 8 values from column k on of one sequence, by each of 32 lanes; 16 neighbours hold a group. `x` has n columns.
-__device__ __forceinline__ void put_x(uint8_t* x, int n, int sequence, int k, const float (&v)[8]) {
+// 8 values from column k on of one sequence, by each of 32 lanes; 16 neighbours hold a group. `x` has n columns; what is not
+// `kept` is not stored.
+__device__ __forceinline__ void put_x(uint8_t* x, int n, int sequence, int k, const float (&v)[8], bool kept = true) {
   const int at = k / 64 * 2 * PLANE + sequence * 64;
   if constexpr (INTEGER) {
     uint32_t high[2], low[2];
     float scale;
     int sum;
     to_digits(v, high, low, scale, sum);
-    *(uint2*)(x + at + place_of(k) % 64) = make_uint2(high[0], high[1]);
-    *(uint2*)(x + at + PLANE + place_of(k) % 64) = make_uint2(low[0], low[1]);
+    if (kept) *(uint2*)(x + at + place_of(k) % 64) = make_uint2(high[0], high[1]);
+    if (kept) *(uint2*)(x + at + PLANE + place_of(k) % 64) = make_uint2(low[0], low[1]);
     sum = sum_of_columns(sum);
-    if (k % SUM_COLUMNS == 0) ((float2*)(x + 2 * n * BATCH))[k / SUM_COLUMNS * COLUMNS + sequence] = make_float2(scale, scale * (float)sum);
+    if (kept && k % SUM_COLUMNS == 0) ((float2*)(x + 2 * n * BATCH))[k / SUM_COLUMNS * COLUMNS + sequence] = make_float2(scale, scale * (float)sum);
   } else {
     uint32_t o[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) o[i] = (uint32_t)to16(v[2 * i]) | ((uint32_t)to16(v[2 * i + 1]) << 16);
     const int to = FORMAT == BF16 ? k % 64 / 32 * PLANE + k % 32 * 2 : k / 8 % 2 * PLANE + k % 64 / 16 * 16;
-    *(uint4*)(x + at + to) = make_uint4(o[0], o[1], o[2], o[3]);
+    if (kept) *(uint4*)(x + at + to) = make_uint4(o[0], o[1], o[2], o[3]);
   }
 }
 
@@ -53,7 +54,8 @@ struct Normalize {
   uint8_t* x;             // x_bytes(HIDDEN)
 };
 constexpr int NORM_THREADS = 512;
-template <int SLICES> __global__ void __launch_bounds__(NORM_THREADS) normalize_kernel(const __grid_constant__ Normalize n) {
+// (.., 1): else ptxas saves registers, and takes what is to be added in three turns, each a way to L2
+template <int SLICES> __global__ void __launch_bounds__(NORM_THREADS, 1) normalize_kernel(const __grid_constant__ Normalize n) {
   SHARED_MEMORY(memory);
   constexpr int EACH = (HIDDEN / 8 + NORM_THREADS - 1) / NORM_THREADS;  // 8 values each
   const int t = threadIdx.x, sequence = blockIdx.x;
