@@ -142,9 +142,8 @@ def uneven(tensors):
 def test_groups_of_several_sizes_are_refused(tmp_path):
     publish(tmp_path, SCHEMES["gptq_act"])
     tiny_llama.edit_weights(tmp_path, uneven)
-    choice = choose(tmp_path)
     with pytest.raises(LowbitError, match=r"4 groups of 64 columns, got \[0, 256, 0, 0\] columns"):
-        models.load(choice)
+        models.load(choose(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["gptq_act", "ct_act"])
@@ -152,9 +151,8 @@ def test_an_order_that_is_not_there_is_missing(tmp_path, name):
     publish(tmp_path, SCHEMES[name])
     part = "g_idx" if name == "gptq_act" else "weight_g_idx"
     tiny_llama.edit_weights(tmp_path, lambda tensors: tensors.pop(f"model.layers.0.mlp.up_proj.{part}"))
-    choice = choose(tmp_path)
     with pytest.raises(LowbitError, match=f"up_proj.{part} is missing"):
-        models.load(choice)
+        models.load(choose(tmp_path))
 
 
 def test_a_quantized_head_is_read_too(tmp_path):
@@ -359,18 +357,16 @@ def spoil(tensors):
 def test_a_wrong_checkpoint_says_what_is_wrong(tmp_path, change, expected):
     publish(tmp_path, SCHEMES["gptq_g128"])
     tiny_llama.edit_weights(tmp_path, change)
-    choice = choose(tmp_path)
     with pytest.raises(LowbitError, match=expected):
-        models.load(choice)
+        models.load(choose(tmp_path))
 
 
 def test_a_truncated_file_is_named(tmp_path):
     publish(tmp_path, SCHEMES["awq_g64"])
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    choice = choose(tmp_path)
     with pytest.raises(LowbitError, match="is truncated or no safetensors file"):
-        models.load(choice)
+        models.load(choose(tmp_path))
 
 
 @pytest.mark.parametrize("changes", [{"checkpoint_format": "gptq_v2"}, {"bits": 8}, {"group_size": 64}])
@@ -378,9 +374,8 @@ def test_a_config_of_another_version_is_found_out(tmp_path, changes):
     """The first one would shift every zero point by one: another model, but no crash."""
     publish(tmp_path, SCHEMES["gptq_g128"])
     published.edit_quantization(tmp_path, **changes)
-    choice = choose(tmp_path)
     with pytest.raises(LowbitError, match=r"zero points of 8, got 7|expected \["):
-        models.load(choice)
+        models.load(choose(tmp_path))
 
 
 def test_columns_of_an_awq_word():

@@ -217,8 +217,9 @@ def test_one_product_has_one_format():
         stream.concatenate([packed("int8", 16, 256), packed("int4_g128", 16, 256)])
 
 
-def test_a_streamed_linear_is_saved_as_every_packed_one():
-    linear = NativeLinear(packed("int4_g128"))
+@pytest.mark.parametrize("name", ["int4_g128", "int4_sym_g64", "mxfp4", "nvfp4", "int3_g128", "binary"])
+def test_a_streamed_linear_is_saved_as_every_packed_one(name):
+    linear = NativeLinear(packed(name))
     part = stream_modules.StreamPart(stream.pack_stream(linear.packed), linear.n)
     streamed = StreamLinear(part)
     want = {name: tensor for name, tensor in linear.state_dict().items() if tensor.numel()}
