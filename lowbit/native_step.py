@@ -5,6 +5,7 @@ works on the kernels: the benches measure the same step among all other formats,
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import time
@@ -50,13 +51,13 @@ def _caches(text: str) -> list[str]:
 def main(options: Any) -> int:
     """Measure and print; ``options`` as step_command parses them. Raises LowbitError where the step can't run."""
     contexts, tokens = _numbers(options.contexts, "--contexts"), _numbers(options.tokens, "--tokens")
-    caches = _caches(options.kv)
+    caches, counts = _caches(options.kv), _numbers(options.batch, "--batch")
     prompts = _numbers(options.prefill, "--prefill") if options.prefill else []
     here = device.detect()
     choice = models.choose(options.model, options.load_format, here)
-    names = options.formats.split(",") if options.formats else list(LAYOUTS if options.batch == 1 else batches.FORMATS)
-    for name in names:
-        why = batches.unmet(choice.config, name, here.capability, options.batch)
+    names = options.formats.split(",") if options.formats else list(LAYOUTS if counts == [1] else batches.FORMATS)
+    for name, count in itertools.product(names, counts):
+        why = batches.unmet(choice.config, name, here.capability, count)
         if why is not None:
             raise LowbitError(f"step: {name} can't run here: {why[1]}")
     if (missing := nvrtc.available()) is not None:
@@ -76,8 +77,8 @@ def main(options: Any) -> int:
         started = time.perf_counter()
         model, dtype = _build(host, name, here.torch), Geometry.of(host.config, name).dtype
         quantized_s = time.perf_counter() - started
-        for kv in caches:
-            for found in _measure(model, name, kv, quantized_s, contexts, tokens, options.repeats, options.batch):
+        for kv, count in itertools.product(caches, counts):
+            for found in _measure(model, name, kv, quantized_s, contexts, tokens, options.repeats, count):
                 tell(found)
         for found in prefill_times.of_format(model, name, dtype, here.torch, against):
             tell(found)

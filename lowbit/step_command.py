@@ -20,7 +20,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--kv", default="bf16", metavar="LIST", help="what the KV cache holds: bf16 (16 bits), fp8, int8"
     )
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="sequences of a step, 1 to 8 (1)")
+    parser.add_argument("--batch", default="1", metavar="LIST", help="sequences of a step, 1 to 8 each (1)")
     parser.add_argument("--repeats", type=int, default=10, metavar="N", help="runs that must agree in every bit (10)")
     parser.add_argument("--json", action="store_true", help="one object per line")
     parser.set_defaults(run=run)

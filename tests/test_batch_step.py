@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import itertools
+
 import pytest
 import torch
 from test_runner import FakeStep, Recorder, fake_kernels, streamed
 from tiny import config, gpu, model
 
-from lowbit import generate, native_step
+from lowbit import generate, native_step, step_command
 from lowbit.backends import native
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS
@@ -199,3 +202,20 @@ def test_the_step_command_counts_the_tokens_of_all_sequences(decoding, monkeypat
     decode, repeats = lines[1], lines[2]
     assert (decode["what"], decode["tok_s"]) == ("decode", 400.0)
     assert (repeats["what"], repeats["differ"]) == ("repeats", 0)
+
+
+def test_the_step_command_takes_several_batches_and_refuses_what_no_step_runs(monkeypatch):
+    found = {"--batch": "8,9", "--model": "embedded", "--load-format": "auto", "--formats": "int4_g128"}
+    parser = argparse.ArgumentParser()
+    step_command.add_parser(parser.add_subparsers())
+    options = parser.parse_args(["step", *itertools.chain(*found.items())])
+    monkeypatch.setattr("lowbit.kernels.batch.geometry.unmet", only_by_count)
+    with pytest.raises(LowbitError, match="step: int4_g128 can't run here: 9 sequences"):
+        native_step.main(options)
+    options.batch = "0"
+    with pytest.raises(LowbitError, match="--batch: expected whole numbers of 1 or more"):
+        native_step.main(options)
+
+
+def only_by_count(shape, name, capability, count=1, kv=""):
+    return ("shape", f"{count} sequences") if count > 8 else None
