@@ -211,7 +211,8 @@ def _consequences(bench: BenchSession) -> list[str]:
     elif bench.baseline is not None:
         kind = bench.device.kind
         blunt = [one for one in find_blunt(bench.baseline.rows.values(), kind) if one.case in bench.verdicts]
-        lines += [f"{blunt_words(blunt)}; more runs in the baseline narrow them (--baseline-runs)"] if blunt else []
+        told = f"{blunt_words(blunt)}; more runs in the baseline narrow them (--baseline-runs)" if blunt else ""
+        lines += [_fill(told)] if told else []
     elif _measured(bench) and not (bench.settings.update_baselines or bench.unreached):
         lines.append(f"not compared with a baseline; accept this machine's figures with: {bench.accept_command()}")
     return lines
