@@ -211,18 +211,17 @@ def test_what_runs_where(fmt):
         assert odd is None
 
 
-@pytest.mark.parametrize("name", ["a16w4_g128-lowbit", "a16w8-lowbit", "a16w158-lowbit"])
-def test_linears_in_one_stream_are_counted_each_with_its_own_rows(monkeypatch, name):
-    row = FORMATS[name]
+@pytest.mark.parametrize("row", [row for row in ROWS if row.scheme != "bf16"], ids=lambda row: row.id)
+def test_linears_in_one_stream_are_counted_each_with_its_own_rows_and_nothing_is_added(monkeypatch, row):
     plain = quantized(row, torch.float16)
     monkeypatch.setattr(native, "streams", lambda device: True)
     streamed = quantized(row, torch.float16)
     assert isinstance(streamed.model.layers[0].mlp.up_proj, StreamLinear)
     want, got = coverage.inspect(plain, row), coverage.inspect(streamed, row)
     assert got.linears == want.linears == 15
-    # row scales are kept in fp32 beside a stream
-    assert got.bits_per_weight == pytest.approx(want.bits_per_weight, rel=0.02)
-    assert got.weight_bytes == pytest.approx(want.weight_bytes, rel=0.02)
+    rows = 4 * 15 * 768 if row.scheme == "nvfp4" else 0  # a tensor's scale, fp32 for each row: of at most 768 in 15
+    assert want.weight_bytes <= got.weight_bytes <= want.weight_bytes + rows
+    assert want.bits_per_weight <= got.bits_per_weight <= want.bits_per_weight + (32 / 256 if rows else 0)
     assert "NVRTC unpack" in got.kernels
 
 

@@ -208,10 +208,10 @@ template <int K> __device__ __forceinline__ void sixteens_product(const uint8_t*
   r0 = r1 = 0.f;
 #pragma unroll
   for (int block = 0; block < BLOCKS; block++) {
-    int c[2][4] = {{0, 0, 0, 0}, {MAGIC_BITS, MAGIC_BITS, MAGIC_BITS, MAGIC_BITS}};
-    multiply(c[0], c[1], words_at<KU>((const uint4*)stage + lane, block / 2, block % 2), block % 2, block / 2, *(const uint4*)(from + block * 64), t);
+    int c[4] = {MAGIC_BITS, MAGIC_BITS, MAGIC_BITS, MAGIC_BITS};
+    multiply(c, c, words_at<KU>((const uint4*)stage + lane, block / 2, block % 2), block % 2, block / 2, *(const uint4*)(from + block * 64), t);
     const float2 scale = halves_of(e4m3_to_halves(scales[block / 2], block % 2));
     const float x = groups[block / 2].x;
-    r0 += scale.x * x * total(c[0][0] + c[1][0], c[0][1] + c[1][1], WORTH0), r1 += scale.y * x * total(c[0][2] + c[1][2], c[0][3] + c[1][3], WORTH1);
+    r0 += scale.x * x * total(c[0], c[1], WORTH0), r1 += scale.y * x * total(c[2], c[3], WORTH1);
   }
 }
