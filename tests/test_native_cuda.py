@@ -114,8 +114,7 @@ def test_10000_tokens_take_no_memory(made):
 
 @torch.no_grad()
 def test_a_few_steps_launched_one_by_one(made):
-    """What compute-sanitizer is pointed at (docs/kernels.md): every kernel of a step, from the cache's first place to its
-    last, without a graph."""
+    """For compute-sanitizer (docs/kernels.md): every kernel of a step, from the cache's first place to its last."""
     _, _, decoder, step = made
     for place in (0, 15, 16, LENGTH - 1):
         decoder.position.fill_(place)
