@@ -35,7 +35,7 @@ LAYOUTS: dict[str, Layout] = {
     "nvfp4": Layout(7, 4, 512, warps=14, group=16, scale_bytes=1),
     "int3_g128": Layout(8, 3, 512, warps=14, group=128, scale_bytes=4),
     "int2_g128": Layout(3, 2, 1024, warps=16, group=128, scale_bytes=4),
-    "ternary": Layout(4, 2, 1024, warps=16),
+    "ternary": Layout(4, 2, 1024, warps=20),
     "binary": Layout(9, 1, 1024, warps=16),
 }
 """Weight formats that the decode kernels read; the others run as their reference."""
