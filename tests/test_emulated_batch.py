@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from tiny import model
 from torch import nn
 
 from lowbit import generate
-from lowbit.kernels import batch, runner, stream, stream_modules, unpacking, weights
+from lowbit.errors import LowbitError
+from lowbit.kernels import batch, prefill, runner, stream, stream_modules, unpacking, weights
 from lowbit.kernels.arguments import Attention, Batch, Normalize, fill
 from lowbit.kernels.batch_step import BatchStep
 from lowbit.kernels.geometry import ATTENTION_WARPS, Geometry
@@ -38,7 +40,14 @@ def emulate(monkeypatch, kernels_folder):
         macros = Geometry(name, **unpacking._ANY_SHAPE).macros()
         return EmulatedModule(kernels_folder, ("common", "decode", "unpack"), (f"unpack_kernel<{ku}>",), macros)
 
+    def load_prefill(shape, device, progress=None):
+        return EmulatedModule(kernels_folder, ("common", "prefill"), prefill.KERNELS, shape.macros())
+
     monkeypatch.setattr(runner, "load", load)
+    monkeypatch.setattr(prefill, "load", load_prefill)
+    monkeypatch.setattr(
+        prefill.RecordedRuns, "_record", lambda self, number: SimpleNamespace(replay=lambda: self._run(number))
+    )
     monkeypatch.setattr(unpacking, "_unpacker", unpacker)
     monkeypatch.setattr(runner.NativeStep, "capture", lambda self: None)
     monkeypatch.setattr(runner.NativeStep, "__call__", lambda self: self.launch())
@@ -211,18 +220,41 @@ def test_sequences_do_not_see_each_other(emulate):
 
 @torch.no_grad()
 def test_tokens_are_those_of_the_modules_over_caches_of_codes_too(emulate):
-    """The decoder's whole way: the prompts' proof, prefill by the modules, steps natively, counted and checked."""
+    """The decoder's whole way: the prompts' proof, prefill and steps natively, counted and checked."""
     for name, kv in (("int4_g128", ""), ("int8", "fp8")):
         streamed, _, decoder, _ = build(name, LENGTH, kv=kv, batch=3, num_hidden_layers=1)
         ids = (torch.arange(3).unsqueeze(1) * 97 + torch.arange(20) * 31) % 512
         other = generate.Decoder(streamed, 3, LENGTH, streamed.model.norm.weight.dtype, kv=kv)
         want = other.generate(ids, 8)
         decoder.run_natively(ids, "a case")
-        assert decoder.native_prefill is None
+        assert (decoder.native_prefill is None) == bool(kv)  # over a cache of codes by the modules
         assert torch.equal(decoder.generate(ids, 8), want)
         decoder.check_length("a case")
         decoder.token.copy_(want[:, :1])
         assert torch.equal(decoder.again(8), want[:, 1:])
+
+
+@pytest.mark.parametrize("name", ["int4_g128", "bf16"])
+@torch.no_grad()
+def test_prompts_give_the_logits_and_the_caches_of_the_same_weights(emulate, name):
+    """Three at once; the step that follows finds each prompt in its own cache."""
+    streamed, exact, decoder, step = build(name, LENGTH, batch=3)
+    tokens = (torch.arange(3).unsqueeze(1) * 97 + torch.arange(24) * 31) % 512
+    want = exact(tokens, use_cache=False).logits
+    run = prefill.NativePrefill(step, streamed, decoder.cache)
+    for prompt in (1, 17):
+        for layer in decoder.cache.layers:
+            layer.keys.fill_(torch.nan), layer.values.fill_(torch.nan)
+        run(tokens[:, :prompt])
+        for place in range(prompt - 1, prompt + 1):
+            error = (step.logits - want[:, place]).norm(dim=-1) / want[:, place].norm(dim=-1)
+            assert float(error.max()) < (2e-2 if name == "bf16" else 2e-3), (prompt, place, error)
+            assert int(decoder.position) == place + 1
+            assert torch.equal(decoder.token, step.logits.argmax(-1, keepdim=True))
+            decoder.token.copy_(tokens[:, place + 1 : place + 2])
+            step.launch()
+    with pytest.raises(LowbitError, match=r"takes 3 prompts of 1 to 64 tokens .* got \[1, 5\]"):
+        run(tokens[:1, :5])
 
 
 @torch.no_grad()

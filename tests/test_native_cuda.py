@@ -185,6 +185,25 @@ def test_the_same_prompts_give_the_same_bits_every_time(several):
     assert all(torch.equal(history, runs[0][0]) and torch.equal(logits, runs[0][1]) for history, logits in runs)
 
 
+@torch.no_grad()
+def test_several_prompts_give_the_same_bits_with_and_without_their_graph(several):
+    plain, exact, decoder, step = several
+    run = NativePrefill(step, plain, decoder.cache)
+    bound = 2e-2 if step.shape.dtype is torch.bfloat16 else 5e-3
+    sequences = torch.arange(step.logits.shape[0], device="cuda").unsqueeze(1)
+    for count in (24, 130, 1):
+        ids = (sequences * 97 + torch.arange(count, device="cuda") * 31) % 512
+        want = exact(ids, use_cache=False).logits[:, -1]
+        found = []
+        for _ in range(10):
+            run(ids)
+            keys = torch.stack([layer.keys[:, :, :count] for layer in decoder.cache.layers])
+            found.append((step.logits.clone(), keys))
+        error = (found[0][0] - want).norm(dim=-1) / want.norm(dim=-1)
+        assert float(error.max()) < bound, (count, error)
+        assert all(torch.equal(logits, found[0][0]) and torch.equal(keys, found[0][1]) for logits, keys in found)
+
+
 @pytest.mark.parametrize("kv", ["", "int8", "fp8"])
 @torch.no_grad()
 def test_several_sequences_over_long_caches_of_every_kind_give_the_modules_logits(kv):

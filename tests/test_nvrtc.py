@@ -91,8 +91,8 @@ def test_the_decode_kernels_compile_for_sm90_without_spills(name, shape, kv):
 )
 def test_the_kernels_for_several_sequences_compile_for_sm90_without_spills(name, shape, count):
     geometry = Geometry(name, **shape, batch=count)
-    kernels = batch.kernels(geometry) if count == 8 else runner.kernels(geometry)
-    source = nvrtc.read_sources("ptx", *runner.sources(geometry))
+    kernels = batch.kernels(geometry) if count == 8 else (*runner.kernels(geometry), *prefill.KERNELS)
+    source = nvrtc.read_sources("ptx", *runner.sources(geometry), "prefill")
     binary = nvrtc.compile_source(f"{source}\n{layout_checks(SEVERAL)}", kernels, geometry.macros(), "sm_90a")
     found = binary.resources()
     threads = {"batch": geometry.threads, "normalize": batch.NORM_THREADS}

@@ -186,7 +186,7 @@ class Decoder:
         The model holds streamed weights (lowbit.backends.native on SM90). A step after the prompt ``ids`` [B, S], and
         the prompt itself, are held against the eager ones first: LowbitError naming ``source`` if their logits differ
         by more than the dtype explains. ``greedily`` as in pick_natively; a decoder whose ``pick`` is greedy is so
-        anyhow. Over a quantized KV cache, and for several sequences, the prefill stays as it is.
+        anyhow. Over a quantized KV cache the prefill stays as it is.
         """
         self._rewind(0)
         self._reserve(ids.shape[1])
@@ -200,7 +200,7 @@ class Decoder:
         self.token.copy_(first)  # a pick that draws has drawn another one
         native.launch()
         prove(native, of_step, source, "step")
-        if len(ids) == 1 and NativePrefill.takes(self.cache, native.shape.dtype):
+        if NativePrefill.takes(self.cache, native.shape.dtype):
             native_prefill = NativePrefill(native, self.model, self.cache, progress=progress)
             native_prefill(ids)
             prove(native, of_prompt, source, "prefill")

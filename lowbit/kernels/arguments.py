@@ -31,7 +31,7 @@ Embed = structure(
 Attention = structure("Attention", "p:qkv p:keys p:values p:key_scale p:value_scale p:rope p:position p:out i:length")
 Unpack = structure("Unpack", "p:weights p:row_scale p:out i:row0 i:rows i:k i:half i:bf16_out")
 Norm = structure("Norm", "p:residual p:added p:weight p:out")
-Rope = structure("Rope", "p:qkv p:keys p:values p:rope i:length")
+Rope = structure("Rope", "p:qkv p:keys p:values p:rope i:length i:tokens")
 Silu = structure("Silu", "p:both p:out i:pieces")
 
 

@@ -48,9 +48,10 @@ def load(shape: Geometry, device: int, progress: Callable[[str], None] | None = 
 
 
 class NativePrefill:
-    """Takes a prompt into the cache of a NativeStep, whose token, position, logits and history it leaves as steps do.
+    """Takes a prompt into the cache of a NativeStep, whose token, position, logits and history it leaves as steps do;
+    of a BatchStep as many prompts of one length as it has sequences, whose tokens are rows of the same products.
 
-    ``prefill(ids)`` with ids [1, S]; the cache's length bounds S. The second prompt of a length is recorded as a CUDA
+    ``prefill(ids)`` with ids [B, S]; the cache's length bounds S. The second prompt of a length is recorded as a CUDA
     graph, and replayed from then on. ``chunk_rows``: matrices with more rows are unpacked and multiplied in pieces of
     so many, so that a piece (rows · k · 2 bytes) can still be in the L2 cache when it is multiplied; 0: whole.
     ``buffers``: with 2, a matrix is unpacked while the one before it is multiplied, as far as the multiplication leaves
@@ -71,7 +72,7 @@ class NativePrefill:
             raise LowbitError(f"chunk_rows: expected whole tiles of {TILE} rows, got {chunk_rows}")
         self.step, self.shape, self.chunk_rows = step, step.shape, chunk_rows
         self._body, self._layers = model.model, cache.layers
-        self._device = step.token.device
+        self._device, self._sequences = step.token.device, step.shape.batch
         self._module = load(step.shape, self._device.index or 0, progress)
         self._side = self._stream(LOW) if buffers > 1 else None
         self._runs = RecordedRuns(self.launch, stream=self._stream(HIGH) if buffers > 1 else None)
@@ -101,7 +102,7 @@ class NativePrefill:
         return min(stream.rows, self.chunk_rows or stream.rows)
 
     def _make_room(self, tokens: int) -> None:
-        """Memory for prompts of so many tokens: activations of one layer, and the largest unpacked piece."""
+        """Memory for prompts of so many tokens together: activations of one layer, and the largest unpacked piece."""
         shape, room = self.shape, -(-tokens // ROOM) * ROOM
         self._runs.forget()  # they read the memory that goes
 
@@ -121,17 +122,17 @@ class NativePrefill:
 
     @torch.no_grad()
     def __call__(self, ids: Tensor) -> None:
-        """ids [1, S] on the device. Raises LowbitError if they are not one sequence that the cache has room for."""
-        if ids.dim() != 2 or ids.shape[0] != 1 or not 1 <= ids.shape[1] <= self.step.length:
+        """ids [B, S] on the device. Raises LowbitError if they are not the sequences that the cache has room for."""
+        if ids.dim() != 2 or ids.shape[0] != self._sequences or not 1 <= ids.shape[1] <= self.step.length:
+            prompts = "one prompt" if self._sequences == 1 else f"{self._sequences} prompts"
             raise LowbitError(
-                f"the native prefill takes one prompt of 1 to {self.step.length} tokens (the KV cache's length), "
+                f"the native prefill takes {prompts} of 1 to {self.step.length} tokens (the KV cache's length), "
                 f"got {list(ids.shape)}"
             )
-        tokens = ids.shape[1]
-        if tokens > self.room:
-            self._make_room(tokens)
-        self.residual[:tokens].copy_(self._body.embed_tokens(ids)[0])
-        self._runs(tokens)
+        if ids.numel() > self.room:
+            self._make_room(ids.numel())
+        self.residual[: ids.numel()].copy_(self._body.embed_tokens(ids).flatten(0, 1))
+        self._runs(ids.shape[1])
 
     def forget(self) -> None:
         """Record anew: after the step's ``pick`` was changed."""
@@ -151,22 +152,22 @@ class NativePrefill:
             work.call()
 
     def plan(self, tokens: int) -> Iterator[Work]:
-        """What is done for a prompt of so many tokens, in order."""
-        layers, memory = list(self._body.layers), itertools.cycle(self._scratch)
+        """What is done for a prompt of so many tokens, or several, in order."""
+        layers, memory, rows = list(self._body.layers), itertools.cycle(self._scratch), tokens * self._sequences
         for index, layer in enumerate(layers):
             streams = self._streams(layer)
-            yield self._norm(layer.input_layernorm, tokens, adds=index > 0)
-            yield from self._product("qkv", streams, lambda: self.normed, self.qkv[:tokens], memory)
+            yield self._norm(layer.input_layernorm, rows, adds=index > 0)
+            yield from self._product("qkv", streams, lambda: self.normed, self.qkv[:rows], memory)
             yield self._rope(self._layers[index], tokens)
             if index + 1 == len(layers):
                 yield Work("attention", "the last token", lambda: self._attend(layers[-1].self_attn, tokens, 1))
                 break
             yield Work("attention", "", self._attending(layer.self_attn, tokens))
-            yield from self._product("o", streams, lambda: self._attended, self.projected[:tokens], memory)
-            yield self._norm(layer.post_attention_layernorm, tokens, adds=True)
-            yield from self._product("gate_up", streams, lambda: self.normed, self.both[:tokens], memory)
-            yield self._silu(tokens)
-            yield from self._product("down", streams, lambda: self.activated, self.projected[:tokens], memory)
+            yield from self._product("o", streams, lambda: self._attended, self.projected[:rows], memory)
+            yield self._norm(layer.post_attention_layernorm, rows, adds=True)
+            yield from self._product("gate_up", streams, lambda: self.normed, self.both[:rows], memory)
+            yield self._silu(rows)
+            yield from self._product("down", streams, lambda: self.activated, self.projected[:rows], memory)
         yield Work("last", "the last token", lambda: self._finish(tokens))
 
     def _launching(self, kernel: str, blocks: int, argument: Any, shared_bytes: int = 0) -> Callable[[], None]:
@@ -182,9 +183,15 @@ class NativePrefill:
 
     def _rope(self, layer: Any, tokens: int) -> Work:
         argument = fill(
-            Rope, qkv=self.qkv, keys=layer.keys, values=layer.values, rope=self.step.rope, length=self.step.length
+            Rope,
+            qkv=self.qkv,
+            keys=layer.keys,
+            values=layer.values,
+            rope=self.step.rope,
+            length=self.step.length,
+            tokens=tokens,
         )
-        rotate = self._launching("rope_kernel", tokens, argument)
+        rotate = self._launching("rope_kernel", tokens * self._sequences, argument)
 
         def call() -> None:
             rotate()
@@ -223,10 +230,11 @@ class NativePrefill:
         return lambda: self._attend(attention, tokens, tokens)
 
     def _attend(self, attention: Any, tokens: int, last: int) -> None:
-        """The ``last`` queries over all keys of the prompt: -> self._attended [last, heads · head_dim]."""
-        shape = self.shape
+        """The ``last`` queries over all keys of each prompt: -> self._attended [B · last, heads · head_dim]."""
+        shape, count = self.shape, self._sequences
         width = shape.heads * shape.head_dim
-        queries = self.qkv[tokens - last : tokens, :width].view(1, last, shape.heads, shape.head_dim).transpose(1, 2)
+        rows = self.qkv[: tokens * count].view(count, tokens, -1)[:, tokens - last :, :width]
+        queries = rows.view(count, last, shape.heads, shape.head_dim).transpose(1, 2)
         found = functional.scaled_dot_product_attention(
             queries,
             self._keys,
@@ -235,11 +243,13 @@ class NativePrefill:
             scale=attention.scaling,
             enable_gqa=shape.heads != shape.kv_heads,
         )
-        self._attended = found.transpose(1, 2).reshape(last, width)
+        self._attended = found.transpose(1, 2).reshape(count * last, width)
 
     def _finish(self, tokens: int) -> None:
-        self.step.residual.copy_(self.residual[tokens - 1])
-        self.step.attended.copy_(self._attended[-1])
+        count = self._sequences
+        last = self.residual[: tokens * count].view(count, tokens, -1)[:, -1]
+        self.step.residual.copy_(last.view_as(self.step.residual))
+        self.step.attended.copy_(self._attended.view_as(self.step.attended))
         # behind the copies: what follows is launched early, which it may be behind a kernel alone
         self.step.position.fill_(tokens - 1)
         self.step.finish()

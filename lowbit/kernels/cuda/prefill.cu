@@ -70,26 +70,27 @@ __global__ void __launch_bounds__(PROMPT_THREADS) norm_kernel(const __grid_const
 // RoPE: queries are rotated where they lie, keys into the cache, values copied there; one block per token. A thread takes
 // 8 dimensions of the first half of a head and the 8 of the second half that they are rotated with.
 struct Rope {
-  uint16_t* qkv;            // [tokens][QDIM + 2 KVDIM]
-  uint16_t *keys, *values;  // [KV_HEADS][length][HEAD_DIM], from position 0 on
+  uint16_t* qkv;            // [BATCH][tokens][QDIM + 2 KVDIM]
+  uint16_t *keys, *values;  // [BATCH][KV_HEADS][length][HEAD_DIM], from position 0 on
   const float2* rope;       // [length][HEAD_DIM / 2] (cos, sin)
-  int length;
+  int length, tokens;
 };
 __global__ void __launch_bounds__(PROMPT_THREADS) rope_kernel(const __grid_constant__ Rope r) {
   constexpr int HALF = HEAD_DIM / 2, PER_HEAD = HALF / 8, ROTATED = (HEADS + KV_HEADS) * PER_HEAD, COPIED = KVDIM / 8;
-  const int position = blockIdx.x;
-  uint16_t* token = r.qkv + (size_t)position * (QDIM + 2 * KVDIM);
+  const int sequence = BATCH > 1 ? blockIdx.x / r.tokens : 0, position = blockIdx.x - sequence * r.tokens;
+  const size_t cached = (size_t)sequence * KV_HEADS;  // heads of the sequences before
+  uint16_t* token = r.qkv + (size_t)blockIdx.x * (QDIM + 2 * KVDIM);
   for (int u = threadIdx.x; u < ROTATED + COPIED; u += PROMPT_THREADS) {
     if (u >= ROTATED) {
       const int at = (u - ROTATED) * 8;
-      const size_t to = ((size_t)(at / HEAD_DIM) * r.length + position) * HEAD_DIM + at % HEAD_DIM;
+      const size_t to = ((cached + at / HEAD_DIM) * r.length + position) * HEAD_DIM + at % HEAD_DIM;
       *(uint4*)(r.values + to) = *(const uint4*)(token + QDIM + KVDIM + at);
       continue;
     }
     const int head = u / PER_HEAD, at = u % PER_HEAD * 8;
     const uint16_t* from = token + head * HEAD_DIM + at;  // keys lie behind the queries
     uint16_t* to = token + head * HEAD_DIM + at;
-    if (head >= HEADS) to = r.keys + ((size_t)(head - HEADS) * r.length + position) * HEAD_DIM + at;
+    if (head >= HEADS) to = r.keys + ((cached + head - HEADS) * r.length + position) * HEAD_DIM + at;
     float first[8], second[8];
     widen8(*(const uint4*)from, first), widen8(*(const uint4*)(from + HALF), second);
 #pragma unroll
