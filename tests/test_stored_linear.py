@@ -207,9 +207,8 @@ def scale_of(tensors, path, value):
 def test_a_wrong_checkpoint_says_what_is_wrong(tmp_path, name, change, expected):
     publish_plain(tmp_path, SCHEMES[name])
     tiny_llama.edit_weights(tmp_path, change)
-    choice = choose(tmp_path)
     with pytest.raises(LowbitError, match=expected):
-        models.load(choice)
+        models.load(choose(tmp_path))
 
 
 @pytest.mark.parametrize(
