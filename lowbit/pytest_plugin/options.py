@@ -43,7 +43,8 @@ def add_options(parser: pytest.Parser) -> None:
         default="quick",
         metavar="|".join(SUITE_MODES),
         help="quick: every format × (eager, reduce-overhead) × (prefill, decode batch 1 at context 0); nightly: all "
-        "modes and workloads; full: also the reference formats",
+        "modes and workloads; full: also the reference formats, longer workloads and auto-recipe. Evaluations join any "
+        "suite by --eval",
     )
     group.addoption("--text", type=Path, metavar="FILE", help="score perplexity and KL on this text file")
     group.addoption(
