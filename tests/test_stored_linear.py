@@ -17,7 +17,7 @@ from lowbit.formats import FORMATS, stored
 from lowbit.formats.layouts import Inputs
 from lowbit.kernels import stream_modules, weights
 from lowbit.kernels.quantizer import quantize
-from lowbit.kernels.stored_linear import DEFINITION, INTEGER, SCALED, StoredLinear
+from lowbit.kernels.stored_linear import DEFINITION, INTEGER, SCALED, StoredLinear, cpu_multiplies_fp8
 
 CPU = Device("cpu", 0, "a CPU", "a-cpu", None, None, 1, None, None)
 ROWS = torch.tensor([[1], [9], [0.1]])
@@ -263,6 +263,23 @@ def test_any_number_of_rows_on_any_device(where, rows, dynamic, format, kind):
     want = linear.quantize_inputs(x[0]).values() @ linear.defined().T
     assert linear(x).shape == (1, rows, 96)
     assert (linear(x)[0].float() - want).norm() <= 2**-8 * want.norm()
+
+
+@pytest.mark.parametrize("broken", ["refused", "wrong"])
+def test_a_torch_without_fp8_products_per_row_on_a_cpu_gets_the_definition(monkeypatch, broken):
+    def scaled_mm(left, right, **options):
+        if broken == "refused":
+            raise RuntimeError("Scaling is not implemented on this CPU")
+        return torch.ones(left.shape[0], right.shape[1], dtype=torch.bfloat16)
+
+    cpu_multiplies_fp8.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "_scaled_mm", scaled_mm)
+        assert not cpu_multiplies_fp8()
+        linear = StoredLinear(quantize(torch.randn(32, 64), "fp8_e4m3"), inputs=Inputs("float", dynamic=True))
+        assert linear.kernel(torch.bfloat16) == DEFINITION
+        assert linear(torch.randn(1, 2, 64).bfloat16()).isfinite().all()
+    cpu_multiplies_fp8.cache_clear()
 
 
 @torch.no_grad()
