@@ -22,14 +22,6 @@ from lowbit.regional import GraphedCall
 
 ROUNDS, REPLAYS = 7, 5
 """Timed prompts, of which the median counts; graph replays per timing of a part."""
-CHUNK_ROWS = 4096
-"""Of the pieces that the native prefill is also timed with: 32 MiB at 4,096 columns, less than an H200's L2 cache."""
-WAYS: dict[str, dict[str, Any]] = {
-    "pieces_ms": {"chunk_rows": CHUNK_ROWS},
-    "overlapped_ms": {"buffers": 2},
-    "both_ms": {"chunk_rows": CHUNK_ROWS // 2, "buffers": 2},
-}
-"""What else than whole matrices, one after the other, the native prefill is timed with."""
 REFERENCE = "bf16-torch"
 
 Line = dict[str, Any]
@@ -93,11 +85,10 @@ def fastest(line: Line) -> float:
 def of_format(
     model: Any, name: str, dtype: torch.dtype, where: torch.device, against: dict[int, float]
 ) -> Iterator[Line]:
-    """A streamed model: its modules, the native prefill launched, as a graph, and as graphs in WAYS.
+    """A streamed model: its modules, the native prefill launched, and as a graph.
 
-    ``against``: ms of the reference by length. ``times_bf16``: the fastest way over it. ``differ``: of 2 · ROUNDS
-    replays, of the whole graph and of the overlapped one, how many gave other logits, in any bit, than the launches one
-    by one.
+    ``against``: ms of the reference by length. ``times_bf16``: the fastest way over it. ``differ``: of ROUNDS replays,
+    how many gave other logits, in any bit, than the launches one by one.
     """
     for tokens, reference_ms in against.items():
         ids = prompt(tokens, model.config, where)
@@ -112,12 +103,6 @@ def of_format(
         first = step.logits.clone()
         line["graph_ms"] = milliseconds(where, native, ids)
         replays = [_logits(native, ids) for _ in range(ROUNDS)]
-        for way, options in WAYS.items():
-            run = NativePrefill(step, model, decoder.cache, **options)
-            line[way] = milliseconds(where, run, ids)
-            if "chunk_rows" not in options:  # products of other shapes may round otherwise
-                replays += [_logits(run, ids) for _ in range(ROUNDS)]
-            del run
         line["differ"] = sum(not torch.equal(logits, first) for logits in replays)
         yield line | {"times_bf16": round(fastest(line) / reference_ms, 2)}
         _launch(native, ids)  # what a part reads, those before it leave

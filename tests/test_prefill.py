@@ -9,10 +9,9 @@ import pytest
 import torch
 from test_runner import step_of, streamed
 
-from lowbit import generate
 from lowbit.errors import LowbitError
 from lowbit.kernels.prefill import NativePrefill
-from lowbit.kernels.recorded import RecordedRuns, Work, run_overlapped
+from lowbit.kernels.recorded import RecordedRuns
 from lowbit.kernels.stream import unpack_stream
 from lowbit.kernels.weights import dequantize
 
@@ -30,11 +29,11 @@ def graphs(monkeypatch):
     return noted.graphs(monkeypatch)
 
 
-def ready(name="int4_g128", chunk_rows=0, **changes):
+def ready(name="int4_g128", **changes):
     """(model, its step, a prefill of it)."""
     made, dtype = streamed(name, **changes)
     step, decoder = step_of(made, dtype)
-    return made, step, NativePrefill(step, made, decoder.cache, chunk_rows=chunk_rows)
+    return made, step, NativePrefill(step, made, decoder.cache)
 
 
 def prompt(tokens):
@@ -97,23 +96,7 @@ def test_what_is_unpacked_is_what_is_multiplied_and_one_memory_serves_all_layers
         assert (x.shape, out.shape) == ((20, stream.k), (20, stream.rows))
     gate_up = dequantize(unpack_stream(layer.mlp.gate_proj.part.stream))
     assert torch.equal(gate_up[8:16], dequantize(layer.mlp.up_proj.packed)[:8])
-    assert [memory.numel() for memory in run._scratch] == [2 * 768 * 256]
-
-
-def test_pieces_of_a_matrix_cover_it_and_shrink_the_memory(launched, monkeypatch):
-    _, _, run = ready(chunk_rows=256)
-    outs = []
-    monkeypatch.setattr(torch, "mm", lambda x, weight, out: outs.append((out.shape[1], out.stride(0))))
-    run(prompt(20))
-    parts = [(one.row0, one.rows) for kernel, _, _, one, *_ in launched if kernel.startswith("unpack")]
-    of_qkv = [(0, 192), (192, 192)]
-    of_gate_up = [(row, 256) for row in range(0, 1536, 256)]
-    assert parts == [*of_qkv, (0, 256), *of_gate_up, (0, 256), *of_qkv]
-    widths = [384] * 2 + [256] + [1536] * 6 + [256] + [384] * 2  # columns of a product's whole result
-    assert outs == [(rows, width) for (_, rows), width in zip(parts, widths, strict=True)]
-    assert [memory.numel() for memory in run._scratch] == [256 * 768]
-    with pytest.raises(LowbitError, match="whole tiles of 16 rows, got 100"):
-        ready(chunk_rows=100)
+    assert run._scratch.numel() == 2 * 768 * 256
 
 
 @pytest.mark.parametrize("tokens", [1, 160])
@@ -206,46 +189,3 @@ def test_two_lengths_are_recorded_with_the_same_launches_as_they_run(launched, g
     assert graphs[-1] == ("replay", 0)
     run.forget()
     assert run.recorded == []
-
-
-# -- two streams -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("buffers", [2, 3])
-def test_an_unpacking_waits_for_the_product_that_read_its_memory_and_for_no_other(monkeypatch, buffers):
-    log = noted.streams(monkeypatch)
-
-    def work(kind, number):
-        return Work(kind, "", lambda: log.append(("run", noted.Stream.current, (kind, number))))
-
-    works = [work(kind, n) for n in range(6) for kind in ("norm", "unpack", "gemm")]
-    run_overlapped([*works, work("last", 6)], noted.Stream(), buffers)
-    pairs = noted.ordered(log)
-    assert {stream for what, stream, thing in log if what == "run" and thing[0] != "unpack"} == {noted.Stream.current}
-    for n in range(6):
-        assert (("unpack", n), ("gemm", n)) in pairs
-        assert (("norm", n), ("gemm", n)) in pairs
-        waited = [other for other in range(6) if (("gemm", other), ("unpack", n)) in pairs]
-        assert waited == list(range(n - buffers + 1))
-    assert all((("unpack", n), ("last", 6)) in pairs for n in range(6))
-
-
-def test_an_overlapped_prompt_has_the_launches_of_one_that_is_not(launched, monkeypatch):
-    _, _, run = ready()
-    run(prompt(20))
-    alone = [(one[0], one[1]) for one in launched]
-    launched.clear()
-    noted.streams(monkeypatch)
-    made, step, _ = ready()
-    beside = NativePrefill(step, made, run_cache(step, made), buffers=2)
-    beside(prompt(20))
-    assert [(one[0], one[1]) for one in launched] == alone
-    outs = [one[3].out for one in launched if one[0].startswith("unpack")]
-    assert len(set(outs)) == 2
-    assert outs == [outs[0], outs[1]] * 2 + [outs[0]]
-    assert beside._runs._stream.priority < beside._side.priority
-
-
-def run_cache(step, made):
-    """Another cache of the step's length."""
-    return generate.make_cache(made, 1, step.length)

@@ -13,7 +13,6 @@ from tiny import model
 
 from lowbit import native_times, prefill_times, regional
 from lowbit.errors import LowbitError
-from lowbit.kernels import prefill
 
 CPU = torch.device("cpu")
 HERE = SimpleNamespace(torch=CPU, kind="cpu", capability=None)
@@ -24,7 +23,6 @@ def graphs(monkeypatch):
     """Graphs that replay nothing; events that say 7 ms; one round."""
     monkeypatch.setattr(native_times, "event_seconds", lambda call: [call(), 7e-3][1])
     monkeypatch.setattr(prefill_times, "ROUNDS", 1)
-    noted.streams(monkeypatch)
     return noted.graphs(monkeypatch)
 
 
@@ -79,17 +77,13 @@ def modules(monkeypatch):
 
 
 def test_a_format_is_timed_by_modules_launches_and_graphs_and_in_parts(launched, modules, monkeypatch):
-    pieces = []
-    made = prefill.NativePrefill
-    monkeypatch.setattr(prefill_times, "NativePrefill", lambda *args, **kw: [pieces.append(kw), made(*args, **kw)][1])
     lines = of_format(monkeypatch, {12: 1e9, 40: 1e-9})
     short, long = (line for line in lines if line["what"] == "prefill")
-    ways = ["modules_ms", "launched_ms", "graph_ms", *prefill_times.WAYS, "differ", "times_bf16"]
+    ways = ["modules_ms", "launched_ms", "graph_ms", "differ", "times_bf16"]
     assert list(short) == ["format", "what", "tokens", *ways]
     assert (short["tokens"], long["tokens"], short["differ"]) == (12, 40, 0)
     assert short["times_bf16"] == 0
     assert long["times_bf16"] > 1e6
-    assert pieces == [{"chunk_rows": 4096}, {"buffers": 2}, {"chunk_rows": 2048, "buffers": 2}] * 2
     parts = {line["of"]: line for line in lines if line["what"] == "part" and line["tokens"] == 40}
     assert list(parts)[:3] == ["norm", "unpack qkv", "gemm qkv"]
     assert {"attention", "attention the last token", "last the last token", "silu", "unpack gate_up"} < set(parts)
@@ -107,16 +101,12 @@ def test_an_unpacking_moves_the_codes_and_the_matrix(launched):
     stored = made.model.layers[0].mlp.down_proj.part.stream.data.numel()
     down = next(work for work in works if work.of == "down")
     assert down.moved == stored + 256 * 768 * 2
-    _, _, in_halves = ready(chunk_rows=128)
-    in_halves(torch.arange(8).unsqueeze(0))
-    found = [work.moved for work in in_halves.plan(8) if (work.kind, work.of) == ("unpack", "down")]
-    assert found == [down.moved // 2] * 2
 
 
 def test_replays_that_differ_from_the_launches_are_counted(launched, modules, monkeypatch):
     monkeypatch.setattr(prefill_times, "ROUNDS", 4)
     monkeypatch.setattr(prefill_times, "_logits", lambda native, ids: native.step.logits + 1)
-    assert of_format(monkeypatch, {12: 1.0})[0]["differ"] == 8
+    assert of_format(monkeypatch, {12: 1.0})[0]["differ"] == 4
 
 
 def test_prompts_must_fit_the_model():

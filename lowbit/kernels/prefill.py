@@ -9,7 +9,6 @@ layer's attention: the decode step's own kernels take it from there to the token
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,7 +21,7 @@ from lowbit.kernels import unpacking
 from lowbit.kernels.arguments import Norm, Rope, Silu, fill
 from lowbit.kernels.geometry import Geometry
 from lowbit.kernels.launch import Module, compile_module
-from lowbit.kernels.recorded import RecordedRuns, Work, run_overlapped
+from lowbit.kernels.recorded import RecordedRuns, Work
 from lowbit.kernels.runner import NativeStep
 from lowbit.kernels.stream import TILE, Stream
 from lowbit.kernels.stream_modules import StreamPart
@@ -31,8 +30,6 @@ KERNELS = ("norm_kernel", "rope_kernel", "silu_kernel")
 THREADS = 256
 """Of a block of theirs; cuda/prefill.cu says the same."""
 NORM_SHARED_BYTES = 128
-LOW, HIGH = 0, -1
-"""Priorities of streams; torch's own have the low one."""
 ROOM = 256
 """Buffers are made for a multiple of this many tokens."""
 
@@ -52,10 +49,7 @@ class NativePrefill:
     of a BatchStep as many prompts of one length as it has sequences, whose tokens are rows of the same products.
 
     ``prefill(ids)`` with ids [B, S]; the cache's length bounds S. The second prompt of a length is recorded as a CUDA
-    graph, and replayed from then on. ``chunk_rows``: matrices with more rows are unpacked and multiplied in pieces of
-    so many, so that a piece (rows · k · 2 bytes) can still be in the L2 cache when it is multiplied; 0: whole.
-    ``buffers``: with 2, a matrix is unpacked while the one before it is multiplied, as far as the multiplication leaves
-    multiprocessors idle; it has the higher priority.
+    graph, and replayed from then on.
     """
 
     def __init__(
@@ -63,25 +57,15 @@ class NativePrefill:
         step: NativeStep,
         model: Any,
         cache: Any,
-        *,
-        chunk_rows: int = 0,
-        buffers: int = 1,
         progress: Callable[[str], None] | None = None,
     ) -> None:
-        if chunk_rows % TILE:
-            raise LowbitError(f"chunk_rows: expected whole tiles of {TILE} rows, got {chunk_rows}")
-        self.step, self.shape, self.chunk_rows = step, step.shape, chunk_rows
+        self.step, self.shape = step, step.shape
         self._body, self._layers = model.model, cache.layers
         self._device, self._sequences = step.token.device, step.shape.batch
         self._module = load(step.shape, self._device.index or 0, progress)
-        self._side = self._stream(LOW) if buffers > 1 else None
-        self._runs = RecordedRuns(self.launch, stream=self._stream(HIGH) if buffers > 1 else None)
-        self.room, self.buffers = 0, buffers
-        self._attended = torch.empty(0)
-        self._scratch: list[Tensor] = []
-
-    def _stream(self, priority: int) -> torch.cuda.Stream:
-        return torch.cuda.Stream(self._device, priority=priority)  # type: ignore[no-untyped-call]
+        self._runs = RecordedRuns(self.launch)
+        self.room = 0
+        self._attended = self._scratch = torch.empty(0)
 
     @staticmethod
     def takes(cache: Any, dtype: torch.dtype) -> bool:
@@ -97,12 +81,8 @@ class NativePrefill:
         }
         return {name: linear.part.stream for name, linear in linears.items()}
 
-    def _rows(self, stream: Stream) -> int:
-        """Of the largest piece of this matrix that is unpacked at a time."""
-        return min(stream.rows, self.chunk_rows or stream.rows)
-
     def _make_room(self, tokens: int) -> None:
-        """Memory for prompts of so many tokens together: activations of one layer, and the largest unpacked piece."""
+        """Memory for prompts of so many tokens together: activations of one layer, and the largest unpacked matrix."""
         shape, room = self.shape, -(-tokens // ROOM) * ROOM
         self._runs.forget()  # they read the memory that goes
 
@@ -116,8 +96,7 @@ class NativePrefill:
         self.both, self.activated = empty(room, 2 * shape.inter), empty(room, shape.inter)
         if not self.room:
             streams = [stream for layer in self._body.layers for stream in self._streams(layer).values()]
-            largest = max(self._rows(stream) * stream.k for stream in streams)
-            self._scratch = [empty(largest) for _ in range(self.buffers)]
+            self._scratch = empty(max(stream.rows * stream.k for stream in streams))
         self.room = room
 
     @torch.no_grad()
@@ -145,29 +124,26 @@ class NativePrefill:
 
     def launch(self, tokens: int) -> None:
         """The works of a prompt on the current stream; its embedded tokens are in ``residual``."""
-        if self._side is not None:
-            run_overlapped(self.plan(tokens), self._side, self.buffers)
-            return
         for work in self.plan(tokens):
             work.call()
 
     def plan(self, tokens: int) -> Iterator[Work]:
         """What is done for a prompt of so many tokens, or several, in order."""
-        layers, memory, rows = list(self._body.layers), itertools.cycle(self._scratch), tokens * self._sequences
+        layers, rows = list(self._body.layers), tokens * self._sequences
         for index, layer in enumerate(layers):
             streams = self._streams(layer)
             yield self._norm(layer.input_layernorm, rows, adds=index > 0)
-            yield from self._product("qkv", streams, lambda: self.normed, self.qkv[:rows], memory)
+            yield from self._product("qkv", streams, lambda: self.normed, self.qkv[:rows])
             yield self._rope(self._layers[index], tokens)
             if index + 1 == len(layers):
                 yield Work("attention", "the last token", lambda: self._attend(layers[-1].self_attn, tokens, 1))
                 break
             yield Work("attention", "", self._attending(layer.self_attn, tokens))
-            yield from self._product("o", streams, lambda: self._attended, self.projected[:rows], memory)
+            yield from self._product("o", streams, lambda: self._attended, self.projected[:rows])
             yield self._norm(layer.post_attention_layernorm, rows, adds=True)
-            yield from self._product("gate_up", streams, lambda: self.normed, self.both[:rows], memory)
+            yield from self._product("gate_up", streams, lambda: self.normed, self.both[:rows])
             yield self._silu(rows)
-            yield from self._product("down", streams, lambda: self.activated, self.projected[:rows], memory)
+            yield from self._product("down", streams, lambda: self.activated, self.projected[:rows])
         yield Work("last", "the last token", lambda: self._finish(tokens))
 
     def _launching(self, kernel: str, blocks: int, argument: Any, shared_bytes: int = 0) -> Callable[[], None]:
@@ -204,27 +180,16 @@ class NativePrefill:
         argument = fill(Silu, both=self.both, out=self.activated, pieces=pieces)
         return Work("silu", "", self._launching("silu_kernel", -(-pieces // THREADS), argument))
 
-    def _product(
-        self, name: str, streams: dict[str, Stream], x: Callable[[], Tensor], out: Tensor, memory: Iterator[Tensor]
-    ) -> Iterator[Work]:
-        """Unpack a matrix [rows, k], multiply x [tokens, k] by it into out [tokens, rows]; in pieces, if so wished."""
+    def _product(self, name: str, streams: dict[str, Stream], x: Callable[[], Tensor], out: Tensor) -> Iterator[Work]:
+        """Unpack a matrix [rows, k], multiply x [tokens, k] by it into out [tokens, rows]."""
         stream, tokens = streams[name], out.shape[0]
-        pieces = -(-stream.rows // self._rows(stream))
-        rows = -(-stream.rows // pieces // TILE) * TILE if pieces > 1 else stream.rows
-        for first in range(0, stream.rows, rows):
-            part = StreamPart(stream, min(rows, stream.rows - first), row0=first)
-            weight = next(memory)[: part.rows * stream.k].view(part.rows, stream.k)
-            columns = out[:, first : first + part.rows]
-
-            def unpack(part: StreamPart = part, weight: Tensor = weight) -> None:
-                unpacking.unpack_into(part, weight)
-
-            def multiply(weight: Tensor = weight, columns: Tensor = columns) -> None:
-                torch.mm(x()[:tokens], weight.t(), out=columns)
-
-            share = part.rows / (stream.tiles * TILE)
-            yield Work("unpack", name, unpack, moved=int(share * stream.data.numel()) + weight.nbytes)
-            yield Work("gemm", name, multiply, operations=2 * tokens * weight.numel())
+        part = StreamPart(stream, stream.rows, row0=0)
+        weight = self._scratch[: part.rows * stream.k].view(part.rows, stream.k)
+        share = part.rows / (stream.tiles * TILE)
+        moved = int(share * stream.data.numel()) + weight.nbytes
+        yield Work("unpack", name, lambda: unpacking.unpack_into(part, weight), moved=moved)
+        operations = 2 * tokens * weight.numel()
+        yield Work("gemm", name, lambda: torch.mm(x()[:tokens], weight.t(), out=out), operations=operations)
 
     def _attending(self, attention: Any, tokens: int) -> Callable[[], None]:
         return lambda: self._attend(attention, tokens, tokens)

@@ -1,9 +1,9 @@
-"""Work on a GPU as CUDA graphs that are kept, and on two streams at once."""
+"""Work on a GPU as CUDA graphs that are kept."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -24,39 +24,15 @@ class Work(NamedTuple):
     operations: int = 0
 
 
-def run_overlapped(works: Iterable[Work], side: Any, buffers: int) -> None:
-    """Run in order on the current stream, but each unpacking on the stream ``side``, beside what comes before it.
-
-    Every unpacking is followed by the product that reads it; the n-th ones use memory n modulo ``buffers``, so an
-    unpacking waits for the product that read the same memory last, and for nothing else.
-    """
-    main = torch.cuda.current_stream()
-    side.wait_stream(main)
-    read: list[Any] = []
-    for work in works:
-        if work.kind == "unpack":
-            if len(read) >= buffers:
-                side.wait_event(read[-buffers])
-            with torch.cuda.stream(side):
-                work.call()
-        elif work.kind == "gemm":
-            main.wait_event(side.record_event())
-            work.call()
-            read.append(main.record_event())
-        else:
-            work.call()
-    main.wait_stream(side)
-
-
 class RecordedRuns:
     """A function of one number, replayed as a CUDA graph: a number's first call runs, its second records.
 
     The ``most`` graphs that were used last are kept. They share one memory pool: only one runs at a time, and what
-    they leave lies outside of it. ``stream``: what is recorded on it, with its priority; None: torch's own.
+    they leave lies outside of it.
     """
 
-    def __init__(self, run: Callable[[int], None], most: int = KEPT_GRAPHS, stream: Any = None) -> None:
-        self._run, self._most, self._stream = run, most, stream
+    def __init__(self, run: Callable[[int], None], most: int = KEPT_GRAPHS) -> None:
+        self._run, self._most = run, most
         self._graphs: OrderedDict[int, torch.cuda.CUDAGraph | None] = OrderedDict()
         self._pool: Any = None
 
@@ -77,7 +53,7 @@ class RecordedRuns:
         if not self.recorded:  # a pool whose graphs are all gone can't be captured into again
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        with torch.cuda.graph(graph, pool=self._pool):
             self._run(number)
         return graph
 
