@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,36 +19,15 @@ from lowbit.cases import KINDS, SUITE_MODES, Case
 from lowbit.errors import LowbitError, tell_left_out, unknown
 from lowbit.formats import FORMATS
 from lowbit.report.layout import count
+from lowbit.typical import STARTUP_S, first_s, typical_s
 
 if TYPE_CHECKING:
     from lowbit.device import Device
 
 OK = 0
 
-TYPICAL_S = {
-    ("cpu", "quality"): 5.0,
-    ("cpu", "eval"): 300.0,
-    ("cpu", "eager"): 3.0,
-    ("cpu", "compiled"): 20.0,
-    ("cuda", "quality"): 3.0,
-    ("cuda", "eval"): 120.0,
-    ("cuda", "eager"): 10.0,
-    ("cuda", "compiled"): 35.0,
-}
-"""Seconds per case before this device has a kept run: a first guess, replaced by the measured ones."""
-
 PLANNED = tuple(kind for kind in KINDS if kind != "eval")
 """The kinds that a suite has by itself: eval's tasks are asked for by name."""
-
-STARTUP_S = {"cpu": 15.0, "cuda": 40.0}
-"""Of every part before its first case: imports, reading or making the weights, the card's ceilings. A guess too."""
-
-
-def typical_s(device_kind: str, kind: str, mode: str | None) -> float:
-    """Seconds of a case that no kept run has."""
-    if kind in ("quality", "eval"):
-        return TYPICAL_S[device_kind, kind]
-    return TYPICAL_S[device_kind, "eager" if mode == "eager" else "compiled"]
 
 
 @dataclass(frozen=True)
@@ -99,9 +78,25 @@ def expect(
             raise unknown("kind of case", kind, PLANNED)
         for case in cases.enumerate_cases(kind, suite, parameters):
             nodeid = f"benches/test_{kind}.py::test_{kind}[{case.id}]"
-            guess = 0.0 if skips(case) else typical_s(device_kind, kind, case.mode)
+            guess = 0.0 if skips(case) else typical_s(device_kind, kind, case.mode, case.format.id)
             found.append(Planned(case, nodeid, recorded_s.get(nodeid, guess), nodeid in recorded_s))
     return sorted(found, key=lambda one: cases.run_order(one.case))
+
+
+def with_first(planned: Sequence[Planned], device_kind: str) -> list[Planned]:
+    """Formats in running order: what the first case of each takes more is added to it, unless its time is a recorded
+    one or it is skipped."""
+    found, seen = [], set[str]()
+    for one in planned:
+        more = (
+            0.0
+            if one.recorded or not one.seconds or one.case.format.id in seen
+            else first_s(device_kind, one.case.format)
+        )
+        if one.seconds:
+            seen.add(one.case.format.id)
+        found.append(replace(one, seconds=one.seconds + more))
+    return found
 
 
 def split(planned: Sequence[Planned], limit_s: float, startup_s: float) -> list[Part]:
@@ -184,7 +179,7 @@ def run(options: argparse.Namespace) -> int:
     recorded = recorded_seconds(options.runs, choice.name, kind)
     skips = _skips(here, choice.config) if options.device in (None, here.kind) else None
     every = expect(options.suite, kinds, choice.parameters, kind, recorded, skips)
-    planned = [one for one in every if _asked_for(one.case, options)]
+    planned = with_first([one for one in every if _asked_for(one.case, options)], kind)
     if not planned:
         raise LowbitError("no case of this suite, kind, mode and workload: nothing to plan")
     parts = split(planned, 60 * options.minutes, STARTUP_S[kind])

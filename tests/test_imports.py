@@ -58,6 +58,7 @@ STAGES = (
     {"comparison", "trend", "baseline_patch"},
     {"bisection"},
     {"report"},
+    {"typical"},
     {"native_step", "nightly", "plan"},
     {"step_command"},
     {"pytest_plugin", "__main__"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 from _pytest.mark.expression import Expression
@@ -70,6 +71,31 @@ def test_a_row_that_the_device_can_not_have_takes_no_time():
     found = plan.expect("full", ("decode",), PARAMETERS, "cpu", {})
     assert {one.seconds for one in found if one.case.format.devices == ("cuda",)} == {0.0}
     assert all(one.seconds > 0 for one in found if "cpu" in one.case.format.devices)
+
+
+def test_guesses_are_about_what_an_h200_took():
+    """Rows of torchao in eager mode: 10.6 to 66 s each, where 10 s for any case had parts end after 25 minutes."""
+    took = plan.recorded_seconds([Path(__file__).parents[1] / "docs" / "runs"], "llama-3.1-8b", "cuda")
+    every = plan.expect("full", ("decode",), PARAMETERS, "cuda", {})
+    guessed = {one.nodeid: one.seconds for one in every if one.nodeid in took}
+    assert len(guessed) >= 10
+    assert 0.8 < sum(guessed.values()) / sum(took[nodeid] for nodeid in guessed) < 1.5
+
+
+def test_the_first_case_of_a_format_tunes_or_searches():
+    asked = plan.expect("full", ("decode",), PARAMETERS, "cuda", {})
+    recorded = next(one.nodeid for one in asked if one.case.format.id == "a16w4_g128-gemlite")
+    asked = plan.expect("full", ("decode",), PARAMETERS, "cuda", {recorded: 9.0})
+    more = {}
+    for before, after in zip(asked, plan.with_first(asked, "cuda"), strict=True):
+        more.setdefault(before.case.format.id, []).append(after.seconds - before.seconds)
+    assert more["a16w8-gemlite"][0] > 30
+    assert more["auto-recipe"][0] >= 300
+    assert not any(any(seconds[1:]) for seconds in more.values())
+    assert more["a16w4_g128-gemlite"][0] == 0  # what was recorded has it
+    assert not any(more["bf16-torch"])
+    skipped = plan.expect("full", ("decode",), PARAMETERS, "cpu", {}, lambda case: True)
+    assert not any(one.seconds for one in plan.with_first(skipped, "cpu"))
 
 
 def test_on_this_machine_what_is_skipped_here_takes_no_time(monkeypatch, capsys):

@@ -33,7 +33,7 @@ def test_a_run_prints_the_table_and_the_answer_and_is_kept(bench):
     result.assert_outcomes(passed=CASES)
     text = result.stdout.str()
     assert "lowbit: Fake GPU (fake-gpu), model embedded, load format auto: a fake" in text
-    assert "lowbit: 10 cases, about 3 min (a guess until a run is kept)" in text
+    assert "lowbit: 10 cases, about 4 min (a guess until a run is kept)" in text
     assert (
         "recommendation (KL ≤ 0.05 and VRAM ≤ 100,000 MiB): a16w4_g128-torchao · reduce-overhead: 250.0 tok/s" in text
     )
@@ -88,7 +88,7 @@ def test_reproducing_and_accepting_commands_carry_the_measuring_options(bench):
 def test_collect_only_says_how_many_cases_and_minutes(bench):
     result = bench.run("--collect-only")
     assert result.ret == 0
-    assert "lowbit: 10 cases, about 3 min (a guess until a run is kept)" in result.stdout.str()
+    assert "lowbit: 10 cases, about 4 min (a guess until a run is kept)" in result.stdout.str()
     assert bench.runs() == []
 
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from lowbit import baselines, cases, plan
-from lowbit.cases import KINDS, Case
+from lowbit import baselines, cases
+from lowbit.cases import KINDS, SUITE_MODES, Case
 from lowbit.pytest_plugin.keys import CASE
+from lowbit.typical import typical_s
 
 if TYPE_CHECKING:
     from lowbit.pytest_plugin.session import BenchSession
@@ -105,7 +106,8 @@ def expected_minutes(nodeids: Iterable[str], measured_s: Mapping[str, float], de
 
 def _typical_s(nodeid: str, device_kind: str) -> float:
     function, _, parameters = nodeid.rpartition("::")[2].partition("[")
-    return plan.typical_s(device_kind, kind_of(function) or "", "eager" if "-eager-" in parameters else "compiled")
+    mode = next((mode for mode in SUITE_MODES["full"] if f"-{mode}-" in parameters), None)
+    return typical_s(device_kind, kind_of(function) or "", mode, parameters.partition(f"-{mode}-")[0])
 
 
 VANISHED = "vanished:"

@@ -72,12 +72,17 @@ def matching(root: Path, header: Header, n: int | None = None) -> list[Run]:
 
 
 def wall_seconds(root: Path, header: Header) -> dict[str, float]:
-    """The last known wall time of each case on this subject, whatever the versions; {} before the first run."""
+    """The last known wall time of each case on this subject, whatever the versions; {} before the first run.
+
+    By the process that measured it: with workers, an entry's own wall time is how long after another case it came in.
+    """
     seconds: dict[str, float] = {}
     for path in list_runs(root)[-20:]:
         other = _header_if_any(path / JOURNAL)
         if other is not None and other.subject == header.subject:
-            seconds |= {case: entry.wall_s for case, entry in read(path).entries.items()}
+            seconds |= {
+                case: entry.record.info.get("wall_s", entry.wall_s) for case, entry in read(path).entries.items()
+            }
     return seconds
 
 

@@ -1,0 +1,62 @@
+"""How many seconds a case takes on a device that has no kept run of it: what plans and announcements go by."""
+
+from __future__ import annotations
+
+from lowbit.auto.ask import DEFAULT_SECONDS as SEARCH_S
+from lowbit.formats import Format
+from lowbit.formats.auto import SCHEME as AUTO
+
+TYPICAL_S = {
+    ("cpu", "quality"): 5.0,
+    ("cpu", "eval"): 300.0,
+    ("cpu", "eager"): 3.0,
+    ("cpu", "compiled"): 20.0,
+    ("cuda", "quality"): 3.0,
+    ("cuda", "eval"): 120.0,
+    ("cuda", "eager"): 10.0,
+    ("cuda", "compiled"): 35.0,
+}
+"""Seconds per case before this device has a kept run: a first guess, replaced by the measured ones."""
+
+TYPICAL_OF_LIBRARY_S = {
+    ("cuda", "eager", "torchao"): 25.0,
+    ("cuda", "eager", "recipe"): 25.0,
+    ("cuda", "eager", "gemlite"): 25.0,
+    ("cuda", "eager", "bitsandbytes"): 25.0,
+    ("cuda", "eager", "hqq"): 25.0,
+    ("cuda", "eager", "reference"): 60.0,
+    ("cuda", "compiled", "torchao"): 60.0,
+    ("cuda", "compiled", "recipe"): 60.0,
+    ("cuda", "compiled", "hqq"): 60.0,
+    ("cuda", "compiled", "calibrated"): 60.0,
+    ("cuda", "compiled", "bitsandbytes"): 45.0,
+    ("cuda", "native", "lowbit"): 15.0,
+    ("cuda", "native", "recipe"): 15.0,
+}
+"""The same where a library is far from it. Of Llama-3.1-8B on an H200 with cold caches, torch 2.11, 2026-11-21: torchao
+eager 10.6 to 66 s (10 rows, mean 24.8) and reduce-overhead 34 to 87 (4 rows, mean 60), bitsandbytes reduce-overhead 41,
+lowbit native 5 to 14; gemlite and LLM.int8 decode 14 to 19 tok/s in eager mode, 3 times 128 tokens. hqq, references and
+calibrated rows are guessed by what they do."""
+
+FIRST_S = {("cuda", "gemlite"): 60.0, ("cuda", "calibrated"): 120.0, ("cuda", "hqq"): 30.0}
+"""More for a format's first case in a process: it tunes its kernels (gemlite's two rows took 83 and 89 s, 24 and 28 of
+them compiling; with kept caches 26 to 31), is fitted to a text, or searches its zero points."""
+
+STARTUP_S = {"cpu": 15.0, "cuda": 40.0}
+"""Of every part before its first case: imports, reading or making the weights, the card's ceilings. A guess too."""
+
+
+def typical_s(device_kind: str, kind: str, mode: str | None, fmt_id: str = "") -> float:
+    """Seconds of a case that no kept run has."""
+    if kind in ("quality", "eval"):
+        return TYPICAL_S[device_kind, kind]
+    group, library = "eager" if mode == "eager" else "compiled", fmt_id.rpartition("-")[2]
+    for one in (mode, group):
+        if seconds := TYPICAL_OF_LIBRARY_S.get((device_kind, one or "", library)):
+            return seconds
+    return TYPICAL_S[device_kind, group]
+
+
+def first_s(device_kind: str, fmt: Format) -> float:
+    """Seconds that the first case of a format takes more; ``auto`` searches so long on any device."""
+    return SEARCH_S if fmt.scheme == AUTO else FIRST_S.get((device_kind, fmt.id.rpartition("-")[2]), 0.0)
