@@ -112,6 +112,17 @@ def test_a_row_without_a_stored_run_says_so(page):
     assert (row["bits"], row["KL, CPU"], row["MBU"]) == ("–", "–", "–")
 
 
+def test_a_row_that_the_card_can_not_have_says_what_it_asks_for(stored):
+    needs = dict.fromkeys(FORMATS, "CPU or SM90; triton; Triton 3.8 below SM100")
+    needs |= {"a4w4_nvfp4-torchao": "SM100", "a16w4_nf4-bitsandbytes": "CPU or SM120; other"}
+    found = rows(format_table.page(list(FORMATS.values()), figures.read([stored]), needs))
+    assert found["a4w4_nvfp4-torchao"]["decode, H200"] == "can't run: needs SM100, this is SM90"
+    assert found["a16w4_nf4-bitsandbytes"]["decode, H200"] == "can't run: needs SM120, this is SM90"
+    assert found["a8w4_g32-torchao"]["decode, H200"] == "runs on a CPU alone"
+    assert found["a16w4_g64-hqq"]["decode, H200"] == "not measured on an H200"
+    assert found["bf16-torch"]["decode, H200"].endswith(" reduce-overhead")
+
+
 def test_what_only_a_cpu_measured_is_shown_beside_that(page):
     row = rows(page)["a16w4_g64-hqq"]
     assert (row["KL, CPU"], row["ppl, CPU"], row["decode, H200"]) == ("0.0012", "2.150", "not measured on an H200")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple
@@ -16,6 +17,9 @@ from lowbit.report.rows import HEADLINE, Row
 COMMAND = "python -m lowbit formats --markdown -o docs/formats.md"
 BF16 = "bf16-torch"
 VOWELS = "AEFHILMNORSX8"  # of names that are spelled out: an H200, an A100, an L40; a B200, a T4
+
+CAPABILITY = {H200: 90}
+"""Of a card, as rows ask for it (SM90): no stored run has it."""
 
 TITLES = {
     "torch": "PyTorch, and the KV cache",
@@ -91,7 +95,8 @@ def _legend(formats: Sequence[Format], found: Sequence[Place]) -> list[str]:
         "on the machine that the heading names.",
         "- **decode**: tokens per second at batch 1 and context ~0 of the fastest mode measured, Llama-3.1-8B's shape "
         "on a GPU, the embedded model on a CPU; where another context alone was measured, its workload is named "
-        "(b1_c128: from a context of 128). *Not measured*: in none of the files above. **×bf16**: over bf16's fastest, "
+        "(b1_c128: from a context of 128). *Not measured*: in none of the files above; *can't run*: the row asks for a "
+        "later GPU. **×bf16**: over bf16's fastest, "
         "at context ~0 alone. **VRAM**: this process's peak by NVML. **MBU**: bytes read per second over the card's "
         "*measured* read bandwidth. **quantize**: from the master "
         "in host memory to the quantized model on the card.",
@@ -116,15 +121,15 @@ def _columns(found: Sequence[Place], needs: Mapping[str, str]) -> list[Column]:
         Column("decode, CPU", lambda fmt: _decode(fmt, cpu) if cpu.fastest(fmt.id) else NONE, always=False),
     ]
     for gpu in gpus:
-        columns += _gpu_columns(gpu)
+        columns += _gpu_columns(gpu, needs)
     return [*columns, Column("remarks", lambda fmt: _remarks(fmt, found), right=False)]
 
 
-def _gpu_columns(gpu: Place) -> list[Column]:
+def _gpu_columns(gpu: Place, needs: Mapping[str, str]) -> list[Column]:
     name = _short(gpu)
     return [
         Column(f"KL, {name}", lambda fmt: _kl(fmt, gpu), always=False),
-        Column(f"decode, {name}", lambda fmt: _decode(fmt, gpu), always=gpu.slug == H200),
+        Column(f"decode, {name}", lambda fmt: _decode(fmt, gpu, needs[fmt.id]), always=gpu.slug == H200),
         Column("×bf16", lambda fmt: _three(_ratio(fmt, gpu)), always=False),
         Column("VRAM, MiB", lambda fmt: _of(gpu, fmt, "vram_peak_mib", number), always=False),
         Column("MBU", lambda fmt: _of(gpu, fmt, "mbu", _percent), always=False),
@@ -186,14 +191,19 @@ def _of(place: Place, fmt: Format, name: str, show: Callable[[float | None], str
     return show(found[0].value("decode", found[1], name)) if found else NONE
 
 
-def _decode(fmt: Format, place: Place) -> str:
-    """``276.3 reduce-overhead``, ``749.2 native, b1_c128``; else that there is no figure."""
+def _decode(fmt: Format, place: Place, needs: str = "") -> str:
+    """``276.3 reduce-overhead``, ``749.2 native, b1_c128``; else that there is no figure, or can be none there."""
     found = place.decode(fmt.id)
     if found is not None:
         row, workload = found
         speed = number(row.value("decode", workload, "decode_tok_s"))
         return f"{speed} {row.mode}" + (f", {workload}" if workload != HEADLINE else "")
     name = _short(place)
+    oldest, has = re.search(r"\bSM(\d+)", needs), CAPABILITY.get(place.slug)
+    if "cuda" not in fmt.devices:
+        return "runs on a CPU alone"
+    if oldest and has and int(oldest[1]) > has:
+        return f"can't run: needs {oldest[0]}, this is SM{has}"
     return f"not measured on {'an' if name[0] in VOWELS else 'a'} {name}"
 
 
