@@ -6,11 +6,11 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from fakes import CASES, FAKE_CHOICE, FAKE_GPU, Bench
+from fakes import CASES, FAKE_GPU, Bench
 
 from lowbit.device import environment, launch_blocking
 from lowbit.errors import LowbitError
-from lowbit.pytest_plugin import children, summary
+from lowbit.pytest_plugin import children, gate
 
 pytest_plugins = ["pytester"]
 
@@ -70,18 +70,6 @@ def test_launch_blocking_refuses_to_gate(bench, option):
     assert f"{option}: CUDA_LAUNCH_BLOCKING=1: the host waits" in result.stderr.str()
 
 
-@pytest.mark.parametrize(("value", "said"), [("1", True), ("0", False)])
-def test_on_a_cpu_launch_blocking_is_seen_and_changes_nothing(monkeypatch, value, said):
-    monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", value)
-    cpu = replace(FAKE_GPU, kind="cpu", slug="cpu-x")
-    settings = SimpleNamespace(profile=None, compare_if_baseline=False)
-    lines = summary.header_lines(
-        SimpleNamespace(device=cpu, choice=FAKE_CHOICE, settings=settings, blocking=launch_blocking(cpu), baseline=None)
-    )
-    assert ("lowbit: CUDA_LAUNCH_BLOCKING is set; on a CPU it changes nothing" in lines) is said
-    assert not any("void" in line for line in lines)
-
-
 def test_launch_blocking_voids_what_is_timed(bench):
     bench.accept()
     bench.monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
@@ -95,10 +83,18 @@ def test_launch_blocking_voids_what_is_timed(bench):
     bench.run("--benchmark-compare").assert_outcomes(passed=CASES)
 
 
+@pytest.mark.parametrize("device", [FAKE_GPU, replace(FAKE_GPU, kind="cpu", slug="cpu-x")], ids=["cuda", "cpu"])
 @pytest.mark.parametrize(("value", "blocks"), [(None, False), ("", False), ("0", False), ("1", True)])
-def test_launch_blocking_is_part_of_a_gpus_environment(monkeypatch, value, blocks):
+def test_launch_blocking_is_part_of_the_environment(monkeypatch, value, blocks, device):
     monkeypatch.delenv("CUDA_LAUNCH_BLOCKING", raising=False)
     if value is not None:
         monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", value)
-    assert launch_blocking(FAKE_GPU) is blocks
-    assert ("CUDA_LAUNCH_BLOCKING" in environment(FAKE_GPU)) is blocks
+    assert launch_blocking() is blocks
+    assert ("CUDA_LAUNCH_BLOCKING" in environment(device)) is blocks
+
+
+def test_launch_blocking_refuses_to_gate_on_a_cpu_too(monkeypatch):
+    monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
+    bench = SimpleNamespace(blocking=launch_blocking(), settings=SimpleNamespace(compare=True, update_baselines=False))
+    with pytest.raises(LowbitError, match=r"--benchmark-compare: CUDA_LAUNCH_BLOCKING=1"):
+        gate.refuse_blocking(bench)

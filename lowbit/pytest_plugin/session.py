@@ -59,7 +59,7 @@ class BenchSession:
         self.told: list[str] = []
         self.error: str | None = None
         self.refused = False
-        self.blocking = launch_blocking(self.device)
+        self.blocking = launch_blocking()
         gate.refuse_blocking(self)
         gate.check_accepted(self)
         self.baseline: Baseline | None = gate.find_baseline(self)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import textwrap
 import time
@@ -59,8 +58,6 @@ def header_lines(bench: BenchSession) -> list[str]:
         lines.append(f"lowbit: --profile: nothing is kept, compared or accepted; files in {bench.settings.profile}")
     if bench.blocking:
         lines.append(f"lowbit: {gate.BLOCKING}: speed cases are void")
-    elif os.environ.get("CUDA_LAUNCH_BLOCKING", "0") not in ("", "0"):
-        lines.append("lowbit: CUDA_LAUNCH_BLOCKING is set; on a CPU it changes nothing")
     if bench.baseline is not None:
         lines.append(f"lowbit: comparing with {bench.baseline.path} ({bench.baseline.runs} runs)")
         changed = gate.upgrades(bench)
