@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from lowbit import baselines
+from lowbit.formats import FORMATS
+from lowbit.report import figures
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "benches" / "baselines").glob("*/*.json"))
@@ -45,3 +47,17 @@ def test_pytest_benchmark_compares_it(path: Path):
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     names = {row.partition("::")[2] for row in baselines.load(path).rows}
     assert [name for name in names if name not in result.stdout] == []
+
+
+def test_quantizing_an_8b_on_an_h200_took_at_most_5_s():
+    """Of every stored row that neither searches (hqq, auto) nor is fitted to a text."""
+    found = figures.read([ROOT / "benches" / "baselines", ROOT / "docs" / "runs"])
+    h200 = [source for source in found if source.header.device == "nvidia-h200"]
+    assert {source.header.model for source in h200} == {"llama-3.1-8b"}
+    took = {
+        record.format: record.metrics["quantize_s"] for source in h200 for record in source.records if record.metrics
+    }
+    rows = [FORMATS[name] for name in took if not ({"hqq", "search"} & FORMATS[name].selectors)]
+    rows = [row for row in rows if row.backend != "calibrated"]
+    assert len(rows) >= 20
+    assert {row.id: took[row.id] for row in rows if took[row.id] > 5} == {}
