@@ -39,10 +39,12 @@ lowbit native 5 to 14; gemlite and LLM.int8 decode 14 to 19 tok/s in eager mode,
 calibrated rows are guessed by what they do."""
 
 FIRST_S = {("cuda", "gemlite"): 60.0, ("cuda", "calibrated"): 150.0, ("cuda", "hqq"): 30.0}
-"""More for a format's first case in a process. gemlite tunes its kernels: two rows took 83 and 89 s, 24 and 28 of them
-compiling; with kept caches 26 to 31. GPTQ rounds 851,968 columns of an 8B one by one, 92 us of Python each (78 s before a
-kernel runs, measured without a GPU); AWQ tries 20 scales on 8,192 tokens, by a kernel that takes 252 ms for 512 of them
-(80 s). hqq searches its zero points."""
+"""More for a format's first case in a process.
+
+gemlite tunes its kernels: two rows took 83 and 89 s, 24 and 28 of them compiling; with kept caches 26 to 31. GPTQ
+rounds 851,968 columns of an 8B one by one, 92 us of Python each, measured without a GPU: 78 s before a kernel runs. AWQ
+tries 20 scales on 8,192 tokens, by a kernel that takes 252 ms for 512 of them: 80 s. hqq searches its zero points.
+"""
 
 STARTUP_S = {"cpu": 15.0, "cuda": 40.0}
 """Of every part before its first case: imports, reading or making the weights, the card's ceilings. A guess too."""
