@@ -1,6 +1,6 @@
 """A pytest plugin that slows decode down, to show that the gate catches it: a gate that can't fail is none.
 
-    PYTHONPATH=.ci PYTEST_ADDOPTS="-p planted_slowdown" LOWBIT_PLANTED_SLOWDOWN=3 pytest benches --benchmark-compare
+    PYTHONPATH=.ci PYTEST_ADDOPTS="-p planted_slowdown" LOWBIT_PLANTED_SLOWDOWN=10 pytest benches --benchmark-compare
 
 Each decode takes LOWBIT_PLANTED_SLOWDOWN times as long. The environment reaches the fresh processes that confirm a
 suspicion, so they see it too.
