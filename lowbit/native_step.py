@@ -55,7 +55,7 @@ def main(options: Any) -> int:
     prompts = _numbers(options.prefill, "--prefill") if options.prefill else []
     here = device.detect()
     choice = models.choose(options.model, options.load_format, here)
-    names = options.formats.split(",") if options.formats else list(LAYOUTS if counts == [1] else batches.FORMATS)
+    names = options.formats.split(",") if options.formats else list(LAYOUTS)
     for name, count in itertools.product(names, counts):
         why = batches.unmet(choice.config, name, here.capability, count)
         if why is not None:

@@ -11,7 +11,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from lowbit.kernels import nvrtc
+from lowbit.kernels import nvrtc, prefill, runner, unpacking
+from lowbit.kernels.geometry import Geometry
 
 COMPILE = ("g++", "-std=c++17", "-O1", "-fPIC", "-w", "-Wno-psabi")
 HEADER = Path(__file__).parent / "emulator" / "cuda_on_cpu.h"
@@ -89,3 +90,21 @@ class EmulatedModule:
         x, y = grid
         which = self.kernels.index(kernel)
         self._run(which, ctypes.byref(argument), x, y, cluster, threads, ctypes.c_size_t(shared_bytes))
+
+
+def emulate_runner(monkeypatch, folder):
+    """The runner's kernels, the prefill's and those that unpack, by the emulator, compiled into ``folder``."""
+
+    def load(shape, device, progress=None):
+        return EmulatedModule(folder, runner.sources(shape), runner.kernels(shape), shape.macros())
+
+    def unpacker(name, ku, device):
+        macros = Geometry(name, **unpacking._ANY_SHAPE).macros()
+        return EmulatedModule(folder, ("common", "decode", "unpack"), (f"unpack_kernel<{ku}>",), macros)
+
+    def load_prefill(shape, device, progress=None):
+        return EmulatedModule(folder, ("common", "prefill"), prefill.KERNELS, shape.macros())
+
+    monkeypatch.setattr(runner, "load", load)
+    monkeypatch.setattr(prefill, "load", load_prefill)
+    monkeypatch.setattr(unpacking, "_unpacker", unpacker)

@@ -45,7 +45,7 @@ def step_of(made, dtype, count):
 # -- what it needs -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", batch.FORMATS)
+@pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("widths", LLAMAS.values(), ids=LLAMAS)
 def test_a_block_has_shared_memory_for_x_a_ring_and_the_sums_of_its_tiles(name, widths):
     hidden, inter, heads, kv, dim = widths
@@ -84,13 +84,11 @@ def test_what_several_sequences_need_is_said():
     assert batch.unmet(config(intermediate_size=256 * 11 * 16), "int2_g128", H200) is None
 
 
-def test_a_stream_that_the_kernels_for_several_do_not_multiply_is_refused(monkeypatch):
-    monkeypatch.setattr(batch, "FORMATS", ("int8",))
-    assert batch.unmet(config(), "int4_g128", H200) is None
-    assert batch.unmet(config(), "int4_g128", H200, 2) == (
-        "shape",
-        "the native step decodes several sequences of int8, one of int4_g128",
-    )
+def test_a_format_without_a_stream_is_refused_for_several_sequences_as_for_one(monkeypatch):
+    monkeypatch.setattr(geometry, "LAYOUTS", {"int8": LAYOUTS["int8"]})
+    reason = "capability", "no decode kernel streams int4_g128; there are ones for int8"
+    assert batch.unmet(config(), "int4_g128", H200) == reason
+    assert batch.unmet(config(), "int4_g128", H200, 2) == reason
 
 
 @pytest.mark.parametrize("count", [2, 8])

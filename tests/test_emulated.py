@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from emulated import EmulatedModule, unmet
+from emulated import emulate_runner, unmet
 from streaming import build
 from tiny import model
 from torch import nn
 
 from lowbit import generate, kvcache
-from lowbit.kernels import prefill, runner, stream_modules, unpacking, weights
-from lowbit.kernels.geometry import Geometry
+from lowbit.kernels import prefill, runner, stream_modules, weights
 from lowbit.kernels.modules import NativeEmbedding, NativeLinear
 from lowbit.kernels.quantizer import quantize
 
@@ -24,20 +23,7 @@ LENGTH = 96
 @pytest.fixture
 def emulate(monkeypatch, kernels_folder):
     """The runner's kernels, by the emulator."""
-
-    def load(shape, device, progress=None):
-        return EmulatedModule(kernels_folder, runner.sources(shape), runner.kernels(shape), shape.macros())
-
-    def unpacker(name, ku, device):
-        macros = Geometry(name, **unpacking._ANY_SHAPE).macros()
-        return EmulatedModule(kernels_folder, ("common", "decode", "unpack"), (f"unpack_kernel<{ku}>",), macros)
-
-    def load_prefill(shape, device, progress=None):
-        return EmulatedModule(kernels_folder, ("common", "prefill"), prefill.KERNELS, shape.macros())
-
-    monkeypatch.setattr(runner, "load", load)
-    monkeypatch.setattr(prefill, "load", load_prefill)
-    monkeypatch.setattr(unpacking, "_unpacker", unpacker)
+    emulate_runner(monkeypatch, kernels_folder)
 
 
 @torch.no_grad()

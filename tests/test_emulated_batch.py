@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from emulated import EmulatedModule, unmet
+from emulated import EmulatedModule, emulate_runner, unmet
 from streaming import build
 from test_emulated_attention import SMALL, rotated, rotation
 from tiny import model
@@ -15,12 +15,11 @@ from torch import nn
 
 from lowbit import generate
 from lowbit.errors import LowbitError
-from lowbit.kernels import batch, prefill, runner, stream, stream_modules, unpacking, weights
+from lowbit.kernels import batch, prefill, runner, stream, stream_modules, weights
 from lowbit.kernels.arguments import Attention, Batch, Normalize, fill
 from lowbit.kernels.batch_step import BatchStep
 from lowbit.kernels.geometry import ATTENTION_WARPS, Geometry
 from lowbit.kernels.quantizer import quantize
-from lowbit.kernels.stream import LAYOUTS
 from lowbit.sampling import Sampler, Sampling
 
 pytestmark = pytest.mark.skipif(unmet() is not None, reason=str(unmet()))
@@ -32,23 +31,10 @@ WIDE = {"hidden": 1024, "inter": 3328, "heads": 8, "kv_heads": 2, "head_dim": 12
 @pytest.fixture
 def emulate(monkeypatch, kernels_folder):
     """The runner's kernels, by the emulator; a graph is its launches."""
-
-    def load(shape, device, progress=None):
-        return EmulatedModule(kernels_folder, runner.sources(shape), runner.kernels(shape), shape.macros())
-
-    def unpacker(name, ku, device):
-        macros = Geometry(name, **unpacking._ANY_SHAPE).macros()
-        return EmulatedModule(kernels_folder, ("common", "decode", "unpack"), (f"unpack_kernel<{ku}>",), macros)
-
-    def load_prefill(shape, device, progress=None):
-        return EmulatedModule(kernels_folder, ("common", "prefill"), prefill.KERNELS, shape.macros())
-
-    monkeypatch.setattr(runner, "load", load)
-    monkeypatch.setattr(prefill, "load", load_prefill)
+    emulate_runner(monkeypatch, kernels_folder)
     monkeypatch.setattr(
         prefill.RecordedRuns, "_record", lambda self, number: SimpleNamespace(replay=lambda: self._run(number))
     )
-    monkeypatch.setattr(unpacking, "_unpacker", unpacker)
     monkeypatch.setattr(runner.NativeStep, "capture", lambda self: None)
     monkeypatch.setattr(runner.NativeStep, "__call__", lambda self: self.launch())
 
@@ -302,7 +288,3 @@ def test_attention_takes_every_sequence_from_its_own_cache(kernels_folder):
         scores = torch.einsum("hd,hpd->hp", query, seen_keys) / dim**0.5
         want = torch.einsum("hp,hpd->hd", scores.softmax(-1), seen)
         assert float((out[one].double() - want).norm() / want.norm()) < 1e-3
-
-
-def test_every_format_that_is_told_has_kernels():
-    assert set(batch.FORMATS) <= set(LAYOUTS)

@@ -86,7 +86,7 @@ def test_the_decode_kernels_compile_for_sm90_without_spills(name, shape, kv):
 
 @pytest.mark.parametrize(
     ("name", "shape", "count"),
-    [*((name, LLAMA_8B, 8) for name in batch.FORMATS), ("int4_g128", LLAMA_1B, 3)],
+    [*((name, LLAMA_8B, 8) for name in LAYOUTS), ("int4_g128", LLAMA_1B, 3)],
     ids=lambda value: f"{value['hidden']}" if isinstance(value, dict) else value,
 )
 def test_the_kernels_for_several_sequences_compile_for_sm90_without_spills(name, shape, count):

@@ -26,10 +26,6 @@ NORM_THREADS, NORM_SHARED_BYTES = 512, 128
 """Of a block of normalize_kernel."""
 
 
-FORMATS = tuple(LAYOUTS)
-"""Weight formats that batch_product multiplies; a stream of another decodes one sequence at a time."""
-
-
 class Plan(NamedTuple):
     """A product's: thread blocks, slices of K that they are dealt to, stages in the ring, tiles whose sums are kept."""
 
@@ -88,12 +84,10 @@ def plan(shape: Geometry, name: str, k: int, tiles: int) -> Plan:
 def unmet(
     config: Any, format: str, capability: tuple[int, int] | None, sequences: int = 1, kv: str = ""
 ) -> Unmet | None:
-    """As geometry.unmet, which it asks first; 2 to 8 sequences have their own formats, and need room for their x."""
+    """As geometry.unmet, which it asks first; 2 to 8 sequences need room for their x."""
     why = geometry.unmet(config, format, capability, sequences, kv)
     if why is not None or sequences == 1:
         return why
-    if format not in FORMATS:
-        return "shape", f"the native step decodes several sequences of {', '.join(FORMATS)}, one of {format}"
     shape = Geometry.of(config, format, kv, sequences)
     try:
         for name in PRODUCTS:

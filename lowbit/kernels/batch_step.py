@@ -87,23 +87,7 @@ class BatchStep(NativeStep):
         shape = replace(self.shape, format=stream.format)
         self._check_format(name, shape)
         plan = batch.plan(shape, name, stream.k, stream.tiles)
-        head = name == "head"
-        argument = fill(
-            Batch,
-            weights=stream.data,
-            row_scale=stream.row_scale,
-            x=x,
-            out=out,
-            best=self.best if head else None,
-            arrived=self.arrived if head else None,
-            token=self.token if head else None,
-            position=self.position if head else None,
-            history=self.history if head else None,
-            tiles=stream.tiles,
-            rows=stream.rows,
-            ring=plan.ring,
-            turns=plan.turns,
-            length=self.history.shape[-1],
-        )
+        named = self._multiplying(name, stream, x, out)
+        argument = fill(Batch, **named, ring=plan.ring, turns=plan.turns, length=self.history.shape[-1])
         module, grid = self._module(stream.format), (plan.blocks, 1)
         return Launch(module, batch.PRODUCTS[name], grid, shape.threads, argument, plan.shared_bytes)

@@ -225,6 +225,13 @@ class NativeStep:
         grid = -(-self.shape.hidden // 256), self.shape.batch
         return Launch(self._module(self.shape.format), "embed_kernel", grid, 256, argument, overlap=False)
 
+    def _multiplying(self, name: str, stream: Stream, x: Tensor, out: Tensor) -> dict[str, Tensor | int | None]:
+        """The arguments that a product has for any number of sequences; the head hands out tokens."""
+        handed = ("best", "arrived", "token", "position", "history")
+        found = {"weights": stream.data, "row_scale": stream.row_scale, "x": x, "out": out}
+        found |= {field: getattr(self, field) for field in handed if name == "head"}
+        return found | {"tiles": stream.tiles, "rows": stream.rows}
+
     def _product(self, name: str, stream: Stream, x: Tensor, out: Tensor, norm: Any = None) -> Launch:
         shape = replace(self.shape, format=stream.format)
         self._check_format(name, shape)
@@ -234,24 +241,8 @@ class NativeStep:
             self._kept.append(weight)
         room = shape.beside_attention(self.length) if name in ("qkv", "o") else RING_BYTES
         ring, batch, shared = shape.shared(stream.k, stream.tiles, room)
-        head = name == "head"
-        argument = fill(
-            Product,
-            weights=stream.data,
-            row_scale=stream.row_scale,
-            x=x,
-            norm=weight,
-            out=out,
-            best=self.best if head else None,
-            arrived=self.arrived if head else None,
-            token=self.token if head else None,
-            position=self.position if head else None,
-            history=self.history if head else None,
-            tiles=stream.tiles,
-            rows=stream.rows,
-            ring=ring,
-            batch=batch,
-        )
+        named = self._multiplying(name, stream, x, out)
+        argument = fill(Product, **named, norm=weight, ring=ring, batch=batch)
         grid = min(BLOCKS, stream.tiles), 1
         return Launch(self._module(stream.format), PRODUCTS[name], grid, shape.threads, argument, shared)
 

@@ -181,35 +181,19 @@ template <int K> __device__ __forceinline__ void stage_slice(const Batch& op, co
 }
 
 // ---------------------------------------------------------------------------------------------- one product
-// As product.cu's producer, over the slice's stages of every tile.
+// Over the slice's stages of every tile
 template <int K, bool READY> __device__ __forceinline__ void produce_batch(const Batch& op, const BatchShared& s, int t0, int t1, int c0, int chunks) {
   using Cut = Slicing<K, READY>;
-  constexpr int STAGE_BYTES = stage_bytes(Cut::KU), AT_ONCE = 4;
+  constexpr int STAGE_BYTES = stage_bytes(Cut::KU);
   const uint8_t* from = op.weights + ((size_t)t0 * Cut::CHUNKS + c0) * STAGE_BYTES;
   const uint64_t policy = evict_first();
-  const int stages = (t1 - t0) * chunks, first = min(stages, op.ring);
   int chunk = 0;
-  auto fetch = [&](int slot) {
+  feed_ring(op, s, (t1 - t0) * chunks, [&](int, int slot) {
     barrier_expect(s.full + slot, STAGE_BYTES);
     bulk_copy(s.ring + slot * STAGE_BYTES, from, STAGE_BYTES, s.full + slot, policy);
     from += STAGE_BYTES;
     if (++chunk == chunks) chunk = 0, from += (size_t)(Cut::CHUNKS - chunks) * STAGE_BYTES;
-  };
-  for (int i = 0; i < first; i += AT_ONCE) {
-#pragma unroll
-    for (int j = 0; j < AT_ONCE; j++) if (i + j < first) barrier_init(s.full + i + j, 1), barrier_init(s.empty + i + j, 1);
-    barriers_ready();
-#pragma unroll
-    for (int j = 0; j < AT_ONCE; j++) if (i + j < first) fetch(i + j);
-  }
-  __syncthreads();  // with the consumers
-  int slot = 0;
-  uint32_t parity = 0;
-  for (int i = first; i < stages; i++) {
-    barrier_wait(s.empty + slot, parity);
-    fetch(slot);
-    if (++slot == op.ring) slot = 0, parity ^= 1;
-  }
+  });
 }
 template <int EPILOGUE> __device__ __forceinline__ void finish_tile(const Batch& op, const float* sums, int stages, int tile, int slice, float scale, uint64_t (&best)[OWN]) {
   const int lane = threadIdx.x & 31, row = tile * 16 + lane / 2, first = lane % 2 * OWN;  // of the columns

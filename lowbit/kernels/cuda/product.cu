@@ -151,18 +151,11 @@ template <int K> __device__ __forceinline__ void stage_product(const uint8_t* st
 
 // ---------------------------------------------------------------------------------------------- one product
 __device__ __forceinline__ int first_tile(int tiles, int block, int blocks) { return (int)((uint32_t)tiles * block / blocks); }
-template <int K> __device__ __forceinline__ void produce(const Product& op, const Shared& s, int t0, int t1) {
-  constexpr int CHUNKS = K / stage_columns(K), STAGE_BYTES = stage_bytes(stage_columns(K));
-  const uint8_t* from = op.weights + (size_t)t0 * CHUNKS * STAGE_BYTES;
-  const int stages = (t1 - t0) * CHUNKS;
-  const uint64_t policy = evict_first();
-  auto fetch = [&](int stage, int slot) {
-    barrier_expect(s.full + slot, STAGE_BYTES);
-    bulk_copy(s.ring + slot * STAGE_BYTES, from + (size_t)stage * STAGE_BYTES, STAGE_BYTES, s.full + slot, policy);
-  };
+// The producer thread's way through a ring: fetch(stage, slot) asks for a stage. The thread that uses a slot first makes its
+// barriers, on its way: so the first stages are asked for as soon as the block runs, and the consumers stage x meanwhile.
+// Few at a time: longer straight runs were slower (docs/kernels.md).
+template <typename Op, typename Barriers, typename Fetch> __device__ __forceinline__ void feed_ring(const Op& op, const Barriers& s, int stages, Fetch&& fetch) {
   constexpr int AT_ONCE = 4;
-  // The thread that uses a slot first makes its barriers, on its way: so the first stages are asked for as soon as the block
-  // runs, and the consumers stage x meanwhile. Few at a time: longer straight runs were slower (docs/kernels.md).
   const int first = min(stages, op.ring);
   for (int i = 0; i < first; i += AT_ONCE) {
 #pragma unroll
@@ -179,6 +172,15 @@ template <int K> __device__ __forceinline__ void produce(const Product& op, cons
     fetch(i, slot);
     if (++slot == op.ring) slot = 0, parity ^= 1;
   }
+}
+template <int K> __device__ __forceinline__ void produce(const Product& op, const Shared& s, int t0, int t1) {
+  constexpr int CHUNKS = K / stage_columns(K), STAGE_BYTES = stage_bytes(stage_columns(K));
+  const uint8_t* from = op.weights + (size_t)t0 * CHUNKS * STAGE_BYTES;
+  const uint64_t policy = evict_first();
+  feed_ring(op, s, (t1 - t0) * CHUNKS, [&](int stage, int slot) {
+    barrier_expect(s.full + slot, STAGE_BYTES);
+    bulk_copy(s.ring + slot * STAGE_BYTES, from + (size_t)stage * STAGE_BYTES, STAGE_BYTES, s.full + slot, policy);
+  });
 }
 __device__ __forceinline__ uint64_t order_key(float value, int row) {  // larger value first, then the lower row
   uint32_t u = __float_as_uint(value);
