@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit import device, generate, kvcache, models, prefill_times
+from lowbit import device, generate, kvcache, models, native_logits, prefill_times
 from lowbit.errors import LowbitError, unknown
 from lowbit.kernels import batch as batches
 from lowbit.kernels import geometry, nvrtc, stream_modules
@@ -63,6 +63,11 @@ def main(options: Any) -> int:
     if (missing := nvrtc.available()) is not None:
         raise LowbitError(f"step: {missing}")
     prefill_times.check(prompts, choice.config)
+    positions = options.logits
+    if positions and not 2 <= positions <= choice.config.max_position_embeddings:
+        raise LowbitError(
+            f"--logits: expected 0 (none) or 2 to {choice.config.max_position_embeddings} positions, got {positions}"
+        )
     host = models.load(choice, pin=True)
     against: dict[int, float] = {}
 
@@ -81,6 +86,8 @@ def main(options: Any) -> int:
             for found in _measure(model, name, kv, quantized_s, contexts, tokens, options.repeats, count):
                 tell(found)
         for found in prefill_times.of_format(model, name, dtype, here.torch, against):
+            tell(found)
+        for found in native_logits.of_format(host, model, name, dtype, positions) if positions else ():
             tell(found)
         del model  # before the next is built
     return 0
@@ -173,12 +180,25 @@ def rate(step: Any, context: int, count: int, where: torch.device) -> float:
 
 @torch.no_grad()
 def differing(decoder: Any, prompt: Tensor, count: int, repeats: int) -> int:
-    """Of ``repeats`` runs of the same prompt, how many differ from the first in any token or logit bit."""
+    """Of ``repeats`` runs of the same prompt, how many differ from the first in any token, or in any bit of any token's
+    logits. The first run's are kept: 4 bytes x vocabulary x sequences x ``count``."""
+    first: list[Tensor] = []
 
-    def once() -> tuple[Tensor, Tensor]:
+    def keep() -> None:
+        first.append(decoder.native.logits.clone())
+
+    decoder.prefill(prompt)
+    wanted = decoder.decode(count, on_step=keep)
+
+    def differs() -> bool:
+        other = torch.zeros((), dtype=torch.bool, device=prompt.device)
+        logits = iter(first)
+
+        def compare() -> None:
+            other.logical_or_((decoder.native.logits != next(logits)).any())
+
         decoder.prefill(prompt)
-        tokens = decoder.decode(count)
-        return tokens, decoder.native.logits.clone()
+        tokens = decoder.decode(count, on_step=compare)
+        return bool(other) or not torch.equal(tokens, wanted)
 
-    first = once()
-    return sum(not all(map(torch.equal, once(), first)) for _ in range(repeats))
+    return sum(differs() for _ in range(repeats))

@@ -22,6 +22,9 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--batch", default="1", metavar="LIST", help="sequences of a step, 1 to 8 each (1)")
     parser.add_argument("--repeats", type=int, default=10, metavar="N", help="runs that must agree in every bit (10)")
+    parser.add_argument(
+        "--logits", type=int, default=0, metavar="N", help="hold N positions against fp32: 32 GB more for 8B (0: none)"
+    )
     parser.add_argument("--json", action="store_true", help="one object per line")
     parser.set_defaults(run=run)
 

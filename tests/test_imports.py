@@ -48,7 +48,7 @@ STAGES = (
     {"texts", "streamed", "quantized", "kernel_times"},
     {"profiling", "evaluation", "energy"},
     {"timing", "scoring", "calibration", "products", "prefill_times"},
-    {"loaded"},
+    {"loaded", "native_logits"},
     {"auto"},
     {"lab"},
     {"runs"},

@@ -92,6 +92,26 @@ def test_runs_that_differ_in_a_bit_are_counted(monkeypatch, noise, want):
     assert native_step.differing(decoder, prompt, 6, 4) == want
 
 
+def test_one_tokens_logits_are_enough_to_differ(monkeypatch):
+    """The tokens and the last logits are the same in all runs, the third's logits in all but one."""
+    seen = []
+
+    class Noisy(FakeStep):
+        def launch(self):
+            super().launch()
+            seen.append(int(self.position))
+            if int(self.position) == 11 and seen.count(11) == 3:
+                self.logits = self.logits.nextafter(torch.tensor(torch.inf))
+
+        __call__ = launch
+
+    fake_kernels(monkeypatch, Noisy)
+    decoder = generate.Decoder(model(torch.float16), 1, 64, torch.float16)
+    prompt = torch.arange(8).unsqueeze(0)
+    decoder.run_natively(prompt, "a case")
+    assert native_step.differing(decoder, prompt, 6, 4) == 1
+
+
 def test_each_kind_of_kernel_is_timed_over_all_its_calls(monkeypatch):
     launched = []
     fake = type("Fake", (), {"launch": lambda self, kernel, *args, **kwargs: launched.append(kernel)})()
