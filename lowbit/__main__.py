@@ -26,6 +26,17 @@ INTERRUPTED = 130  # as a shell counts SIGINT
 MIB = 1024 * 1024
 
 
+class Commands:
+    """The sub-commands: the line that the overview has for one also opens its own --help."""
+
+    def __init__(self, action: Any) -> None:
+        self.action = action
+
+    def add_parser(self, name: str, *, help: str) -> argparse.ArgumentParser:
+        parser: argparse.ArgumentParser = self.action.add_parser(name, help=help, description=help)
+        return parser
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lowbit",
@@ -33,7 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
         epilog="exit codes: 0 fine, 1 NEW is worse than OLD (compare), 2 unusable input, 130 Ctrl-C",
     )
     parser.add_argument("--version", action="version", version=f"lowbit {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = Commands(parser.add_subparsers(title="commands", dest="command", metavar="COMMAND"))
 
     formats = commands.add_parser("formats", help="what runs here, what doesn't, and why")
     formats.add_argument("--model", default="auto", help="for this model's shapes, as in `pytest benches --model`")
@@ -59,8 +70,13 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. A LowbitError becomes one line on standard error and exit code 2, as argparse's errors do."""
-    options = make_parser().parse_args(arguments)
+    """Run one command. A LowbitError becomes one line on standard error and exit code 2, as argparse's errors do.
+    Without a command: the overview, and the same exit code."""
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help(sys.stderr)
+        return UNUSABLE
     try:
         exit_code: int = options.run(options)
         sys.stdout.flush()

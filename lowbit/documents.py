@@ -79,7 +79,8 @@ def read(path: Path, what: str) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise LowbitError(f"{path}: no such {what}") from None
+        where = "kept runs are in .lowbit/runs, baselines in benches/baselines"
+        raise LowbitError(f"{path}: no such {what}; {where}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise LowbitError(f"{path}: can't read this {what} ({error})") from error
     if not text.strip():

@@ -142,7 +142,21 @@ def test_models_gives_the_true_sizes_and_says_what_auto_takes(capsys, monkeypatc
     assert "auto takes" in out
 
 
-@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["compare", "one"]])
+def test_without_a_command_the_overview_is_printed(capsys):
+    assert main([]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "usage: lowbit" in captured.err
+    assert "what runs here, what doesn't, and why" in captured.err
+
+
+def test_a_commands_help_begins_with_what_it_is_for(capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    assert "judge NEW by OLD" in capsys.readouterr().out.partition("OLD NEW")[2]
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["compare", "one"]])
 def test_wrong_usage_is_exit_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)

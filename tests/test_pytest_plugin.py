@@ -210,6 +210,7 @@ OPTIONS = (
 def test_help_lists_the_options_in_a_group(bench):
     group = bench.run("--help").stdout.str().partition("lowbit: low-bit Llama benchmarks")[2].partition("\n\n")[0]
     assert [option for option in OPTIONS if f"  {option}" not in group] == []
+    assert "--lowbit-child" not in group  # between lowbit's own processes
 
 
 @pytest.mark.parametrize(
@@ -222,6 +223,8 @@ def test_help_lists_the_options_in_a_group(bench):
         (["--update-baselines", "--benchmark-compare"], "give one of them"),
         (["--benchmark-compare-fail", "mean:5%"], "--benchmark-compare-fail: nothing to compare with"),
         (["-n", "2"], "benches need a GPU for each worker"),
+        (["--benchmark-compare=/absent.json"], "--benchmark-compare=/absent.json: no such file"),
+        (["-k", "int4 and"], "Wrong expression passed to '-k'"),
     ],
 )
 def test_bad_options_are_usage_errors(bench, arguments, text):

@@ -14,7 +14,7 @@ import pytest
 from lowbit.formats import Unmet
 from lowbit.record import Record
 from lowbit.regression import Verdict
-from lowbit.report import terminal
+from lowbit.report import layout, terminal
 from lowbit.report.progress import Progress
 
 pytest_plugins = ["pytester"]
@@ -76,7 +76,7 @@ def test_a_table_is_at_most_100_columns_wide_at_its_widest():
     longest.append(speed("bf16-torch", "max-autotune-no-cudagraphs", decode_tok_s=0.012))
     judged = {longest[0].case: [Verdict("decode_tok_s", "regression")]}
     text = terminal.table(longest, judged, gated=True)
-    assert max(map(len, text.splitlines())) <= terminal.WIDTH
+    assert max(map(len, text.splitlines())) <= layout.WIDTH
     assert "nf4_dq-bnb" in text  # what was shortened, and only because it had to be
     assert "b1_c2048" in text
     assert "123456" in text
@@ -149,6 +149,13 @@ def test_colours_only_when_asked(records):
     assert len(red) == 1
     assert "bf16-torch" in red[0]
     assert "eager" in red[0]
+
+
+@pytest.mark.parametrize(("terminal_columns", "expected"), [(200, 100), (80, 80), (10, 40), (0, 100)])
+def test_text_fits_a_narrower_terminal(monkeypatch, terminal_columns, expected):
+    monkeypatch.setattr(os, "get_terminal_size", lambda descriptor: os.terminal_size((terminal_columns, 24)))
+    assert layout.columns() == expected
+    assert expected - 5 < max(map(len, layout.hang("word " * 100).splitlines())) <= expected
 
 
 def test_skips_are_grouped_by_reason_and_failures_named():

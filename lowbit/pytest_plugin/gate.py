@@ -63,9 +63,10 @@ def _find_path(bench: BenchSession) -> Path | None:
     if Path(wanted).is_file():
         return Path(wanted)
     folder = settings.baselines_dir / slug
-    matches = sorted(folder.glob(f"{wanted}*.json"))
+    stored = sorted(folder.glob("*.json"))
+    matches = [path for path in stored if path.name.startswith(wanted)]
     if not matches:
-        have = ", ".join(path.name for path in sorted(folder.glob("*.json"))) or "none"
+        have = ", ".join(path.name for path in stored) or "none"
         raise LowbitError(
             f"--benchmark-compare={wanted}: no such file, nor a baseline of that number in {folder} (it has: {have})"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -132,8 +133,9 @@ def add_options(parser: pytest.Parser) -> None:
         "of its longest kernels; the run is not kept, compared or accepted",
     )
     evaluation.add_options(group)
-    group.addoption("--lowbit-profile", metavar="DIR", help="internal: the folder of the run's profiles")
-    group.addoption("--lowbit-child", type=Path, metavar="FILE", help="internal: measure one case for a parent process")
+    # between lowbit's own processes: the folder of the run's profiles, the file for a fresh process's one case
+    group.addoption("--lowbit-profile", metavar="DIR", help=argparse.SUPPRESS)
+    group.addoption("--lowbit-child", type=Path, metavar="FILE", help=argparse.SUPPRESS)
 
 
 @dataclass(frozen=True)

@@ -206,6 +206,9 @@ class BenchSession:
                 children.write_result(self.settings.child, self.records, self.stats)
             elif self.writer is not None and self.refused:
                 self.writer.__exit__()  # an end line would be glued to the half-written one
+            elif self.writer is not None and exit_status == pytest.ExitCode.USAGE_ERROR and not self.writer.entries:
+                self.writer.discard()  # a broken -k: nothing to continue, and no "newest run" for `compare` or `report`
+                self.writer = None
             elif self.writer is not None:
                 ended = exit_status in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
                 complete = ended and set(self.selected) <= set(self.records)

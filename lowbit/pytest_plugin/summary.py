@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import textwrap
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from lowbit.pytest_plugin import collection, gate, updating
 from lowbit.record import Record
 from lowbit.regression import blunt_words, find_blunt
 from lowbit.report import evaluation, kernels, recommendation, terminal
-from lowbit.report.layout import WIDTH, count
+from lowbit.report.layout import count, hang
 from lowbit.report.progress import Progress
 from lowbit.spent import host_peak_mib
 
@@ -77,7 +76,7 @@ def nothing_selected_lines(bench: BenchSession) -> list[str]:
     )
     names = ", ".join(found) if len(found) <= MOST_FORMATS else f"{len(found)}, listed by python -m lowbit formats"
     more = "" if suite == "full" else "; --suite full has more"
-    return _fill(
+    return hang(
         f"lowbit: no case of suite {suite} matches -k {asked!r}. Its formats: {names}; other words: int4, W4A16, "
         f"torchao, decode, prefill, quality, eager, compiled{more}"
     ).splitlines()
@@ -173,11 +172,7 @@ def _measured(bench: BenchSession) -> bool:
 def _notes(records: list[Record]) -> str:
     """What did not go as planned: page-locking refused, CUDA graphs given up, no NVML. Each once."""
     told = dict.fromkeys(f"note: {note}" for record in records for note in record.info.get("notes") or ())
-    return "\n".join(map(_fill, told))
-
-
-def _fill(text: str) -> str:
-    return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return "\n".join(map(hang, told))
 
 
 def _footer(bench: BenchSession, records: list[Record]) -> str:
@@ -209,7 +204,7 @@ def _consequences(bench: BenchSession) -> list[str]:
         kind = bench.device.kind
         blunt = [one for one in find_blunt(bench.baseline.rows.values(), kind) if one.case in bench.verdicts]
         told = f"{blunt_words(blunt)}; more runs in the baseline narrow them (--baseline-runs)" if blunt else ""
-        lines += [_fill(told)] if told else []
+        lines += [hang(told)] if told else []
     elif _measured(bench) and not (bench.settings.update_baselines or bench.unreached):
         lines.append(f"not compared with a baseline; accept this machine's figures with: {bench.accept_command()}")
     return lines

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 
 from lowbit import regression
 from lowbit.comparison import Comparison
 from lowbit.regression import Verdict
-from lowbit.report.layout import NONE, WIDTH, Heading, count, divergence, lay_out
+from lowbit.report.layout import NONE, Heading, count, divergence, hang, lay_out
 
 HEADLINES = ("decode_tok_s", "ttft_ms", "kld", "ppl")
 """The metric that stands for a case in the table: the first of these that it has."""
@@ -31,7 +30,7 @@ def difference(comparison: Comparison, *, color: bool = False) -> str:
     rows += [[regression.short_name(case), "", "", "", "", "new"] for case in comparison.new]
     lines = lay_out(HEADINGS, rows, color=color) if rows else ["no case in common"]
     if comparison.environment:
-        lines += ["", _item(f"environment: {'; '.join(comparison.environment)}")]
+        lines += ["", hang(f"environment: {'; '.join(comparison.environment)}")]
     failures = [
         regression.message(case, comparison.device, verdict)
         for case, verdicts in comparison.verdicts
@@ -39,7 +38,7 @@ def difference(comparison: Comparison, *, color: bool = False) -> str:
         if verdict.fails
     ]
     failures += [f"{regression.short_name(case)}: lost: {reason}" for case, reason in comparison.lost.items()]
-    lines += ["", *map(_item, failures)] if failures else []
+    lines += ["", *map(hang, failures)] if failures else []
     judged = sum(verdict.status != "ungated" for _, verdicts in comparison.verdicts for verdict in verdicts)
     cases = count(len(comparison.verdicts), "case")
     total = f"{count(len(failures), 'failure')} in {cases}, {count(judged, 'gated metric')}"
@@ -83,7 +82,3 @@ def _row(case: str, verdicts: Sequence[Verdict]) -> list[str]:
     small = relative is not None and 0 < abs(relative) < 0.01
     change = NONE if relative is None else f"{100 * relative:+.{2 if small else 1}f}%"
     return [regression.short_name(case), family, *shown, change, word(verdicts)]
-
-
-def _item(text: str) -> str:
-    return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)

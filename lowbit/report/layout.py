@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
 
 WIDTH = 100
+"""Of tables and text, at most; see ``columns``."""
+NARROWEST = 40
+
 NONE = "–"
 
 SHORT = (("max-autotune-no-cudagraphs", "max-auto-no-cg"), ("max-autotune", "max-auto"), ("bitsandbytes", "bnb"))
-"""What is shortened in names, in this order, while a table is wider than WIDTH."""
+"""What is shortened in names, in this order, while a table is wider than ``columns``."""
 
 COLORS = {"REGRESSED": 31, "MISSING": 31, "LOST": 31, "failed": 31, "void": 33, "new": 33, "skipped": 33, "faster": 32}
 COLORS |= {"worse": 31, "better": 32}
 BOLD = 1
+
+
+def columns() -> int:
+    """WIDTH, or a narrower terminal's own; WIDTH in a file or a pipe."""
+    try:
+        found = os.get_terminal_size(sys.__stdout__.fileno()).columns  # type: ignore[union-attr]  # None: no stdout
+    except (OSError, ValueError, AttributeError):
+        return WIDTH
+    return min(WIDTH, max(NARROWEST, found)) if found else WIDTH  # 0: a terminal that was never told
 
 
 class Heading(NamedTuple):
@@ -30,12 +44,12 @@ def lay_out(
 ) -> list[str]:
     """The lines of a table: one or two of headings, one per row of cells. The last column colours its line.
 
-    ``shorten``: names are, while the table is wider than WIDTH.
+    ``shorten``: names are, while the table is wider than ``columns``.
     """
     rows = [list(row) for row in cells]
     lines = _pad(headings, rows)
     for old, new in SHORT if shorten else ():
-        if len(lines[0]) <= WIDTH:
+        if len(lines[0]) <= columns():
             break
         rows = [
             [cell if heading.right else cell.replace(old, new) for cell, heading in zip(row, headings, strict=True)]
@@ -50,26 +64,33 @@ def lay_out(
 
 
 def beside(lines: Sequence[str], notes: Sequence[str]) -> list[str]:
-    """A last column of free text behind a table's lines; what passes WIDTH goes on below, in the same column."""
+    """A last column of free text behind a table's lines; what passes ``columns`` goes on below, in the same column."""
     column = max(map(len, lines)) + 1
     told: list[str] = []
     for line, note in zip(lines, notes, strict=True):
-        first, *more = textwrap.wrap(note, max(12, WIDTH - column), break_long_words=False) or [""]
+        first, *more = textwrap.wrap(note, max(12, columns() - column), break_long_words=False) or [""]
         told += [f"{line.ljust(column)}{first}".rstrip(), *(" " * column + rest for rest in more)]
     return told
 
 
 def fill(text: str, indent: str) -> str:
-    """Paragraph within WIDTH, every line indented; names are not broken."""
+    """Paragraph within ``columns``, every line indented; names are not broken."""
     return textwrap.fill(
-        text, WIDTH, initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        text, columns(), initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def hang(text: str, indent: str = "  ", *, first: str = "") -> str:
+    """Paragraph within ``columns``, all lines but the first indented; names are not broken."""
+    return textwrap.fill(
+        text, columns(), initial_indent=first, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )
 
 
 def _pad(headings: Sequence[Heading], rows: Sequence[Sequence[str]]) -> list[str]:
     lines = [[heading.title for heading in headings], [heading.unit for heading in headings], *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(headings))]
-    gap = "  " if sum(widths) + 2 * (len(widths) - 1) <= WIDTH else " "
+    gap = "  " if sum(widths) + 2 * (len(widths) - 1) <= columns() else " "
     return [
         gap.join(
             text.rjust(width) if heading.right else text.ljust(width)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lowbit.formats import FORMATS
 from lowbit.record import Record
-from lowbit.report.layout import WIDTH
+from lowbit.report.layout import hang
 from lowbit.report.rows import Row, join, memory_metric, selection
 
 
@@ -48,18 +47,18 @@ def recommendation(
     if best is None:
         closest = min(candidates, key=lambda candidate: candidate.distance)
         missed = "; ".join(text for text, _ in closest.misses)
-        return _fill(
+        return hang(
             f"recommendation: no measured case has {limits}. Closest: {_name(closest)} at "
             f"{closest.decode_tok_s:.1f} tok/s: {missed}. {_advice(closest)}"
         )
     facts = [f"{best.decode_tok_s:.1f} tok/s{_against_bf16(best, candidates)}", _divergence(best.row)]
     if best.memory_mib is not None:
         facts.append(f"{label} {best.memory_mib:,.0f} MiB")
-    answer = _fill(f"recommendation ({limits}): {_name(best)}: {', '.join(facts)}")
+    answer = hang(f"recommendation ({limits}): {_name(best)}: {', '.join(facts)}")
     lines = [answer, f"  reproduce: {reproduce(best.record.case, arguments)}"]
     unscored = [_name(c) for c in candidates if c.row.kld is None and c.decode_tok_s > best.decode_tok_s]
     if unscored:
-        lines.append(_fill(f"  faster, but without a KL in this run (test_quality gives it): {', '.join(unscored)}"))
+        lines.append(hang(f"  faster, but without a KL in this run (test_quality gives it): {', '.join(unscored)}"))
     return "\n".join(lines)
 
 
@@ -135,7 +134,3 @@ def _against_bf16(best: Candidate, candidates: Sequence[Candidate]) -> str:
 
 def _name(candidate: Candidate) -> str:
     return candidate.row.title
-
-
-def _fill(text: str) -> str:
-    return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)

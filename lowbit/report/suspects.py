@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shlex
-import textwrap
 from collections.abc import Sequence
 
 from lowbit.bisection import BLOCKING, Environment, Moved, Suspect, half_way, is_of_torch
 from lowbit.pins import requirement
 from lowbit.report.content import arguments_of
-from lowbit.report.layout import WIDTH, count
+from lowbit.report.layout import count, hang
 from lowbit.report.rows import selection
 
 LISTED = 12
@@ -114,10 +113,4 @@ def _measure(old: Environment, moved: Moved) -> list[str]:
 
 
 def _wrap(text: str, indent: str) -> list[str]:
-    return textwrap.wrap(
-        text,
-        WIDTH,
-        subsequent_indent=indent or "    ",
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    return hang(text, indent or "    ").splitlines()

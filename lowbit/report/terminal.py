@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -11,12 +10,12 @@ from lowbit import regression
 from lowbit.formats import FORMATS
 from lowbit.record import Record
 from lowbit.regression import Verdict
-from lowbit.report.layout import NONE, WIDTH, Heading, divergence, lay_out, number
+from lowbit.report.layout import NONE, Heading, divergence, fill, hang, lay_out, number
 from lowbit.report.progress import Progress
 from lowbit.report.recommendation import recommendation
 from lowbit.report.rows import HEADLINE, Row, join, memory_metric, selection, state, workloads_of
 
-__all__ = ["WIDTH", "Progress", "footer", "notes", "recommendation", "table"]
+__all__ = ["Progress", "footer", "notes", "recommendation", "table"]
 
 BASE = next(row.id for row in FORMATS.values() if row.is_baseline)
 
@@ -126,7 +125,7 @@ def _legend(rows: Sequence[Row]) -> str:
         perplexities = [found[0] for row in rows if (found := row.quality_value("ppl"))]
         parts += [f"ppl{_protocol(perplexities, 'ppl')}"] if perplexities else []
         parts += [f"KL from this run's bf16{_protocol(divergences, 'kld')}"] if divergences else []
-    return textwrap.fill("; ".join(parts), WIDTH)
+    return fill("; ".join(parts), "")
 
 
 def _protocol(names: Sequence[str], family: str) -> str:
@@ -153,10 +152,10 @@ def notes(
             skipped[str(record.unmet)].append(record)
     for reason, cases in skipped.items():
         formats = list(dict.fromkeys(record.format for record in cases))
-        parts.append(_item(f"skipped, {reason}: {_counted(cases)} of {', '.join(formats)}"))
+        parts.append(hang(f"skipped, {reason}: {_counted(cases)} of {', '.join(formats)}"))
     for outcome in ("failed", "void"):
         parts += [
-            _item(f"{outcome}: {regression.short_name(record.case)}: {first_line(record.error)}")
+            hang(f"{outcome}: {regression.short_name(record.case)}: {first_line(record.error)}")
             for record in records
             if record.outcome == outcome
         ]
@@ -164,7 +163,7 @@ def notes(
         better = [verdict for verdict in judged if verdict.status == "improvement"]
         if better:
             changes = ", ".join(_change(verdict) for verdict in better)
-            parts.append(_item(f"unexplained improvement: {regression.short_name(case)}: {changes}"))
+            parts.append(hang(f"unexplained improvement: {regression.short_name(case)}: {changes}"))
             parts.append(f"  accept it: {accept(selection(case))}")
     return "\n".join(parts)
 
@@ -183,10 +182,6 @@ def first_line(text: str | None) -> str:
     return next((line for line in (text or "").splitlines() if line.strip()), "no message")
 
 
-def _item(text: str) -> str:
-    return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
-
-
 def footer(spent: object, *, wall_s: float, host_peak_mib: float | None) -> str:
     """lowbit's own time and memory. ``spent`` has one attribute in seconds per purpose (load, quantize, compile …)."""
     times = {name: seconds for name, seconds in vars(spent).items() if seconds >= 0.05}
@@ -196,4 +191,4 @@ def footer(spent: object, *, wall_s: float, host_peak_mib: float | None) -> str:
     text = f"lowbit: {wall_s:.1f} s wall: {shares + ', ' if shares else ''}own {own:.1f} s ({share:.1f} %)"
     memory = "" if host_peak_mib is None else f"; peak host memory {host_peak_mib:,.0f} MiB"
     whole = (text + memory).replace(" %", "\N{NO-BREAK SPACE}%")  # fill breaks at no such space
-    return textwrap.fill(whole, WIDTH, subsequent_indent="  ").replace("\N{NO-BREAK SPACE}", " ")
+    return hang(whole).replace("\N{NO-BREAK SPACE}", " ")

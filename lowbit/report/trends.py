@@ -5,13 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 import shlex
-import textwrap
 from collections.abc import Iterable, Sequence
 
 from lowbit import metrics
 from lowbit.history import History, Night
 from lowbit.regression import short_name
-from lowbit.report.layout import NONE, WIDTH, Heading, count, divergence, lay_out, number
+from lowbit.report.layout import NONE, Heading, count, divergence, hang, lay_out, number
 from lowbit.trend import Trend
 
 HEADINGS = (
@@ -141,11 +140,4 @@ def _range(several: Iterable[Trend]) -> str:
 
 def _item(text: str) -> list[str]:
     indent = "    " if text.startswith(" ") else ""
-    return textwrap.wrap(
-        text.strip(),
-        WIDTH,
-        initial_indent=indent,
-        subsequent_indent=f"{indent}    ",
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    return hang(text.strip(), f"{indent}    ", first=indent).splitlines()

@@ -61,6 +61,11 @@ class RunWriter:
         documents.write(path, to_document(self.header, self.entries, end), self._consequence())
         return path
 
+    def discard(self) -> None:
+        """Take the run's folder away: for one that was refused before its first case."""
+        self._release()
+        shutil.rmtree(self.path, ignore_errors=True)
+
     def _consequence(self) -> str:
         return f"{len(self.entries)} finished cases are in {self.path / JOURNAL}"
 
