@@ -88,12 +88,23 @@ def _mask(mask: Tensor, batch: int, length: int) -> Tensor:
     return F.pad(mask, (0, length - mask.shape[-1]), value=torch.finfo(mask.dtype).min).expand(batch, -1, -1, -1)
 
 
+def added_mask(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor:
+    """transformers' mask for SDPA, always there, as numbers to add: 0, or the least of ``dtype``.
+
+    Its own such mask (masking_utils.eager_mask, 5.17 and 5.23) brings a zero from the host, which no CUDA graph holds.
+    """
+    from transformers.masking_utils import sdpa_mask
+
+    seen: Tensor = sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+
+
 def install(model: Any) -> None:
     """Let this model attend in fp8 from now on, with the cache ``fp8_attn`` or without one."""
     quiet_import("transformers")
     from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, eager_mask
+    from transformers.masking_utils import AttentionMaskInterface
 
     AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, eager_mask)
+    AttentionMaskInterface.register(NAME, added_mask)
     model.config._attn_implementation = NAME

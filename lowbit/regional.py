@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar, cast
 
 import torch
@@ -129,11 +129,39 @@ class GraphedCall:
         return self._output
 
     def _record(self, args: tuple[Tensor, ...]) -> torch.cuda.CUDAGraph:
+        """Raises LowbitError where the function does what no CUDA graph can hold; the device stays usable."""
         self._inputs = [arg if _is_static(arg) else arg.clone() for arg in args]
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._output = self._fn(*self._inputs)
+        graph, pool, stream = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                self._output = self._fn(*self._inputs)
+        except Exception as error:
+            _leave_capture(pool, stream)
+            raise LowbitError(
+                f"the step can't be recorded as one CUDA graph: {_first_cause(error)}; its warm-up call ran, so take "
+                "mode eager, or reduce-overhead, which leaves out of its graphs what they can't hold"
+            ) from error
         return graph
+
+
+def _leave_capture(pool: Any, stream: torch.cuda.Stream) -> None:
+    """After a failed capture: torch leaves its side stream current and the allocator filling the graph's pool.
+
+    Raises what the device raises if it was more than the capture that failed.
+    """
+    torch.cuda.set_stream(stream)
+    for give_back in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+        with suppress(RuntimeError):  # torch did so itself, as some versions do
+            give_back(stream.device_index, pool)
+    torch.cuda.synchronize()
+
+
+def _first_cause(error: BaseException) -> str:
+    """The first line of what broke the capture, without "CUDA error", which would mean a lost device."""
+    if "previous error during capture" in str(error) and error.__context__ is not None:  # the capture's end, told last
+        error = error.__context__
+    line = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {line.removeprefix('CUDA error: ')}"
 
 
 def _is_static(tensor: Tensor) -> bool:

@@ -29,7 +29,7 @@ def graphs(monkeypatch):
             noted.append(("replay", self.number))
 
     @contextmanager
-    def record(graph, pool=None):
+    def record(graph, pool=None, capture_error_mode="global"):
         graph.number = sum(kind == "record" for kind, _ in noted)
         noted.append(("record", pool))
         yield
@@ -38,4 +38,5 @@ def graphs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", record)
     numbers = itertools.count()
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: f"pool {next(numbers)}")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "a stream")
     return noted

@@ -697,8 +697,8 @@ def test_a_mode_that_the_choice_does_not_have_is_skipped(folder, source, tmp_pat
     lab.auto.ask = ask_for(tmp_path)
     chosen = selection.Selection(FORMATS[NATIVE], tmp_path / "x.json", {"found": {}})
     monkeypatch.setattr(selection, "select", lambda lab, ask: chosen)
-    unmet = lab.unmet(Case("decode", AUTO, "regional", Workload("b1_c0", "decode", 1, 5, 6, "small")))
-    assert str(unmet) == f"capability: {NATIVE}, which auto chose here, is not measured under regional"
+    unmet = lab.unmet(Case("decode", AUTO, "default", Workload("b1_c0", "decode", 1, 5, 6, "small")))
+    assert str(unmet) == f"capability: {NATIVE}, which auto chose here, is not measured under default"
     lab.close()
 
 

@@ -254,7 +254,7 @@ def test_every_row_of_ours_decodes_natively_on_an_h200(fmt):
 
 def test_a_recipe_of_lowbits_rows_decodes_natively():
     fmt = mixed(NATIVE_MIX)
-    assert fmt.modes == ("eager", "reduce-overhead", "native")
+    assert fmt.modes == ("eager", "reduce-overhead", "regional", "native")
     assert native.step_unmet(fmt, H200, config()) is None
     assert native.step_unmet(INT4, H200, config()) is None
     assert native.step_unmet(mixed(NATIVE_MIX, kv="fp8"), H200, config()) is None
@@ -288,7 +288,7 @@ def test_what_mode_native_can_not_decode_of_a_recipe_is_said(parts, fields, reas
 
 
 def test_other_libraries_rows_take_mode_native_from_a_recipe():
-    assert mixed({"lm_head": INT8.id, "layers.*": "a16w8-torchao"}).modes == ("eager", "reduce-overhead")
+    assert mixed({"lm_head": INT8.id, "layers.*": "a16w8-torchao"}).modes == ("eager", "reduce-overhead", "regional")
     assert mixed({"*": "a16w8-torchao"}).modes == ()
 
 

@@ -58,7 +58,7 @@ def test_first_choices_are_quick_and_references_full():
     quick = {row.name for row in ROWS if row.suite == "quick"}
     assert quick == {"a16w8", "a8w8", "a16w4_g128", "a16w8_fp8", "a8w8_fp8"}
     assert {row.suite for row in ROWS if not row.fast} == {"full"}
-    assert all(row.modes == ("eager",) for row in ROWS if not row.fast)
+    assert all(row.modes == ("eager", "regional") for row in ROWS if not row.fast)
 
 
 @pytest.mark.parametrize("fmt", ROWS, ids=lambda row: row.id)

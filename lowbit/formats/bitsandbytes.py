@@ -6,7 +6,7 @@ from typing import Any
 
 from lowbit.formats.row import FP16_FIRST, Format, row
 
-NIGHTLY: dict[str, Any] = {"suite": "nightly", "modes": ("eager", "reduce-overhead")}
+NIGHTLY: dict[str, Any] = {"suite": "nightly", "modes": ("eager", "reduce-overhead", "regional")}
 
 ROWS: tuple[Format, ...] = (
     row(

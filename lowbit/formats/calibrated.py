@@ -12,7 +12,7 @@ def _gptq(bits: int) -> Format:
         options={"stored_as": f"int{bits}_g128"},
         calibration_windows=32,
         suite="nightly",
-        modes=("eager",),
+        modes=("eager", "regional"),
         note=f"stored and multiplied as lowbit's own int{bits}",
     )
 

@@ -10,8 +10,9 @@ from typing import Any
 from lowbit.formats.row import CUDA, FP16_FIRST, Format, row
 
 GEMLITE: dict[str, Any] = FP16_FIRST | CUDA
-NIGHTLY: dict[str, Any] = GEMLITE | {"suite": "nightly", "modes": ("reduce-overhead",)}
-"""Eager, every kernel waits for Python (19 tok/s of an 8B on an H200, whatever the format): one mode is enough."""
+NIGHTLY: dict[str, Any] = GEMLITE | {"suite": "nightly", "modes": ("reduce-overhead", "regional")}
+"""Eager, every kernel waits for Python (19 tok/s of an 8B on an H200, whatever the format): two modes that replay
+CUDA graphs are enough, the second of which compiles one layer."""
 HQQ: dict[str, Any] = NIGHTLY | {"packages": ("hqq",)}
 
 EMULATED = "below SM100 its values are widened in registers, for products in 16 bits"

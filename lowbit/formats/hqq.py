@@ -14,9 +14,9 @@ REFERENCE: dict[str, Any] = {
     **FP16_FIRST,  # its compute_dtype by default; in bf16 the 8-bit zero points are rounded to 8 bits of mantissa
     "fast": False,
     "suite": "full",
-    "modes": ("eager", "reduce-overhead"),
+    "modes": ("eager", "reduce-overhead", "regional"),
 }
-NIGHTLY: dict[str, Any] = {"suite": "nightly", "modes": ("eager", "reduce-overhead")}
+NIGHTLY: dict[str, Any] = {"suite": "nightly", "modes": ("eager", "reduce-overhead", "regional")}
 
 WHOLE_BYTES = "packed in whole bytes: 8 bits stored per weight (hqq 0.2.8, Quantizer.bit_to_packing)"
 NOTES = {

@@ -24,10 +24,10 @@ def _native(name: str, scheme: str, bits: float, *keywords: str, group: int | No
     )
 
 
-MODES = ("eager", "reduce-overhead", "native")
+MODES = ("eager", "reduce-overhead", "regional", "native")
 """``native``: the decode step in our own kernels' graph, where there are some for the format and the GPU (SM90).
-``reduce-overhead``: everywhere else on a GPU the operations are custom ops of Triton kernels, which a compiler's graph
-holds. The decode kernels keep activations in fp16, beside bf16 weights in bf16."""
+``reduce-overhead`` and ``regional``: everywhere else on a GPU the operations are custom ops of Triton kernels, which a
+compiler's graph holds. The decode kernels keep activations in fp16, beside bf16 weights in bf16."""
 
 ROWS: tuple[Format, ...] = (
     _native("bf16", "bf16", 16, dtypes=("bf16",)),

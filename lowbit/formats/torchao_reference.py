@@ -7,7 +7,7 @@ from typing import Any
 from lowbit.formats.row import BF16, Format
 from lowbit.formats.torchao import ao
 
-REFERENCE: dict[str, Any] = {"suite": "full", "fast": False, "modes": ("eager",)}
+REFERENCE: dict[str, Any] = {"suite": "full", "fast": False, "modes": ("eager", "regional")}
 
 ROWS: tuple[Format, ...] = (
     *(
