@@ -84,6 +84,8 @@ def unmet(mode: str, device: Device, fmt: Format, rows: int | None = None) -> Un
         if device.capability is not None and device.capability < (7, 5):
             return Unmet("capability", f"torch.compile needs SM75 (Triton), this is {device.sm}")
         return None
+    if lacks := fmt.options.get("cpu_compiler_lacks"):
+        return Unmet("capability", f"{mode} needs cuda: on a CPU torch.compile lacks {lacks}")
     if os.environ.get("CXX") or any(shutil.which(name) for name in ("g++", "clang++", "c++", "cl")):
         return None
     return Unmet("package", "torch.compile on a CPU needs a C++ compiler; install g++ or set CXX")

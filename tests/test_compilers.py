@@ -177,6 +177,13 @@ def test_regional_wants_the_layers():
         compilers.compile_call(double, "regional", CPU, {})
 
 
+def test_what_a_cpus_compiler_lacks_is_said():
+    emulated = FORMATS["a8w8_mxfp8_emulated-torchao"]
+    assert str(compilers.unmet("regional", CPU, emulated)).startswith("capability: regional needs cuda: on a CPU torch")
+    assert compilers.unmet("eager", CPU, emulated) is None
+    assert compilers.unmet("regional", gpu(9, 0), emulated) is None
+
+
 def test_a_product_that_needs_more_rows_is_not_compiled_for_fewer():
     card = Device("cuda", 0, "A card", "a-card", (9, 0), 1000.0, 1, None, None)
     int8_dynamic = FORMATS["a8w8-torchao"]

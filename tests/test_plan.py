@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from _pytest.mark.expression import Expression
 
-from lowbit import plan, runs
+from lowbit import plan, runs, typical
 from lowbit.__main__ import main
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS
@@ -44,6 +44,13 @@ def test_an_expression_selects_exactly_its_part(planned, minutes):
     parts = plan.split(planned, 60 * minutes, 40)
     for part in parts[:: max(1, len(parts) // 12)]:
         assert selected(plan.expression(part.cases, planned), names) == {one.name for one in part.cases}
+
+
+def test_a_mode_that_compiles_one_layer_is_not_planned_as_one_that_compiles_32():
+    regional = typical.typical_s("cuda", "decode", "regional", "a16w8-torchao")
+    assert regional < typical.typical_s("cuda", "decode", "default", "a16w8-torchao")
+    assert typical.typical_s("cuda", "decode", "native", "a16w8-lowbit") == 15
+    assert typical.typical_s("cpu", "decode", "regional") == typical.typical_s("cpu", "decode", "default")
 
 
 def test_a_format_stays_in_one_part_where_it_fits(planned):

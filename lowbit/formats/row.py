@@ -51,10 +51,11 @@ class Format:
     has is taken. ``inductor`` are Inductor flags that this row's generated kernels need to be fast,
     ``cuda_matmul_inductor`` further ones on a GPU for products of more than one token (prefill, batches); they are set
     for its compile only. ``options`` are the scheme's own;
-    four of them others read: ``pads_k_to`` (the kernel stores K rounded up to it), ``waits_for_host`` (what in a
+    five of them others read: ``pads_k_to`` (the kernel stores K rounded up to it), ``waits_for_host`` (what in a
     forward pass waits for the host, so that no CUDA graph can hold it), ``compiled_min_rows`` (tokens per forward pass
-    that its compiled CUDA kernel asks for) and ``kernel_bound`` (the relative error that its kernel is known to reach,
-    where that is more than rounding: lowbit/truth.py). ``calibration_windows`` are those of text that are run through
+    that its compiled CUDA kernel asks for), ``cpu_compiler_lacks`` (what torch.compile knows on a GPU alone) and
+    ``kernel_bound`` (the relative error that its kernel is known to reach, where that is more than rounding:
+    lowbit/truth.py). ``calibration_windows`` are those of text that are run through
     the unquantized model first (lowbit/calibration.py), 0 for most. ``fast`` is False for a reference row: right, but
     not a path anybody would serve. ``packages`` must be installed beside the library's own. ``suite`` is the smallest
     suite that measures the row: the formats of a first choice are in ``quick``, further group sizes and variants in
