@@ -1,13 +1,15 @@
 """How far the native step's logits are from those of the same weights in fp32, for ``python -m lowbit step --logits``.
 
-Teacher-forced: every position gets a token that was settled before, so that one wrong arg max costs one position. Three
+Teacher-forced: every position gets a token that was settled before, so that one wrong arg max costs one position. Four
 ways are held against fp32 with the format's dequantized weights, the same tokens and the same positions:
 
 - ``native``: lowbit's kernels, a step per position, behind a prompt of one token and behind a long one;
 - ``modules``: transformers' modules with the same streamed weights, as every other mode runs them: all activations in
   16 bits;
-- ``x in 16 bits``: the fp32 model with what goes into each linear, and what leaves q, k and v, rounded to 16 bits. That
-  much every kernel with 16-bit operands does, so it says what of an error is the operands' and not the kernels'.
+- ``x in 16 bits``: the fp32 model with what goes into each linear, and what leaves q, k and v, rounded to 16 bits:
+  about what any kernels with 16-bit activations do (the integer formats' cut x finer, the residual stays in fp32);
+- ``k, v in 16 bits``: the fp32 model with only what its KV cache would hold rounded to 16 bits: no kernels over such a
+  cache can be expected to come nearer.
 
 Of models of 1, 4, 8, … layers too (the whole's first ones): random weights let a rounding grow from layer to layer.
 """
@@ -35,6 +37,8 @@ SHORT = 384
 """Positions of those."""
 SPAN = 256
 """Positions that are told apart: behind 128 tokens, and the last ones."""
+EVERY, CACHED = ("_proj", "lm_head"), ("k_proj", "v_proj")
+"""How the paths end of all linears, and of those whose output the KV cache holds."""
 ROWS = 64
 """Positions compared at once: 128,256 logits each, in fp64."""
 
@@ -74,8 +78,9 @@ def _ways(
         yield f"native, prompt {prompt}", prompt, native_logits(model, ids, prompt, name, dtype)
     with torch.no_grad():
         yield "modules", 0, model(input_ids=ids, use_cache=False).logits[0].float()
-    with _x_in(exact, dtype):
-        yield "x in 16 bits", 0, fp32_logits(exact, ids)
+    for way, before, behind in (("x in 16 bits", EVERY, ("q_proj", *CACHED)), ("k, v in 16 bits", (), CACHED)):
+        with _rounded(exact, dtype, before, behind):
+            yield way, 0, fp32_logits(exact, ids)
 
 
 @torch.no_grad()
@@ -132,14 +137,14 @@ def _first_layers(model: Any, count: int) -> Iterator[None]:
 
 
 @contextmanager
-def _x_in(exact: Any, dtype: torch.dtype) -> Iterator[None]:
-    """Round what goes into every linear, and what leaves q, k and v."""
+def _rounded(exact: Any, dtype: torch.dtype, before: tuple[str, ...], behind: tuple[str, ...]) -> Iterator[None]:
+    """Round what goes into the linears whose paths end as ``before``, and what leaves those of ``behind``."""
     hooks = []
     for path, module in exact.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and path.endswith(before):
             hooks.append(module.register_forward_pre_hook(lambda _, given: (given[0].to(dtype).float(),)))
-            if path.endswith(("q_proj", "k_proj", "v_proj")):
-                hooks.append(module.register_forward_hook(lambda _, given, found: found.to(dtype).float()))
+        if isinstance(module, nn.Linear) and path.endswith(behind):
+            hooks.append(module.register_forward_hook(lambda _, given, found: found.to(dtype).float()))
     try:
         yield
     finally:
