@@ -709,7 +709,7 @@ def test_a_single_format_is_replayed_as_itself(tmp_path):
     assert fmt.id == "auto_h200-lowbit"
     assert replace(fmt, name="a16w4_g128", suite="quick") == replace(FORMATS[NATIVE], suite="quick")
     path.write_text(json.dumps({"name": "auto_h200", "format": "a16w5-torchao"}))
-    with pytest.raises(LowbitError, match=r"auto_h200.json: unknown format 'a16w5-torchao'; known: "):
+    with pytest.raises(LowbitError, match=r"auto_h200.json: unknown format 'a16w5-torchao'; of \d+ the nearest: a16w"):
         recipes.read(path, FORMATS)
     path.write_text(json.dumps({"name": "auto_h200", "format": NATIVE, "parts": {}}))
     with pytest.raises(LowbitError, match=r"it has format and parts; expected one of them"):

@@ -85,7 +85,7 @@ def test_more_blocks_cost_more_bits_and_no_accuracy():
 
 def test_the_rows_of_issue_3_are_there():
     schemes = {(row.scheme, row.options.get("threshold"), row.options.get("double_quant", False)) for row in ROWS}
-    assert schemes == {
+    assert schemes >= {
         ("llm_int8", 0.0, False),
         ("llm_int8", 6.0, False),
         ("nf4", None, False),
@@ -93,11 +93,11 @@ def test_the_rows_of_issue_3_are_there():
         ("fp4", None, False),
         ("fp4", None, True),
     }
-    assert {row.group_size for row in ROWS if row.scheme == "nf4"} == {32, 64, 128, 256, 512, 1024, 2048}
-    assert [row.id for row in ROWS if row.suite == "quick"] == [
+    assert {row.group_size for row in ROWS if row.scheme == "nf4"} >= {32, 64, 128, 256, 512, 1024, 2048}
+    assert {row.id for row in ROWS if row.suite == "quick"} >= {
         "a8w8_llmint8-bitsandbytes",
         "a16w4_nf4_dq-bitsandbytes",
-    ]
+    }
 
 
 def test_only_the_search_for_outliers_keeps_cuda_graphs_away():

@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from lowbit import formats
 from lowbit.backends import BACKENDS
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS, Unmet
+from lowbit.formats.row import table_of
 from lowbit.report import format_table, formats_page
 
 ROWS = list(FORMATS.values())
@@ -75,10 +77,27 @@ def test_selectors_hold_both_spellings():
     assert "fp8" in FORMATS["a8w8_fp8-gemlite"].selectors
 
 
-def test_an_unknown_format_lists_the_known_ones():
-    with pytest.raises(LowbitError, match=r"unknown format 'int5'; known: .*a16w8-torchao.*bf16-torch"):
-        formats.find("int5")
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("tf32", "bf16-torch"),
+        ("int5", "a16w5_intx_g32-torchao"),
+        ("INT4", "a16w4_g128-torchao"),
+        ("a16w8-torchoa", "a16w8-torchao"),
+    ],
+)
+def test_an_unknown_format_names_the_nearest(name, near):
+    with pytest.raises(LowbitError, match=f"unknown format '{name}'; of {len(FORMATS)} the nearest: .*{near}") as error:
+        formats.find(name)
+    assert "all of them: python -m lowbit formats" in str(error.value)
+    assert len(str(error.value)) < 500
     assert formats.find("bf16-torch") is FORMATS["bf16-torch"]
+
+
+def test_two_rows_of_one_id_are_refused():
+    twice = FORMATS["bf16-torch"]
+    with pytest.raises(LowbitError, match="two rows bf16-torch: give one of them another name"):
+        table_of([*FORMATS.values(), replace(twice, note="another")])
 
 
 def test_unmet_reads_as_kind_and_reason():

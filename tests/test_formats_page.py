@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import replace
 
 import published
@@ -231,6 +232,18 @@ def test_a_named_folders_broken_run_costs_itself(stored, tmp_path, monkeypatch, 
     captured = capsys.readouterr()
     assert f"lowbit: left out: {tmp_path / 'cut.json'}: " in captured.err
     assert "a16w8-torchao" in captured.out
+
+
+def test_a_baseline_that_somebody_accepted_on_a_cpu_is_not_of_the_page(stored, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(stored, tmp_path / "benches" / "baselines" / "nvidia-h200")
+    own = tmp_path / "benches" / "baselines" / "cpu-amd-epyc-2c"
+    own.mkdir()
+    (own / "0001_embedded-auto.json").write_text("not even read")
+    assert main(["formats", "--markdown"]) == 0
+    page = capsys.readouterr().out
+    assert "cpu-amd-epyc-2c" not in page
+    assert "decode, H200" in page
 
 
 def test_the_command_prints_or_writes_the_page(stored, tmp_path, monkeypatch, capsys):

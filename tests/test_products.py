@@ -165,3 +165,13 @@ def test_products_are_measured_on_request_only(words, mark, ignored):
     assert plugin.pytest_ignore_collect(Path("/x/benches/test_kernels.py"), config) is ignored
     assert plugin.pytest_ignore_collect(Path("/x/benches/test_decode.py"), config) is None
     assert plugin.pytest_ignore_collect(Path("/x/other/test_kernels.py"), config) is None
+
+
+def test_kernels_are_found_by_the_words_that_find_cases():
+    kernel = SimpleNamespace(
+        fixturenames=["measure_product"],
+        callspec=SimpleNamespace(params={"contender": "a16w4_g128-torchao"}),
+        extra_keyword_matches=set(),
+    )
+    plugin.pytest_collection_modifyitems([SimpleNamespace(fixturenames=[]), kernel])
+    assert {"int4", "W4A16", "torchao", "g128"} <= kernel.extra_keyword_matches

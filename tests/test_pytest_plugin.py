@@ -122,7 +122,11 @@ def test_nightly_has_more_modes_and_workloads(bench):
 def test_k_that_matches_nothing_says_what_there_is(bench):
     text = " ".join(bench.run("-k", "int5 and decode").stdout.str().split())
     assert "lowbit: no case of suite quick matches -k 'int5 and decode'. Its formats: bf16-torch, a16w4_g128" in text
-    assert "eager, compiled; --suite full has more" in text
+    assert "quality, eager, compiled" in text
+    assert "--suite" not in text
+    text = " ".join(bench.run("-k", "max-autotune and decode").stdout.str().split())
+    assert "matches -k 'max-autotune and decode'; --suite nightly has max-autotune-no-cudagraphs, max-autotune." in text
+    assert "; --suite nightly has batch8." in " ".join(bench.run("-k", "batch8").stdout.str().split())
     bench.monkeypatch.setattr(summary, "MOST_FORMATS", 1)
     text = " ".join(bench.run("-k", "int5").stdout.str().split())
     assert "Its formats: 2, listed by python -m lowbit formats; other words: int4" in text

@@ -111,7 +111,7 @@ def test_a_row_follows_from_its_formats():
     ("parts", "message"),
     [
         ({}, "recipe a16w4_mine is empty: expected patterns with format ids"),
-        ({"*": "int5"}, "recipe a16w4_mine: unknown format 'int5'; known: .*bf16-torch"),
+        ({"*": "int5"}, "recipe a16w4_mine: unknown format 'int5'; of .*a16w5_intx_g32-torchao"),
         ({"layers.*.router": INT8}, r"'layers.\*.router' names no module of a Llama; there are q_proj, .*head"),
         ({"*": "a16w4_g128_head8-recipe"}, "names a16w4_g128_head8-recipe, a recipe itself"),
         (

@@ -82,6 +82,13 @@ def test_a_table_is_at_most_100_columns_wide_at_its_widest():
     assert "123456" in text
 
 
+def test_a_workload_that_the_first_table_lacks_has_its_speed_in_a_second_one():
+    text = terminal.table([speed("bf16-torch", "eager", "b8_c0", decode_tok_s=812.5)], {})
+    assert "b8_c0" in text.partition("all workloads")[2]
+    assert "812.5" in text
+    assert "all workloads" not in terminal.table([speed("bf16-torch", "eager", decode_tok_s=59.8)], {})
+
+
 def test_dummy_weights_have_no_perplexity_and_the_kl_is_labelled_embedded():
     records = [
         speed("a8w8-torchao", "eager", decode_tok_s=10.0, load_format="dummy"),

@@ -7,7 +7,7 @@ are rows made of these rows.
 
 from __future__ import annotations
 
-from lowbit.errors import LowbitError, unknown
+from lowbit.errors import LowbitError
 from lowbit.formats import (
     auto,
     bitsandbytes,
@@ -23,16 +23,15 @@ from lowbit.formats import (
     torchao,
     torchao_reference,
 )
-from lowbit.formats.row import LINEARS, Format, Suite, Unmet, UnmetKind
+from lowbit.formats.row import LINEARS, Format, Suite, Unmet, UnmetKind, table_of, unknown_format
 
 __all__ = ["FORMATS", "LINEARS", "Format", "Suite", "Unmet", "UnmetKind", "find", "register"]
 
 LIBRARIES = (torch, torchao, torchao_reference, gemlite, bitsandbytes, hqq, native, calibrated, reference, tables, kv)
 """In the order in which their rows run and are listed."""
 
-FORMATS: dict[str, Format] = {row.id: row for library in LIBRARIES for row in library.ROWS}
-FORMATS.update({row.id: row for row in recipes.rows(FORMATS)})
-FORMATS.update({row.id: row for row in auto.ROWS})
+FORMATS: dict[str, Format] = table_of(row for library in LIBRARIES for row in library.ROWS)
+FORMATS = table_of([*FORMATS.values(), *recipes.rows(FORMATS), *auto.ROWS])
 
 
 def find(format_id: str) -> Format:
@@ -40,7 +39,7 @@ def find(format_id: str) -> Format:
     try:
         return FORMATS[format_id]
     except KeyError:
-        raise unknown("format", format_id, FORMATS) from None
+        raise unknown_format(format_id, FORMATS) from None
 
 
 def rows_of(fmt: Format) -> list[Format]:

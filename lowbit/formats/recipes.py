@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lowbit.errors import LowbitError, unknown
-from lowbit.formats.row import EVERY_MODE, KV_FORMATS, LINEARS, TABLE_PATHS, TABLES, Format
+from lowbit.formats.row import EVERY_MODE, KV_FORMATS, LINEARS, TABLE_PATHS, TABLES, Format, unknown_format
 
 INT4, INT8, NF4 = "a16w4_g128-torchao", "a16w8-torchao", "a16w4_nf4_dq-bitsandbytes"
 TABLE8, TABLE4 = "a16w8-tables", "a16w4_g64-tables"
@@ -124,7 +124,7 @@ def make(recipe: Recipe, known: Mapping[str, Format]) -> Format:
         )
     for pattern, part in recipe.parts.items():
         if part not in known:
-            raise LowbitError(f"recipe {recipe.name}: {unknown('format', part, known)}")
+            raise LowbitError(f"recipe {recipe.name}: {unknown_format(part, known)}")
         if known[part].kv:
             raise LowbitError(
                 f"recipe {recipe.name}: {pattern} names {part}, a format of the KV cache; say it as its kv"
@@ -276,7 +276,7 @@ def read(path: Path, known: Mapping[str, Format]) -> Format:
         if parts is not None:
             raise LowbitError(f"recipe {path}: it has format and parts; expected one of them")
         if single not in known:
-            raise LowbitError(f"recipe {path}: {unknown('format', str(single), known)}")
+            raise LowbitError(f"recipe {path}: {unknown_format(str(single), known)}")
         return replace(known[single], name=name, suite="quick")
     if not isinstance(parts, dict) or not all(isinstance(part, str) for part in parts.values()):
         raise LowbitError(f"recipe {path}: {expected}, got parts {parts!r}")

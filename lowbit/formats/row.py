@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
+
+from lowbit.errors import LowbitError, unknown
 
 EVERY_MODE = (
     "eager",
@@ -120,3 +123,27 @@ BF16: dict[str, Any] = {"dtypes": ("bf16",)}
 CUDA: dict[str, Any] = {"devices": ("cuda",)}
 FP16_FIRST: dict[str, Any] = {"dtypes": ("fp16", "bf16")}
 """gemlite's and bitsandbytes' int8 kernels work in fp16; in bf16 they cast or accumulate elsewhere."""
+
+LISTED = 12
+"""Of the table's formats, in an error that names some."""
+
+
+def table_of(rows: Iterable[Format]) -> dict[str, Format]:
+    """The rows by their ids. Raises LowbitError for two of one id."""
+    table: dict[str, Format] = {}
+    for one in rows:
+        if table.setdefault(one.id, one) is not one:
+            raise LowbitError(f"lowbit/formats has two rows {one.id}: give one of them another name")
+    return table
+
+
+def unknown_format(got: str, known: Mapping[str, Format]) -> LowbitError:
+    """The error for a format that is not in the table: the nearest of it, by a word for ``-k`` or by spelling."""
+    if len(known) <= LISTED:
+        return unknown("format", got, known)
+    near = [name for name, one in known.items() if got.lower() in {word.lower() for word in one.selectors}]
+    near = near or difflib.get_close_matches(got, known, LISTED, 0.5) or list(known)
+    shown = ", ".join(near[:LISTED])
+    return LowbitError(
+        f"unknown format {got!r}; of {len(known)} the nearest: {shown}; all of them: python -m lowbit formats"
+    )

@@ -43,6 +43,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("contender", "product"), pairs, ids=contenders.ids(known, shapes))
 
 
+@pytest.hookimpl(tryfirst=True)  # before -k is applied
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """``-k int4``, ``W4A16`` and the library's name find kernels as they find the suite's cases."""
+    from lowbit import contenders
+
+    found: list[Any] = [item for item in items if "measure_product" in getattr(item, "fixturenames", ())]
+    known = {contender.id: contender.format.selectors for contender in contenders.contenders()} if found else {}
+    for item in found:
+        item.extra_keyword_matches.update(known[item.callspec.params["contender"]])
+
+
 @pytest.fixture
 def measure_product(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[], None]:
     """Measure this test's kernel at this test's shape, at every batch; skip where it can't run."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -10,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from lowbit import runs, vram_limit
-from lowbit.cases import KINDS, enumerate_cases
-from lowbit.pytest_plugin import collection, gate, updating
+from lowbit.cases import KINDS, SUITE_MODES, enumerate_cases
+from lowbit.pytest_plugin import collection, gate, products, updating
 from lowbit.record import Record
 from lowbit.regression import blunt_words, find_blunt
 from lowbit.report import evaluation, kernels, recommendation, terminal
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 MOST_FORMATS = 20
 """How many are named where -k matched none of them."""
+NAMED = 3
+"""Of what only a larger suite has."""
 
 
 def make_progress(config: pytest.Config) -> Progress:
@@ -71,15 +74,46 @@ def nothing_selected_lines(bench: BenchSession) -> list[str]:
     if not (asked := bench.config.option.keyword):
         return []
     suite = bench.settings.suite
-    found = dict.fromkeys(
-        case.format.id for kind in KINDS for case in enumerate_cases(kind, suite, bench.choice.parameters)
-    )
+    if any(products.FILE in str(argument) for argument in bench.config.args):
+        from lowbit.contenders import PRODUCTS
+
+        return hang(
+            f"lowbit: no kernel matches -k {asked!r}. Words: a format (python -m lowbit formats) that is no recipe and "
+            f"no KV cache, int4, W4A16, torchao, {', '.join(PRODUCTS)}"
+        ).splitlines()
+    found = _ids(bench, suite)
     names = ", ".join(found) if len(found) <= MOST_FORMATS else f"{len(found)}, listed by python -m lowbit formats"
-    more = "" if suite == "full" else "; --suite full has more"
     return hang(
-        f"lowbit: no case of suite {suite} matches -k {asked!r}. Its formats: {names}; other words: int4, W4A16, "
-        f"torchao, decode, prefill, quality, eager, compiled{more}"
+        f"lowbit: no case of suite {suite} matches -k {asked!r}{_elsewhere(bench, asked)}. Its formats: {names}; other "
+        f"words: int4, W4A16, torchao, decode, prefill, quality, eager, compiled"
     ).splitlines()
+
+
+def _ids(bench: BenchSession, suite: str) -> list[str]:
+    cases = (case for kind in KINDS for case in enumerate_cases(kind, suite, bench.choice.parameters))
+    return list(dict.fromkeys(case.format.id for case in cases))
+
+
+def _elsewhere(bench: BenchSession, asked: str) -> str:
+    """``; --suite nightly has a16w4_g32-torchao``: formats, modes and workloads that one of the words names and that
+    only a larger suite has."""
+    words = [word.lower() for word in re.findall(r"[\w.-]+", asked) if word.lower() not in ("and", "or", "not")]
+    suites = list(SUITE_MODES)
+    known = _names(bench, bench.settings.suite)
+    for suite in suites[suites.index(bench.settings.suite) + 1 :]:
+        more = [name for name in _names(bench, suite) if name not in known and any(w in name.lower() for w in words)]
+        if more:
+            return f"; --suite {suite} has {', '.join(more[:NAMED])}{' and more' if len(more) > NAMED else ''}"
+    return ""
+
+
+def _names(bench: BenchSession, suite: str) -> list[str]:
+    """The formats, modes and workloads of a suite, and the words for their batches."""
+    cases = [case for kind in KINDS for case in enumerate_cases(kind, suite, bench.choice.parameters)]
+    workloads = [case.workload for case in cases if case.workload]
+    names = [*(case.format.id for case in cases), *(case.mode for case in cases if case.mode)]
+    names += [*(workload.id for workload in workloads), *(f"batch{workload.batch}" for workload in workloads)]
+    return list(dict.fromkeys(names))
 
 
 def expectation_lines(bench: BenchSession, nodeids: Sequence[str], *, workers: int | None = None) -> list[str]:

@@ -57,10 +57,17 @@ def render(named: Iterable[Path] = ()) -> str:
     from lowbit.formats import FORMATS
     from lowbit.report import figures, format_table
 
-    stored = [path for path in STORED if path.exists()]
+    stored = [found for path in STORED if path.exists() for found in _of_repository(path)]
     sources = figures.read(dict.fromkeys(stored))
-    more = [path for path in dict.fromkeys(named) if path not in stored]
+    more = [path for path in dict.fromkeys(named) if path not in (*STORED, *stored)]
     sources += figures.read(more, tell_left_out)
     return format_table.page(
         list(FORMATS.values()), sources, {name: backends.needs(row) for name, row in FORMATS.items()}
     )
+
+
+def _of_repository(path: Path) -> list[Path]:
+    """What is to be read of a stored folder. A CPU's baseline is its owner's: its seconds say nothing of formats."""
+    if not any(path.glob("cpu-*/")):
+        return [path]
+    return [found for found in sorted(path.iterdir()) if found.is_dir() and not found.name.startswith("cpu-")]

@@ -30,7 +30,7 @@ class Column(NamedTuple):
 def table(
     records: Iterable[Record], verdicts: Mapping[str, Sequence[Verdict]], *, gated: bool = False, color: bool = False
 ) -> str:
-    """One line per (format, mode), fastest first, and a second table where there are further workloads.
+    """One line per (format, mode), fastest first, and a second table where there are workloads that it doesn't show.
 
     ``verdicts`` maps a case to its verdicts; ``gated`` says whether a baseline was there to give any.
     """
@@ -91,8 +91,8 @@ def _main_columns(rows: Sequence[Row]) -> list[Column]:
 
 def _further_columns(rows: Sequence[Row]) -> list[Column]:
     prefills, decodes = workloads_of(rows, "prefill"), workloads_of(rows, "decode")
-    if len(prefills) < 2 and len(decodes) < 2:
-        return []
+    if len(prefills) < 2 and set(decodes) <= {HEADLINE}:
+        return []  # the first table has them
 
     def cell(kind: str, workload: str) -> Callable[[Row], str]:
         return lambda row: number(row.value(kind, workload, f"{kind}_tok_s"))
