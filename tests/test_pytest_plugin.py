@@ -244,6 +244,17 @@ def test_a_folder_behind_benchmark_compare_is_not_taken_for_a_baseline(bench):
     assert "write: pytest benches --benchmark-compare" in result.stderr.str()
 
 
+@pytest.mark.parametrize("given", [["--benchmark-compare"], ["-x", "--update-baselines"], ["--report", "r.html"]])
+def test_without_a_path_an_option_of_benches_does_not_run_the_tests(bench, given):
+    (bench.root / "tests").mkdir()
+    (bench.root / "tests" / "test_own.py").write_text("def test_own(): pass\n")
+    (bench.root / "pytest.ini").write_text("[pytest]\ntestpaths = tests\n")
+    result = bench.run(*given, paths=())
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert f"without a path tests/ would run: pytest benches {' '.join(given)}" in result.stderr.str()
+    bench.run(paths=()).assert_outcomes(passed=1)
+
+
 @pytest.mark.parametrize(
     ("option", "value", "text"),
     [

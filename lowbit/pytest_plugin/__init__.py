@@ -31,7 +31,7 @@ from lowbit.pytest_plugin import (
     updating,
 )
 from lowbit.pytest_plugin.keys import CASE, RECORD, SESSION, STATS
-from lowbit.pytest_plugin.options import Settings, add_options
+from lowbit.pytest_plugin.options import Settings, add_options, refuse_without_path
 from lowbit.pytest_plugin.xdist import Workers, prepare
 from lowbit.record import Record
 
@@ -69,6 +69,7 @@ def pytest_configure(config: pytest.Config) -> None:
             f"write: pytest {compare} --benchmark-compare"
         )
     if not benches_requested(config):
+        refuse_without_path(config)
         return
     settings = Settings.from_config(config)
     workers = prepare(config)  # a worker sees its own GPU only; before anything touches CUDA

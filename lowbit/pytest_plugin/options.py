@@ -231,6 +231,22 @@ class Settings:
         )
 
 
+FOR_BENCHES = ("benchmark_compare", "update_baselines", "compare_if_baseline", "resume", "report", "summary", "profile")
+"""Options that only a bench run follows."""
+
+
+def refuse_without_path(config: pytest.Config) -> None:
+    """UsageError for ``pytest --benchmark-compare``: without a path tests/ would run, compared with nothing."""
+    option = config.option
+    if option.help or option.version or option.file_or_dir:
+        return
+    given = [name for name in FOR_BENCHES if getattr(option, name, None)]
+    if given:
+        words = " ".join(str(word) for word in config.invocation_params.args)
+        flag = f"--{given[0].replace('_', '-')}"
+        raise pytest.UsageError(f"{flag} is for benches, and without a path tests/ would run: pytest benches {words}")
+
+
 def profile_folder(config: pytest.Config) -> Path | None:
     """Where --profile writes, the same folder for workers and fresh processes; None without it.
 
