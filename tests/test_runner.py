@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import config, model
@@ -378,3 +380,12 @@ def test_a_prompt_longer_than_the_cache_is_refused_and_one_that_follows_a_longer
         native.check_length("a case")
     native.pick_natively(greedily=False)
     assert native.native_prefill.forgotten == 1  # its graph holds the pick
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_window_is_moved_by_four_stages_and_holds_something_back(name):
+    one = Geometry(name, 4096, 14336, 32, 8, 128, eps=1e-5)
+    window = one.macros()["WINDOW"]
+    assert window % 4 == 0
+    assert window < one.shared(4096, 1792)[0]
+    assert replace(one, batch=8).macros()["WINDOW"] == 0  # measured at batch 1 alone

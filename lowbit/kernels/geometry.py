@@ -132,6 +132,7 @@ class Geometry:
             "KV": KV_CODES[self.kv],
             "SPLITS": self.splits,
             "BATCH": self.batch,
+            "WINDOW": LAYOUTS[self.format].window if self.batch == 1 else 0,
         }
 
     @property

@@ -26,8 +26,8 @@ CHUNK_WEIGHTS = 1 << 26
 
 
 LAYOUTS: dict[str, Layout] = {
-    "bf16": Layout(0, 16, 256),
-    "int8": Layout(1, 8, 256, warps=14),
+    "bf16": Layout(0, 16, 256, window=8),
+    "int8": Layout(1, 8, 256, warps=14, window=20),
     "fp8_e4m3": Layout(5, 8, 512),
     **{f"int4_g{group}": Layout(2, 4, 512, warps=14, group=group, scale_bytes=4) for group in (128, 64, 32)},
     **{f"int4_sym_g{group}": Layout(2, 4, 512, warps=14, group=group, scale_bytes=2) for group in (128, 64, 32)},
