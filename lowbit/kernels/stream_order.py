@@ -24,8 +24,8 @@ class Layout:
     """How a weight format is streamed. ``code`` is FORMAT in cuda/common.cu, ``widest`` the most columns of a stage,
     ``warps`` the consumer warps that were fastest on an H200 (docs/kernels.md; of what was never timed, those of the
     most similar format), ``window`` the stages at most that are on their way while a ring is filled for the first time
-    (0: as many as it holds). ``group`` columns share a scale, which with its zero takes ``scale_bytes``; None: a row does,
-    and then it lies beside the stream."""
+    (0: as many as it holds). ``group`` columns share a scale, which with its zero takes ``scale_bytes``; None: a row
+    does, and then it lies beside the stream."""
 
     code: int
     bits: int
