@@ -41,7 +41,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lowbit",
         description="Low-bit Llama formats on this machine. The measuring itself is `pytest benches`.",
-        epilog="exit codes: 0 fine, 1 NEW is worse than OLD (compare), 2 unusable input, 130 Ctrl-C",
+        epilog="exit codes: 0 fine, 1 worse (compare, trend --fail-on-change) or in conflict (merge), 2 unusable "
+        "input, 130 Ctrl-C",
     )
     parser.add_argument("--version", action="version", version=f"lowbit {__version__}")
     commands = Commands(parser.add_subparsers(title="commands", dest="command", metavar="COMMAND"))

@@ -1,6 +1,6 @@
 """Which implementation runs an operation: GPU kernels register themselves here, the PyTorch reference is always there.
 
-    register("linear", "nvrtc gemv", supports=lambda problem: …, impl=lambda x, packed: …)
+    register("linear", "nvrtc gemv", supports=lambda problem: …, impl=lambda x, packed, dtype: …)
 
 The first registered kernel that supports a problem runs it. ``chosen`` says which one that is, ``used`` which ones
 ran, so that a row can tell whether it was measured on a fast kernel or on the reference.

@@ -43,9 +43,9 @@ def add_options(parser: pytest.Parser) -> None:
         "--suite",
         default="quick",
         metavar="|".join(SUITE_MODES),
-        help="quick: every format × (eager, reduce-overhead) × (prefill, decode batch 1 at context 0); nightly: all "
-        "modes and workloads; full: also the reference formats, longer workloads and auto-recipe. Evaluations join any "
-        "suite by --eval",
+        help="quick (default): the formats of a first choice × (eager, reduce-overhead, native) × (prefill, decode "
+        "batch 1 at context 0); nightly: further group sizes and variants, all modes and workloads; full: also the "
+        "reference formats, longer workloads and auto-recipe. Evaluations join any suite by --eval",
     )
     group.addoption("--text", type=Path, metavar="FILE", help="score perplexity and KL on this text file")
     group.addoption(
