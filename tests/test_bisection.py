@@ -248,6 +248,14 @@ def test_nothing_changed(tmp_path, capsys):
     assert (code, "nothing to bisect" in out, "half way" in out) == (0, True, False)
 
 
+def test_runs_of_different_things_are_told_apart(tmp_path, capsys):
+    old, new = runs(tmp_path)
+    assert "measured different things" not in run(capsys, old, new)[1]
+    other = keep(tmp_path, [decode(decode_tok_s=90.0)], night=2, environment=NEW, device="nvidia-a100")
+    code, out, _ = run(capsys, old, other)
+    assert (code, "they measured different things (device, model" in out) == (0, True)
+
+
 def test_a_run_and_pins_are_compared_in_what_both_name(tmp_path, freezes, capsys):
     old, _ = runs(tmp_path / "runs")
     _, out, _ = run(capsys, old, freezes[1])

@@ -20,7 +20,7 @@ NEWEST = ".lowbit/runs"
 
 def suspects(old: Environment, new: Environment, moved: Moved, found: Sequence[Suspect]) -> str:
     """The whole text."""
-    lines = [f"OLD  {_told(old)}", f"NEW  {_told(new)}", *_wrap(_moved(moved), "")]
+    lines = [f"OLD  {_told(old)}", f"NEW  {_told(new)}", *_foreign(old, new), *_wrap(_moved(moved), "")]
     if not found:
         return "\n".join([*lines, "", *_unchanged(old, new)])
     first = found[0]
@@ -39,6 +39,17 @@ def _told(environment: Environment) -> str:
     if header is None:
         return f"{environment.path}: {len(environment.pins)} pins"
     return f"{environment.path}: {header.model} ({header.load_format}) on {header.device}, {header.started}"
+
+
+def _foreign(old: Environment, new: Environment) -> list[str]:
+    """Said of two runs whose figures can't be held against each other: only their packages can."""
+    if old.header is None or new.header is None or old.header.subject == new.header.subject:
+        return []
+    return _wrap(
+        "they measured different things (device, model, load format or protocol): what follows compares their packages "
+        "alone, and says nothing of what is slower",
+        "",
+    )
 
 
 def _moved(moved: Moved) -> str:

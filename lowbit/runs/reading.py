@@ -163,7 +163,7 @@ def _from_document(path: Path) -> Run:
             f"{way_out}"
         )
     if kind != "run":
-        raise LowbitError(f"{path}: expected a lowbit run, got a {kind}")
+        raise LowbitError(f"{path}: expected a lowbit run, got a {kind}; kept runs are in .lowbit/runs")
     return from_document(path, data)
 
 
