@@ -250,6 +250,12 @@ def test_a_night_is_a_comparison_in_the_image(nightly, tmp_path):
 OF_A_NIGHT = ("--junitxml", "--benchmark-json", "--report", "--summary", "--baseline-patch")
 
 
+def test_a_night_without_its_folders_says_what_it_takes():
+    result = subprocess.run([str(CI / "nightly")], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("usage: .ci/nightly OUT KEPT")
+
+
 def test_a_nights_options_exist():
     from lowbit.pytest_plugin.options import add_options
 
