@@ -166,7 +166,17 @@ def list_models(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(rows, indent=1))
         return OK
-    titles = ("model", "parameters", "bf16 MiB", "layers", "hidden", "heads", "bf16 fits", "weights")
+    headings = [
+        Heading("model", right=False),
+        *(
+            Heading("parameters"),
+            Heading("bf16", "MiB"),
+            Heading("layers"),
+            Heading("hidden"),
+            Heading("heads", "q/kv"),
+        ),
+        *(Heading("bf16 fits", "the card" if here.kind == "cuda" else "memory"), Heading("weights", right=False)),
+    ]
     table = [
         [
             row["name"],
@@ -180,7 +190,7 @@ def list_models(options: argparse.Namespace) -> int:
         ]
         for row in rows
     ]
-    print("\n".join(lay_out([Heading(title, right=title not in ("model", "weights")) for title in titles], table)))
+    print("\n".join(lay_out(headings, table)))
     choice = models.choose("auto", "auto", here)
     print(f"\nauto takes {choice.name}, load format {choice.load_format}: {choice.why}")
     return OK
