@@ -167,14 +167,8 @@ def list_models(options: argparse.Namespace) -> int:
         print(json.dumps(rows, indent=1))
         return OK
     headings = [
-        Heading("model", right=False),
-        *(
-            Heading("parameters"),
-            Heading("bf16", "MiB"),
-            Heading("layers"),
-            Heading("hidden"),
-            Heading("heads", "q/kv"),
-        ),
+        *(Heading("model", right=False), Heading("parameters"), Heading("bf16", "MiB")),
+        *(Heading("layers"), Heading("hidden"), Heading("heads", "q/kv")),
         *(Heading("bf16 fits", "the card" if here.kind == "cuda" else "memory"), Heading("weights", right=False)),
     ]
     table = [
