@@ -18,7 +18,8 @@ TYPICAL_S = {
     ("cuda", "regional"): 15.0,
 }
 """Seconds per case before this device has a kept run: a first guess, replaced by the measured ones. Of compile modes,
-``compiled`` are those without an entry of their own; ``regional`` compiles one layer of 32."""
+``compiled`` are those without an entry of their own; ``regional`` compiles one layer of 32; its 15 s are for
+libraries not measured in it."""
 
 TYPICAL_OF_LIBRARY_S = {
     ("cuda", "eager", "torchao"): 25.0,
@@ -32,13 +33,23 @@ TYPICAL_OF_LIBRARY_S = {
     ("cuda", "compiled", "hqq"): 60.0,
     ("cuda", "compiled", "calibrated"): 60.0,
     ("cuda", "compiled", "bitsandbytes"): 45.0,
+    ("cuda", "regional", "torch"): 12.0,
+    ("cuda", "regional", "torchao"): 15.0,
+    ("cuda", "regional", "gemlite"): 20.0,
+    ("cuda", "regional", "bitsandbytes"): 8.0,
     ("cuda", "native", "lowbit"): 15.0,
     ("cuda", "native", "recipe"): 15.0,
 }
 """The same where a library is far from it. Of Llama-3.1-8B on an H200 with cold caches, torch 2.11, 2026-11-21: torchao
 eager 10.6 to 66 s (10 rows, mean 24.8) and reduce-overhead 34 to 87 (4 rows, mean 60), bitsandbytes reduce-overhead 41,
 lowbit native 5 to 14; gemlite and LLM.int8 decode 14 to 19 tok/s in eager mode, 3 times 128 tokens. hqq, references and
-calibrated rows are guessed by what they do."""
+calibrated rows are guessed by what they do.
+
+``regional``: decode of b1_c0 of the same model and torch, 2026-11-22, ``wall_s`` of the journals: one process on one
+H200, and four runs on two, of which the first compiled (cold) and the later ones found its caches (warm). bf16-torch
+cold 8.7 to 15.1, warm 4.2 to 4.7; torchao cold int4 6.2 and 6.6, with HQQ 9.6, dynamic fp8 7.0 and 10.5, int8 16.8 and
+24.0, weight-only fp8 23.1 (mean of the rows 13.7), warm 4.5 to 12.6; gemlite cold 18.2 to 22.7, warm 17.4 to 20.8: it
+is not the compiler it waits for; bitsandbytes NF4 cold 6.3, warm 5.0 to 8.2. Any other library's is unmeasured."""
 
 FIRST_S = {("cuda", "gemlite"): 60.0, ("cuda", "calibrated"): 150.0, ("cuda", "hqq"): 30.0}
 """More for a format's first case in a process.

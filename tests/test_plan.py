@@ -89,6 +89,21 @@ def test_guesses_are_about_what_an_h200_took():
     assert 0.8 < sum(guessed.values()) / sum(took[nodeid] for nodeid in guessed) < 1.5
 
 
+@pytest.mark.parametrize(
+    ("library", "took_s"),
+    [
+        ("torch", [8.7, 13.2, 15.1]),
+        ("torchao", [6.2, 6.6, 9.6, 7.0, 10.5, 16.8, 24.0, 23.1]),
+        ("gemlite", [22.7, 19.0, 18.2]),
+        ("bitsandbytes", [6.3]),
+    ],
+)
+def test_guesses_of_regional_are_about_what_an_h200_took_to_compile_and_measure(library, took_s):
+    """Every cold case of 2026-11-22, Llama-3.1-8B b1_c0, torch 2.11: lowbit/typical.py says which."""
+    guess = typical.typical_s("cuda", "decode", "regional", f"a16w8-{library}")
+    assert 0.8 < guess * len(took_s) / sum(took_s) < 1.5
+
+
 def test_the_first_case_of_a_format_tunes_or_searches():
     asked = plan.expect("full", ("decode",), PARAMETERS, "cuda", {})
     recorded = next(one.nodeid for one in asked if one.case.format.id == "a16w4_g128-gemlite")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import weakref
 
 import pytest
@@ -69,17 +70,25 @@ def test_one_layer_at_a_time_is_on_the_device(host, text, monkeypatch):
     assert [held() for held in moved] == [None, None]
 
 
+def held_bytes(gpu: torch.device) -> int:
+    """Bytes of tensors on the GPU. cuBLAS's workspace (32 MiB on an H200), which torch allocates with the first product
+    of a stream, is given back first: it is no model's, and 5 times the embedded model's layers."""
+    gc.collect()
+    torch.cuda.synchronize(gpu)
+    torch._C._cuda_clearCublasWorkspaces()
+    return torch.cuda.memory_allocated(gpu)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_on_a_gpu_the_embedded_model_is_streamed_layer_by_layer():
     gpu = torch.device("cuda", 0)
     choice = models.choose("embedded", "auto", device.of(gpu), {})
     host = models.load(choice, pin=True)
     ids = quality.encode_text("held-out", embedded.heldout_text(), host.tokenizer, 512)
-    torch.cuda.reset_peak_memory_stats(gpu)
-    before = torch.cuda.memory_allocated(gpu)
+    before = held_bytes(gpu)
     model = streamed.stream(host, gpu, torch.bfloat16, ids.windows())
     layers = sum(p.numel() for p in host.master.model.layers.parameters()) * 2
-    assert torch.cuda.memory_allocated(gpu) - before < layers / 2  # the head and the norm
+    assert held_bytes(gpu) - before < layers / 2  # the head and the norm
     whole = host.build(gpu, torch.bfloat16)
     with quality.Reference.build(model, ids) as reference:
         score = quality.score(whole, ids, reference)
