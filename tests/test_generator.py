@@ -259,14 +259,12 @@ def test_a_model_by_name_is_quantized_throughout(story):
     assert {module.format for module in packed.values()} == {"int4_g128"}
 
 
-def test_the_readme_example_runs_and_says_what_it_is_said_to(tmp_path, monkeypatch, capsys):
-    section = (
-        (Path(__file__).parents[1] / "README.md").read_text().partition("\n## Generating")[2].partition("\n## ")[0]
-    )
-    code, said = re.findall(r"```(?:python|text)\n(.*?)```", section, re.DOTALL)
+def test_the_documented_example_runs_and_says_what_it_is_said_to(tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[1] / "docs" / "generating.md").read_text()
+    code, said = re.findall(r"```(?:python|text)\n(.*?)```", page, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("lowbit.device.detect", lambda: device.of(torch.device("cpu")))
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(code, "generating.md", "exec"), {})
     printed = capsys.readouterr().out
     assert printed.split()[:6] == said.split()[:6]  # further on, another processor's rounding may choose another word
     assert Generator.from_packed(tmp_path / "packed.safetensors").model.config.num_hidden_layers == 4

@@ -1,4 +1,4 @@
-"""README.md says what the code does: its metrics and limits, options, formats' rows, workflow and links."""
+"""README.md and docs/ say what the code does: its metrics and limits, options, workflow and links."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from lowbit.pytest_plugin.options import add_options
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 INTERNAL = {"--lowbit-child", "--lowbit-profile"}
 
 
@@ -21,9 +22,9 @@ def section(title: str) -> str:
 
 
 def metric_rows() -> dict[str, str]:
-    """Each metric of the README's table with what it says of its limit."""
+    """Each metric of docs/metrics.md with what it says of its limit."""
     rows = {}
-    for line in section("What is measured").splitlines():
+    for line in (ROOT / "docs" / "metrics.md").read_text().splitlines():
         if line.startswith("| `"):
             names, _, limit = (cell.strip() for cell in line.strip("|").split("|"))
             rows |= dict.fromkeys(re.findall(r"`(\w+)`", names), limit)
@@ -72,7 +73,7 @@ def test_every_option_is_there():
             names.append(name)
 
     add_options(Parser())  # type: ignore[arg-type]
-    table = section("Options")
+    table = (ROOT / "docs" / "options.md").read_text()
     assert names
     assert [name for name in names if name not in INTERNAL and name not in table] == []
 
@@ -84,10 +85,31 @@ def test_the_nightly_command_is_what_the_night_runs():
     assert command[0] in (ROOT / "docs" / "nightly.md").read_text()
 
 
-def test_links_lead_somewhere():
-    targets = re.findall(r"\]\((?!http)([^)#]+)\)", README)
-    assert targets
-    assert [target for target in targets if not (ROOT / target).exists()] == []
+def slugs(page: Path) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path):
+    lost = []
+    for target in re.findall(r"\]\((?!http)([^)\s]+)\)", page.read_text()):
+        path, _, anchor = target.partition("#")
+        there = page.parent / path if path else page
+        if not there.exists() or (anchor and anchor not in slugs(there)):
+            lost.append(target)
+    assert lost == []
+
+
+def test_every_page_is_linked_from_the_readme():
+    assert [page.name for page in PAGES[1:] if f"](docs/{page.name}" not in README] == []
+
+
+def test_the_readme_is_read_in_five_minutes():
+    """At some 240 words a minute, beside its tables and code."""
+    prose = re.sub(r"```[^`]*```|^(?:    |\|).*$", "", README, flags=re.M)
+    assert len(prose.split()) < 1200
 
 
 def test_printed_tables_fit_a_terminal():

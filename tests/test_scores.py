@@ -82,7 +82,7 @@ def test_a_run_that_scored_all_has_no_use_for_more(timed: Content, tmp_path: Pat
 def test_the_committed_baseline_beside_the_stored_scores_recommends_a_native_row(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What the README says, by the command of docs/report.md: measured at context 128 where not at 0."""
+    """What docs/report.md says, by its command: measured at context 128 where not at 0."""
     out, brief = tmp_path / "r.html", tmp_path / "r.md"
     assert __main__.main(["report", str(H200), "--quality", str(SCORES), "-o", str(out), "--summary", str(brief)]) == 0
     rows = baselines.load(H200).rows
