@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from lowbit import runs, vram_limit
-from lowbit.cases import KINDS, SUITE_MODES, enumerate_cases
+from lowbit.cases import KINDS, SUITE_MODES, Case, enumerate_cases
 from lowbit.pytest_plugin import collection, gate, products, updating
 from lowbit.record import Record
 from lowbit.regression import blunt_words, find_blunt
@@ -81,7 +81,7 @@ def nothing_selected_lines(bench: BenchSession) -> list[str]:
             f"lowbit: no kernel matches -k {asked!r}. Words: a format (python -m lowbit formats) that is no recipe and "
             f"no KV cache, int4, W4A16, torchao, {', '.join(PRODUCTS)}"
         ).splitlines()
-    found = _ids(bench, suite)
+    found = dict.fromkeys(case.format.id for case in _cases(bench, suite))
     names = ", ".join(found) if len(found) <= MOST_FORMATS else f"{len(found)}, listed by python -m lowbit formats"
     return hang(
         f"lowbit: no case of suite {suite} matches -k {asked!r}{_elsewhere(bench, asked)}. Its formats: {names}; other "
@@ -89,9 +89,8 @@ def nothing_selected_lines(bench: BenchSession) -> list[str]:
     ).splitlines()
 
 
-def _ids(bench: BenchSession, suite: str) -> list[str]:
-    cases = (case for kind in KINDS for case in enumerate_cases(kind, suite, bench.choice.parameters))
-    return list(dict.fromkeys(case.format.id for case in cases))
+def _cases(bench: BenchSession, suite: str) -> list[Case]:
+    return [case for kind in KINDS for case in enumerate_cases(kind, suite, bench.choice.parameters)]
 
 
 def _elsewhere(bench: BenchSession, asked: str) -> str:
@@ -109,7 +108,7 @@ def _elsewhere(bench: BenchSession, asked: str) -> str:
 
 def _names(bench: BenchSession, suite: str) -> list[str]:
     """The formats, modes and workloads of a suite, and the words for their batches."""
-    cases = [case for kind in KINDS for case in enumerate_cases(kind, suite, bench.choice.parameters)]
+    cases = _cases(bench, suite)
     workloads = [case.workload for case in cases if case.workload]
     names = [*(case.format.id for case in cases), *(case.mode for case in cases if case.mode)]
     names += [*(workload.id for workload in workloads), *(f"batch{workload.batch}" for workload in workloads)]

@@ -75,9 +75,7 @@ def beside(lines: Sequence[str], notes: Sequence[str]) -> list[str]:
 
 def fill(text: str, indent: str) -> str:
     """Paragraph within ``columns``, every line indented; names are not broken."""
-    return textwrap.fill(
-        text, columns(), initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-    )
+    return hang(text, indent, first=indent)
 
 
 def hang(text: str, indent: str = "  ", *, first: str = "") -> str:

@@ -44,7 +44,6 @@ __device__ constexpr int stage_columns(int k) { int ku = WIDEST; while (k % ku) 
 __device__ constexpr int code_bytes(int ku) { return 2 * ku * BITS; }
 __device__ constexpr int stage_bytes(int ku) { return code_bytes(ku) + 16 * ku / SCALE_COLUMNS * SCALE_BYTES; }
 static_assert(CONSUMERS >= BATCH_TILES * 16, "an epilogue has one thread per row");
-static_assert(WINDOW % 4 == 0, "the window is moved by four stages");
 static_assert(HIDDEN % 256 == 0 && INTER % 256 == 0 && QDIM % 256 == 0, "K is cut into whole stages");
 
 struct Product {               // one matrix-vector product

@@ -157,6 +157,7 @@ __device__ __forceinline__ int first_tile(int tiles, int block, int blocks) { re
 // x queue behind them, so that asking faster made a step slower (docs/kernels.md).
 template <typename Op, typename Barriers, typename Fetch> __device__ __forceinline__ void feed_ring(const Op& op, const Barriers& s, int stages, Fetch&& fetch) {
   constexpr int AT_ONCE = 4;
+  static_assert(WINDOW % AT_ONCE == 0, "the window moves by what is asked for at once");
   const int first = min(stages, op.ring);
   for (int i = 0; i < first; i += AT_ONCE) {
 #pragma unroll
