@@ -201,7 +201,7 @@ def _use_graphs(device: torch.device, graphs: int = SETTLING_GRAPHS) -> None:
             with torch.cuda.graph(graph):
                 x.add_(1)
             graph.replay()
-        with torch.cuda.stream(torch.cuda.Stream()):
+        with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
             x.add_(1)
     torch.cuda.synchronize(device)
 

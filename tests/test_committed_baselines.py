@@ -61,3 +61,20 @@ def test_quantizing_an_8b_on_an_h200_took_at_most_5_s():
     rows = [row for row in rows if row.backend != "calibrated"]
     assert len(rows) >= 20
     assert {row.id: took[row.id] for row in rows if took[row.id] > 5} == {}
+
+
+def test_the_readmes_h200_table_says_what_the_baseline_says():
+    (path,) = (ROOT / "benches" / "baselines" / "nvidia-h200").glob("*.json")
+    rows = {(row.format, row.mode, row.workload): row.metrics for row in baselines.load(path).rows.values()}
+    bf16 = rows["bf16-torch", "reduce-overhead", "b1_c0"]["decode_tok_s"].median
+    table = (ROOT / "README.md").read_text().partition("<!-- h200 table -->")[2].partition("<!-- end")[0]
+    lines = [line for line in table.splitlines() if line.startswith("| ")][2:]
+    assert len(lines) > 10
+    for line in lines:
+        name, mode, context, speed, ratio, vram, energy, mbu, _ = (cell.strip() for cell in line.strip("|").split("|"))
+        found = rows[name.split()[0], mode, f"b1_c{context}"]
+        decode = found["decode_tok_s"].median
+        assert speed == (f"{decode:,.0f}" if decode >= 1000 else f"{decode:.1f}"), line
+        assert ratio in ("–", f"{decode / bf16:.2f}"), line
+        assert vram == f"{found['vram_peak_mib'].median:,.0f}", line
+        assert (energy, mbu) == (f"{found['energy_j_per_tok'].median:.2f}", f"{found['mbu'].median:.0%}"[:-1] + " %"), line
