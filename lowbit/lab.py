@@ -58,11 +58,12 @@ class Lab(Loaded):
         record = case.record(nodeid, self.choice.name, self.choice.load_format)
         self.auto.note(case, record)
         case = self.auto.stands_for(case)
+        began_us = time.time_ns() // 1000
         before = CardState.read(self.nvml, self.own_pids())
         kinds = {"quality": self._measure_quality, "eval": self._measure_evaluation}
         take = kinds.get(case.kind, self._measure_speed)
         measurement = take(case, record, rounds)
-        after = CardState.read(self.nvml, self.own_pids())
+        after = CardState.read(self.nvml, self.own_pids(), began_us)
         disturbance = disturbed(before, after)
         if disturbance is not None:
             record.outcome, record.error = "void", disturbance

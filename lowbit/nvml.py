@@ -62,14 +62,23 @@ class State(TypedDict):
 
 
 class Process(NamedTuple):
-    """A compute process on the card that is none of ours. ``pid`` is None where a container hides it."""
+    """A compute process on the card that is none of ours. ``pid`` is None where a container hides it.
+
+    ``busy`` is the share of time in percent in which kernels of it ran, where that was asked for and NVML says so.
+    """
 
     pid: int | None
     mib: float | None
+    busy: int | None = None
+
+    @property
+    def name(self) -> str:
+        return "a process hidden by the container" if self.pid is None else f"pid {self.pid}"
 
     def __str__(self) -> str:
-        size = "" if self.mib is None else f" ({self.mib:,.0f} MiB)"
-        return f"a process hidden by the container{size}" if self.pid is None else f"pid {self.pid}{size}"
+        known = [] if self.mib is None else [f"{self.mib:,.0f} MiB"]
+        known += [] if self.busy is None else [f"busy {self.busy} %"]
+        return f"{self.name} ({', '.join(known)})" if known else self.name
 
 
 class Nvml:
@@ -141,11 +150,14 @@ class Nvml:
         self.method = "device delta"
         return self.used_mib() - self._used_at_open_mib
 
-    def other_processes(self, own_pids: Iterable[int] = (), explained_mib: float | None = None) -> list[Process]:
+    def other_processes(
+        self, own_pids: Iterable[int] = (), explained_mib: float | None = None, since_us: int | None = None
+    ) -> list[Process]:
         """Compute processes on the card that are none of ours, in order of pid.
 
         Ours are this process, ``own_pids``, our descendants (a confirming child) and our ancestors (the parent of a
-        confirming child, an xdist controller). Graphics-only clients (a desktop) do not count.
+        confirming child, an xdist controller). Graphics-only clients (a desktop) do not count. With ``since_us``
+        (microseconds of the Unix epoch) each says how busy it was from then on.
 
         Where this process is not listed although the card is in use, the pids are another namespace's: 4711 there is
         not 4711 here, and every entry might be ours. Then only memory can tell: the card's growth since ``open`` less
@@ -156,7 +168,9 @@ class Nvml:
         listed = self._listed()
         if any(process.pid == os.getpid() for process in listed):
             family = _family(own_pids)
-            return sorted(process for process in listed if process.pid not in family and not _descends(process.pid))
+            others = sorted(process for process in listed if process.pid not in family and not _descends(process.pid))
+            busy = self._busy(since_us) if others and since_us is not None else {}
+            return [process._replace(busy=busy.get(process.pid)) for process in others]
         if explained_mib is None:
             return []
         unexplained = self.used_mib() - self._used_at_open_mib - explained_mib
@@ -195,6 +209,16 @@ class Nvml:
             return getattr(self._library, function)(self._handle, *arguments)
         except self._library.NVMLError:
             return None
+
+    def _busy(self, since_us: int) -> dict[int | None, int]:
+        """By pid, percent of the time since then in which its kernels ran. {} where NVML does not say: a MIG slice,
+        no permission, nobody busy (nvml.h, nvmlDeviceGetProcessUtilization).
+
+        Some drivers fill up with entries that were never written, of any time and beyond 100 %: those are left out.
+        """
+        samples = self._ask("nvmlDeviceGetProcessUtilization", since_us) or []
+        valid = [one for one in samples if one.timeStamp > since_us and one.smUtil <= 100]
+        return {int(one.pid): int(one.smUtil) for one in sorted(valid, key=lambda one: int(one.smUtil))}
 
     def _listed(self) -> list[Process]:
         listed = self._ask("nvmlDeviceGetComputeRunningProcesses") or []

@@ -23,6 +23,9 @@ Status = Literal["ok", "regression", "improvement", "new", "missing", "ungated"]
 REPEATS = 2
 """Fresh processes that must confirm a suspicion: it fails when all ``1 + REPEATS`` runs are beyond the limit."""
 
+NO_EVIDENCE = ("void", "skipped")
+"""Outcomes of a repeat that neither acquit nor confirm: the card was disturbed, or had no room."""
+
 BLUNT = 0.25
 """Share of a baseline's value beyond which a limit that comes of noise is worth a warning."""
 
@@ -187,17 +190,15 @@ def confirm(verdicts: Sequence[Verdict], repeats: Sequence[Record]) -> list[Verd
 
     A suspicion stays a regression only if every repeat is beyond the same limit too; one within it acquits, so the
     caller may stop there, and otherwise makes ``REPEATS`` of them. A repeat without the metric (it failed) does not
-    acquit; a void or skipped one is no evidence either way, and where there is none but that, nothing is confirmed.
-    The value reported is the median of the runs.
+    acquit. A void or skipped one is no evidence either way: a suspicion that only such repeats kept from failing is
+    ``undecided``. The value reported is the median of the runs.
     """
-    evidence = [repeat.metrics for repeat in repeats if repeat.outcome not in ("void", "skipped")]
-    if repeats and not evidence:
-        why = f"not confirmed: its repeats were {', '.join(repeat.outcome for repeat in repeats)}"
-        return [replace(v, status="ok", reason=why) if v.status == "regression" else v for v in verdicts]
+    evidence = [repeat.metrics for repeat in repeats if repeat.outcome not in NO_EVIDENCE]
+    silent = [repeat.outcome for repeat in repeats if repeat.outcome in NO_EVIDENCE]
     final = []
     for verdict in verdicts:
         metric = metrics.find(verdict.metric)
-        if verdict.status != "regression" or not evidence or metric is None:
+        if verdict.status != "regression" or not repeats or metric is None:
             final.append(verdict)
             continue
         assert verdict.baseline is not None
@@ -206,17 +207,25 @@ def confirm(verdicts: Sequence[Verdict], repeats: Sequence[Record]) -> list[Verd
         runs = [verdict.now, *(values.get(verdict.metric, math.nan) for values in evidence)]
         beyond = sum(_beyond(metric, verdict.baseline, now, verdict.limit) == "regression" for now in runs)
         finite = [now for now in runs if math.isfinite(now)]
+        fails = beyond == len(runs) and not silent
+        why = f"not confirmed{f': of its repeats {len(silent)} were {silent[0]}' if silent else ''}"
         final.append(
             replace(
                 verdict,
-                status="regression" if beyond == len(runs) else "ok",
+                status="regression" if fails else "ok",
                 now=statistics.median(finite) if finite else math.nan,
                 beyond=beyond,
                 runs=len(runs),
-                reason="" if beyond == len(runs) else "not confirmed",
+                reason="" if fails else why,
             )
         )
     return final
+
+
+def undecided(confirmed: Iterable[Verdict]) -> list[Verdict]:
+    """Those that ``confirm`` neither acquitted nor confirmed: beyond the limit in every run that is evidence, with a
+    repeat that is none."""
+    return [verdict for verdict in confirmed if verdict.status == "ok" and 0 < verdict.beyond == verdict.runs]
 
 
 def short_name(case: str) -> str:

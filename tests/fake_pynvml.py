@@ -34,11 +34,13 @@ class NVMLError(Exception):
 
 @dataclass
 class FakePynvml:
-    """``processes`` maps a pid to MiB, or to None where NVML does not tell. ``refused`` names calls that raise."""
+    """``processes`` maps a pid to MiB, or to None where NVML does not tell; ``samples`` are (pid, µs, percent of the
+    SMs' time). ``refused`` names calls that raise."""
 
     handles: tuple[str, ...] = (f"GPU-{UUID}",)
     used_mib: float = 600.0
     processes: dict[int, float | None] = field(default_factory=dict)
+    samples: list[tuple[int, int, int]] = field(default_factory=list)
     millijoules: int = 5_000_000
     reasons: int = 0
     sm_mhz: int = 1980
@@ -87,6 +89,13 @@ class FakePynvml:
         self._check("nvmlDeviceGetComputeRunningProcesses")
         sizes = {pid: None if mib is None else int(mib * MIB) for pid, mib in self.processes.items()}
         return [SimpleNamespace(pid=pid, usedGpuMemory=size) for pid, size in sizes.items()]
+
+    def nvmlDeviceGetProcessUtilization(self, handle, timeStamp):
+        """As the real one: an error where there is nothing newer."""
+        self._check("nvmlDeviceGetProcessUtilization")
+        if not any(when > timeStamp for _, when, _ in self.samples):
+            raise NVMLError("Not Found: nvmlDeviceGetProcessUtilization")
+        return [SimpleNamespace(pid=pid, timeStamp=when, smUtil=percent) for pid, when, percent in self.samples]
 
     def nvmlDeviceGetTotalEnergyConsumption(self, handle):
         self._check("nvmlDeviceGetTotalEnergyConsumption")

@@ -63,6 +63,7 @@ def test_lost_cases_fail_unless_they_were_left_out(tmp_path: Path) -> None:
     assert result.void == [void.case]
     assert result.new == [record("e", 0).case]
     assert result.failed
+    assert difference(result).splitlines()[-1].endswith("; 1 case void in NEW, not judged")
     selected = keep(tmp_path, record("b", 1.0), selection={"-k": "b"})
     result = comparison.compare_runs(old, selected)
     assert (result.failed, result.left_out) == (False, 3)
@@ -70,6 +71,9 @@ def test_lost_cases_fail_unless_they_were_left_out(tmp_path: Path) -> None:
     other = keep(tmp_path, record("e", 1.0), selection={"-k": "e"})
     with pytest.raises(LowbitError, match="no measured case in common: nothing to compare"):
         comparison.compare_runs(old, other)
+    disturbed = keep(tmp_path, void, selection={"-k": "d"})
+    with pytest.raises(LowbitError, match=r"all 1 cases that it has in common .* are void"):
+        comparison.compare_runs(old, disturbed)
     unselected = keep(tmp_path, record("b", 1.0), selection={"-k": ""})
     assert len(comparison.compare_runs(old, unselected).lost) == 3
 

@@ -84,6 +84,75 @@ def test_a_confirming_process_that_dies_fails_the_test_and_spoils_the_run(bench)
     assert bench.journal()[-1]["regressed"] is True
 
 
+class Repeats:
+    """What the fresh processes of a suspicious case measure, in order: tok/s, or None where the card was disturbed."""
+
+    def __init__(self, bench, *tok_s):
+        self.left = list(tok_s)
+        self.run_case = bench.run_case
+        bench.accept()
+        bench.plan(tok_s=SLOW)
+        bench.monkeypatch.setattr(children, "run_case", self)
+
+    def __call__(self, config, nodeid):
+        record, stats = self.run_case(config, nodeid)
+        now = self.left.pop(0)
+        if now is None:
+            record.outcome, record.error = "void", "another process worked on the card: pid 2146"
+        else:
+            record.metrics["decode_tok_s"] = now
+        return record, stats
+
+
+def test_a_disturbed_confirmation_is_measured_once_more(bench):
+    repeats = Repeats(bench, None, 90.0, None, 90.0)
+    result = bench.run("--benchmark-compare")
+    result.assert_outcomes(passed=CASES - 1, failed=1)
+    assert "(-10.0 %, limit 2.0 %, 3 of 3 runs)" in result.stdout.str()
+    assert repeats.left == []
+
+
+def test_a_disturbed_confirmation_keeps_the_next_from_failing_not_from_acquitting(bench):
+    repeats = Repeats(bench, None, None, 100.0)
+    bench.run("--benchmark-compare").assert_outcomes(passed=CASES)
+    assert repeats.left == []
+
+
+@pytest.mark.parametrize("tok_s", [(None,) * 4, (90.0, None, None), (None, None, 90.0)])
+def test_a_suspicion_that_a_busy_card_keeps_from_being_confirmed_is_void(bench, tok_s):
+    """Neither a regression nor good: no verdict of it is kept, and the summary says what to do."""
+    Repeats(bench, *tok_s)
+    result = bench.run("--benchmark-compare", "-rs", "--benchmark-json=all.json")
+    result.assert_outcomes(passed=CASES - 1, skipped=1)
+    told = " ".join(result.stdout.str().split())
+    reason = "decode_tok_s beyond the limit, which could not be confirmed: another process worked on the card: pid 2146"
+    assert f"void: decode[{DECODE}]: {reason}" in told
+    assert (
+        "1 case void: neither good nor worse, no figure of theirs is judged or accepted; measure again when the card "
+        f'is free: the same command, with -k "test_decode[{DECODE}]"' in told
+    )
+    kept = runs.read(runs.list_runs(bench.root / ".lowbit/runs")[-1])
+    record = kept.entries[NODE].record
+    assert (record.outcome, record.error) == ("void", reason)
+    assert "judged" not in record.info
+    assert (kept.regressed, NODE in kept.cases()) == (False, False)
+    stored = json.loads((bench.root / "all.json").read_text())["benchmarks"]
+    assert [one["extra_info"]["lowbit"]["outcome"] for one in stored if DECODE in one["name"]].count("void") == 1
+    headline = markdown.headline(content.of_run(kept, baselines.load(bench.baseline)))
+    assert headline.startswith("⚠️ nothing got worse in what could be judged; 1 case void")
+
+
+def test_a_run_whose_every_case_is_void_is_not_green(bench):
+    bench.accept()
+    bench.plan(void="")
+    result = bench.run("--benchmark-compare", "-k", "decode")
+    result.assert_outcomes(skipped=CASES - 6, deselected=6)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    told = " ".join(result.stdout.str().split())
+    assert "ERROR: nothing was judged by 0001_embedded-auto.json: 4 cases void, none measured; measure again" in told
+    assert bench.run("-k", "decode").ret == pytest.ExitCode.OK  # nothing was to be judged
+
+
 def test_a_regressed_run_never_becomes_a_baseline_by_itself(bench):
     bench.accept()
     before = bench.baseline.read_text()

@@ -122,7 +122,7 @@ def test_cuda_graphs_given_up_are_noted(tiny_bench, monkeypatch):
 def test_the_runs_own_processes_do_not_disturb(tiny_folder, story, monkeypatch):
     seen = []
     read = lab.CardState.read
-    monkeypatch.setattr(lab.CardState, "read", lambda nvml, own: seen.append(own) or read(nvml, own))
+    monkeypatch.setattr(lab.CardState, "read", lambda nvml, own, *since: seen.append(own) or read(nvml, own, *since))
     bench = make_lab(tiny_folder, story, own_pids=lambda: {11, 12})
     take(bench, decode())
     assert seen == [{11, 12}, {11, 12}]

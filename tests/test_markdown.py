@@ -70,8 +70,9 @@ def test_what_was_upgraded_the_answer_and_the_skips_are_there(judged: Content) -
     assert (
         'Reproduce: `pytest benches --model llama-3.1-8b --load-format dummy --suite nightly -k "test_decode[' in told
     )
-    skipped = r"^Skipped: \d+ × `capability: needs SM100 \(fp4\), this is SM90` \(`a8w8_llmint8-bitsandbytes`\)$"
-    assert re.search(skipped, told, re.M)
+    skipped = r"^Skipped: \d+ × `capability: needs SM100 \(fp4\), this is SM90` \(`a8w8_llmint8-bitsandbytes`\)"
+    void = r"\. Void, neither good nor worse: \d+ × `another process came to the card: 4711 \(python, 512 MiB\)`$"
+    assert re.search(skipped + void, told, re.M)
     assert "Better, unexplained" in told
 
 
@@ -126,7 +127,11 @@ def test_what_gets_worse_within_its_limits_is_told_before_it_fails(drifting: Con
     assert [(trend.case.rpartition("::test_")[2], trend.metric) for trend in since.moving(drifting)] == [
         (DRIFTING, "decode_tok_s")
     ]
-    assert markdown.headline(drifting).startswith("✅ nothing got worse beyond its limit: ")
+    voids = drifting.counts["void"]
+    words = "nothing got worse beyond its limit"
+    assert markdown.headline(drifting).startswith(f"⚠️ {words} in what could be judged; {voids} cases void: ")
+    undisturbed = replace(drifting, records=[one for one in drifting.records if one.outcome != "void"])
+    assert markdown.headline(undisturbed).startswith(f"✅ {words}: ")
     (line,) = [line for line in markdown.summary(drifting).splitlines() if "Getting worse" in line]
     moved = r"decode\\_tok\\_s 2\d\d\.\d → 2\d\d\.\d tok/s \(-1\.\d %, a drift since 2026-10-2\d, \d+ nights\)"
     told = f"`{re.escape(DRIFTING)}` {moved}"
@@ -211,6 +216,7 @@ def test_all_parts_at_their_longest_are_one_screen(drifting: Content) -> None:
         "Reproduce:",
         "Skipped:",
         "more reasons",
+        "Void, neither good nor worse: ",
     ):
         assert part in told, part
     assert len(told.splitlines()) <= 40, told

@@ -153,6 +153,36 @@ def test_own_pids_our_ancestors_and_our_children_are_ours(fake):
         child.communicate("\n")
 
 
+def test_how_busy_others_were_since(fake):
+    card = Nvml.open(CARD)
+    fake.processes = {ME: 500.0, STRANGER: 900.0, STRANGER + 1: 100.0}
+    fake.samples = [(ME, 2000, 99), (STRANGER, 2000, 41), (STRANGER, 2500, 12), (STRANGER + 1, 1000, 30)]
+    assert card.other_processes(since_us=1000) == [Process(STRANGER, 900.0, 41), Process(STRANGER + 1, 100.0)]
+    assert [process.busy for process in card.other_processes()] == [None, None]
+
+
+def test_samples_that_the_driver_never_wrote_are_left_out(fake):
+    card = Nvml.open(CARD)
+    fake.processes = {ME: 500.0, STRANGER: 900.0}
+    fake.samples = [(STRANGER, 2000, 4_294_967_295), (STRANGER, 0, 77), (STRANGER, 2000, 3)]
+    assert [process.busy for process in card.other_processes(since_us=1000)] == [3]
+
+
+@pytest.mark.parametrize("refused", [set(), {"nvmlDeviceGetProcessUtilization"}], ids=["no samples", "a MIG slice"])
+def test_where_nvml_does_not_say_who_was_busy(fake, refused):
+    card = Nvml.open(CARD)
+    fake.processes, fake.refused = {ME: 500.0, STRANGER: 900.0}, refused
+    assert card.other_processes(since_us=1000) == [Process(STRANGER, 900.0)]
+
+
+def test_hidden_pids_are_not_asked_who_was_busy(fake):
+    """A number there may be another process's here."""
+    card = Nvml.open(CARD)
+    fake.processes, fake.used_mib = {STRANGER: 17_000.0, STRANGER + 1: 9000.0}, 600 + 26_000
+    fake.samples = [(STRANGER, 2000, 90)]
+    assert card.other_processes(explained_mib=16_100, since_us=1000) == [Process(None, 9900.0)]
+
+
 def test_hidden_pids_raise_no_false_alarm(fake):
     card = Nvml.open(CARD)
     # our own 16 GiB under the host's pid, and a context's worth that torch does not know of

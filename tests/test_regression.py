@@ -23,6 +23,7 @@ from lowbit.regression import (
     limit_for,
     message,
     suspicions,
+    undecided,
 )
 from lowbit.spread import NO_SPREAD, Row, Spread, Spreads, Values, pool_spread, spread_factor
 
@@ -174,7 +175,22 @@ def test_repeats_that_say_nothing_confirm_nothing(outcome: str) -> None:
     """Two disturbed or skipped repeats: one run alone never fails."""
     (final,) = confirm([verdict(90.0, decode_tok_s=[100.0])], [record({}, outcome=outcome)] * 2)
     assert not final.fails
-    assert final.reason == f"not confirmed: its repeats were {outcome}, {outcome}"
+    assert final.reason == f"not confirmed: of its repeats 2 were {outcome}"
+    assert undecided([final]) == [final]
+
+
+@pytest.mark.parametrize("outcome", ["void", "skipped"])
+def test_a_repeat_that_says_nothing_neither_confirms_nor_keeps_the_other_from_acquitting(outcome: str) -> None:
+    """A regression takes all three runs beyond the limit."""
+    first, silent = verdict(90.0, decode_tok_s=[100.0]), record({"decode_tok_s": 50.0}, outcome=outcome)
+    for order in ([silent, *repeats("decode_tok_s", 90.0)], [*repeats("decode_tok_s", 90.0), silent]):
+        (final,) = confirm([first], order)
+        assert not final.fails
+        assert (final.beyond, final.runs, final.now) == (2, 2, 90.0)
+        assert undecided([final]) == [final]
+    (final,) = confirm([first], [silent, *repeats("decode_tok_s", 99.0)])
+    assert final.status == "ok"
+    assert undecided([final]) == []
 
 
 def test_an_improvement_is_never_confirmed_or_failed() -> None:

@@ -219,6 +219,8 @@ def measure_case(request: pytest.FixtureRequest, benchmark: Any) -> Iterator[Cal
         if record.outcome == "skipped":
             pytest.skip(str(record.unmet))
         if record.outcome == "void":
+            if benchmark.stats is not None:  # it may have become void as it was judged
+                benchmark.stats.extra_info["lowbit"] = record.to_dict(samples=False)
             pytest.skip(f"void{'' if bench.blocking else ', measured twice'}: {record.error}")
         if record.outcome == "failed":
             pytest.fail(f"{where}: {record.error}", pytrace=False)
@@ -272,6 +274,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         if not bench.in_worker and not session.config.option.collectonly:
             patching.write_patch(bench)
         reporting.write(bench)
+        if not bench.in_worker:
+            gate.check_judged(bench)
     except LowbitError as error:
         bench.error = str(error)
         if exitstatus == pytest.ExitCode.OK:  # a failure or Ctrl-C stays what it was

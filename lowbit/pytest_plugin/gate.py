@@ -11,11 +11,13 @@ from lowbit.cases import Case
 from lowbit.errors import LowbitError
 from lowbit.record import Record
 from lowbit.regression import Verdict
+from lowbit.report.layout import count
 from lowbit.report.rows import selection
 
 if TYPE_CHECKING:
     from lowbit.pytest_plugin.session import BenchSession
 
+AGAIN = "measure again when the card is free"
 BLOCKING = "CUDA_LAUNCH_BLOCKING=1: the host waits for each kernel, so no timing is the card's own"
 
 
@@ -105,7 +107,10 @@ def judge(bench: BenchSession, case: Case, record: Record) -> list[str]:
     verdicts = regression.judge(record, row, bench.spreads, bench.device.kind)
     _note(bench, record, verdicts)  # a suspicion whose confirmation breaks off stands: its run is no baseline
     if regression.suspicions(verdicts):
-        verdicts = _confirm(bench, case, record, verdicts)
+        verdicts, repeats = _confirm(bench, case, record, verdicts)
+        if regression.undecided(verdicts) and not any(verdict.fails for verdict in verdicts):
+            _void(bench, record, verdicts, repeats)
+            return []
         _note(bench, record, verdicts)
     failures = [regression.message(case.name, slug, verdict) for verdict in verdicts if verdict.fails]
     changed = upgrades(bench)
@@ -118,8 +123,19 @@ def _note(bench: BenchSession, record: Record, verdicts: list[Verdict]) -> None:
         record.info["verdicts"] = [verdict.to_dict() for verdict in verdicts if verdict.status != "ungated"]
 
 
-def _confirm(bench: BenchSession, case: Case, record: Record, verdicts: list[Verdict]) -> list[Verdict]:
-    """Measure again in fresh processes, the device freed for them, until one acquits or all have spoken."""
+def _void(bench: BenchSession, record: Record, verdicts: list[Verdict], repeats: list[Record]) -> None:
+    """A suspicion that could not be confirmed for the card's sake is no regression, nor is it good."""
+    suspected = ", ".join(verdict.metric for verdict in regression.undecided(verdicts))
+    reason = next(repeat.error or str(repeat.unmet) for repeat in repeats if repeat.outcome in regression.NO_EVIDENCE)
+    record.outcome, record.error = "void", f"{suspected} beyond the limit, which could not be confirmed: {reason}"
+    bench.withdraw_verdicts(record)
+
+
+def _confirm(
+    bench: BenchSession, case: Case, record: Record, verdicts: list[Verdict]
+) -> tuple[list[Verdict], list[Record]]:
+    """Measure again in fresh processes, the device freed for them, until one acquits or all have spoken. A disturbed
+    one is measured once more. Returns the final verdicts, and what the fresh processes measured."""
     repeats: list[Record] = []
     suspected = ", ".join(verdict.metric for verdict in regression.suspicions(verdicts))
     for turn in range(1, regression.REPEATS + 1):
@@ -127,11 +143,24 @@ def _confirm(bench: BenchSession, case: Case, record: Record, verdicts: list[Ver
             f"{case.name}: {suspected} beyond the limit; confirming in fresh process {turn} of {regression.REPEATS}"
         )
         with bench.lab.spent.on("confirm"):
-            repeats.append(bench.run_child(record.case)[0])
+            repeat = bench.run_child(record.case)[0]
+            if repeat.outcome == "void":
+                bench.progress(f"{case.name}: disturbed ({repeat.error}); once more in a fresh process")
+                repeat = bench.run_child(record.case)[0]
+            repeats.append(repeat)
         confirmed = regression.confirm(verdicts, repeats)
-        if repeats[-1].outcome not in ("void", "skipped") and not regression.suspicions(confirmed):
+        if not regression.suspicions(confirmed) and not regression.undecided(confirmed):
             break
     bench.repeats[record.case] = [dict(repeat.metrics) for repeat in repeats if repeat.outcome == "measured"]
     if bench.in_worker:  # travels to the controller as the verdicts do
         record.info["repeats"] = bench.repeats[record.case]
-    return confirmed
+    return confirmed, repeats
+
+
+def check_judged(bench: BenchSession) -> None:
+    """Raises LowbitError where a run with a baseline has no figure to judge because the card was disturbed each time:
+    exit code 0 would say that nothing got worse."""
+    outcomes = [record.outcome for record in bench.records.values()]
+    if bench.baseline is not None and "void" in outcomes and not {"measured", "failed"} & {*outcomes}:
+        told = count(outcomes.count("void"), "case")
+        raise LowbitError(f"nothing was judged by {bench.baseline.path.name}: {told} void, none measured; {AGAIN}")

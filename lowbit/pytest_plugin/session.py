@@ -199,6 +199,15 @@ class BenchSession:
                 self.refused = True
                 raise
 
+    def withdraw_verdicts(self, record: Record) -> None:
+        """Keep a record anew that became void after it was judged: its figures are no evidence."""
+        del self.verdicts[record.case]
+        self.repeats.pop(record.case, None)
+        for name in (runs.JUDGED, "verdicts", "repeats"):
+            record.info.pop(name, None)
+        self.resumed.pop(record.case, None)
+        self.keep(record, self.stats[record.case])
+
     def close(self, exit_status: int) -> None:
         """Close the kept run and free the device. A child leaves its one record for its parent instead."""
         try:

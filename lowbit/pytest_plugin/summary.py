@@ -18,6 +18,7 @@ from lowbit.regression import blunt_words, find_blunt
 from lowbit.report import evaluation, kernels, recommendation, terminal
 from lowbit.report.layout import count, hang
 from lowbit.report.progress import Progress
+from lowbit.report.rows import selection
 from lowbit.spent import host_peak_mib
 
 if TYPE_CHECKING:
@@ -217,6 +218,16 @@ def _footer(bench: BenchSession, records: list[Record]) -> str:
     return terminal.footer(bench.lab.spent, wall_s=wall_s, host_peak_mib=host_peak_mib())
 
 
+def _void(bench: BenchSession) -> list[str]:
+    """What is neither good nor worse, and how to have it measured."""
+    cases = [record.case for record in bench.records.values() if record.outcome == "void"]
+    if not cases or bench.blocking:
+        return []
+    only = f', with -k "{" or ".join(map(selection, cases))}"' if len(cases) <= NAMED else ""
+    told = f"{count(len(cases), 'case')} void: neither good nor worse, no figure of theirs is judged or accepted"
+    return [hang(f"{told}; {gate.AGAIN}: the same command{only}")]
+
+
 def _consequences(bench: BenchSession) -> list[str]:
     lines = []
     if bench.writer is not None:
@@ -224,6 +235,7 @@ def _consequences(bench: BenchSession) -> list[str]:
         if bench.unreached and not bench.refused:
             reached = f"{len(bench.selected) - bench.unreached} of {count(len(bench.selected), 'case')}"
             lines.append(f"it has {reached}; the rest: the same command with --resume")
+    lines += _void(bench)
     lines += bench.told
     lines += [bench.patched] if bench.patched else []
     if bench.accepted is not None:

@@ -42,6 +42,8 @@ def difference(comparison: Comparison, *, color: bool = False) -> str:
     judged = sum(verdict.status != "ungated" for _, verdicts in comparison.verdicts for verdict in verdicts)
     cases = count(len(comparison.verdicts), "case")
     total = f"{count(len(failures), 'failure')} in {cases}, {count(judged, 'gated metric')}"
+    if comparison.void:
+        total += f"; {count(len(comparison.void), 'case')} void in NEW, not judged"
     if comparison.left_out:
         total += f"; {count(comparison.left_out, 'case')} of OLD not selected in NEW"
     return "\n".join([*lines, "", total])

@@ -10,10 +10,11 @@ from lowbit.baselines import DEFAULT_RUNS
 from lowbit.regression import Verdict, blunt_words
 from lowbit.report.common import in_common
 from lowbit.report.content import Content, Finding, format_of, name
-from lowbit.report.layout import NONE, divergence, number
+from lowbit.report.layout import NONE, count, divergence, number
 from lowbit.report.recommendation import recommendation
 from lowbit.report.rows import Row, join, memory_metric
 from lowbit.report.since import moving, moving_words, since
+from lowbit.report.terminal import first_line
 
 FAILURES, BETTER, MOVING, FASTEST, REASONS, UPGRADES, CELL = 8, 2, 3, 4, 4, 8, 160
 """Rows of each part, so that all of it stays below 40 lines, and characters of a cell. What is left out is counted."""
@@ -45,7 +46,8 @@ def summary(content: Content) -> str:
         lines += [f"- and {len(better) - BETTER} more"] if len(better) > BETTER else []
     lines += _moving(content)
     lines += ["", *_fastest(content)]
-    lines += ["", *_skips(content)] if content.skips else []
+    without = [*(_skips(content) if content.skips else []), *(_void(content) if "void" in content.counts else [])]
+    lines += ["", ". ".join(without)] if without else []
     return "\n".join(lines) + "\n"
 
 
@@ -60,7 +62,9 @@ def verdict_words(content: Content) -> tuple[str, str]:
         return "open", "unfinished run: nothing got worse in what was measured"
     if not content.judged_by:
         return "none", "measured, not compared with a baseline"
-    return "good", "nothing got worse beyond its limit" if moving(content) else "nothing got worse"
+    good = "nothing got worse beyond its limit" if moving(content) else "nothing got worse"
+    void = content.counts.get("void", 0)
+    return ("open", f"{good} in what could be judged; {count(void, 'case')} void") if void else ("good", good)
 
 
 def headline(content: Content) -> str:
@@ -200,6 +204,14 @@ def _answer(content: Content) -> list[str]:
     words += f" (KL of formats that this run did not score: {content.scored_by})" if content.scores else ""
     lines = [f"**Answer**{' ' if words.startswith(' ') else ''}{text(words)}"]
     return [*lines, f"Reproduce: {code(command)}"] if command else lines
+
+
+def _void(content: Content) -> list[str]:
+    """One line: by reason, as the card was disturbed."""
+    reasons = Counter(first_line(record.error) for record in content.records if record.outcome == "void")
+    shown = [f"{number} × {code(reason)}" for reason, number in reasons.most_common(REASONS)]
+    more = len(reasons) - len(shown)
+    return [f"Void, neither good nor worse: {'; '.join(shown)}{f'; {more} more reasons' if more > 0 else ''}"]
 
 
 def _skips(content: Content) -> list[str]:
