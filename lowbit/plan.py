@@ -91,7 +91,7 @@ def with_first(planned: Sequence[Planned], device_kind: str) -> list[Planned]:
         more = (
             0.0
             if one.recorded or not one.seconds or one.case.format.id in seen
-            else first_s(device_kind, one.case.format)
+            else first_s(device_kind, one.case.format, one.case.mode)
         )
         if one.seconds:
             seen.add(one.case.format.id)

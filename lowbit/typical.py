@@ -37,24 +37,28 @@ TYPICAL_OF_LIBRARY_S = {
     ("cuda", "regional", "torchao"): 15.0,
     ("cuda", "regional", "gemlite"): 20.0,
     ("cuda", "regional", "bitsandbytes"): 8.0,
-    ("cuda", "native", "lowbit"): 15.0,
-    ("cuda", "native", "recipe"): 15.0,
+    ("cuda", "native", "lowbit"): 10.0,
+    ("cuda", "native", "recipe"): 10.0,
 }
 """The same where a library is far from it. Of Llama-3.1-8B on an H200 with cold caches, torch 2.11, 2026-11-21: torchao
 eager 10.6 to 66 s (10 rows, mean 24.8) and reduce-overhead 34 to 87 (4 rows, mean 60), bitsandbytes reduce-overhead 41,
-lowbit native 5 to 14; gemlite and LLM.int8 decode 14 to 19 tok/s in eager mode, 3 times 128 tokens. hqq, references and
+gemlite and LLM.int8 decode 14 to 19 tok/s in eager mode, 3 times 128 tokens. hqq, references and
 calibrated rows are guessed by what they do.
 
 ``regional``: decode of b1_c0 of the same model and torch, 2026-11-22, ``wall_s`` of the journals: one process on one
 H200, and four runs on two, of which the first compiled (cold) and the later ones found its caches (warm). bf16-torch
 cold 8.7 to 15.1, warm 4.2 to 4.7; torchao cold int4 6.2 and 6.6, with HQQ 9.6, dynamic fp8 7.0 and 10.5, int8 16.8 and
 24.0, weight-only fp8 23.1 (mean of the rows 13.7), warm 4.5 to 12.6; gemlite cold 18.2 to 22.7, warm 17.4 to 20.8: it
-is not the compiler it waits for; bitsandbytes NF4 cold 6.3, warm 5.0 to 8.2. Any other library's is unmeasured."""
+is not the compiler it waits for; bitsandbytes NF4 cold 6.3, warm 5.0 to 8.2. Later that day 59 more rows, mostly cold
+(docs/runs/h200-rows-2026-11-22.json): torchao 5.9 to 33.0, mean 13.7 of 20, torch's KV caches 6.3 to 14.1, bitsandbytes
+5.5 to 11.5, recipes 4.6 to 30.3, mean 14.0; lowbit's ``native`` 6.8 to 11.1, mean 8.3 of 10. Any other library's is
+unmeasured."""
 
 FIRST_S = {("cuda", "gemlite"): 60.0, ("cuda", "calibrated"): 150.0, ("cuda", "hqq"): 30.0}
 """More for a format's first case in a process.
 
-gemlite tunes its kernels: two rows took 83 and 89 s, 24 and 28 of them compiling; with kept caches 26 to 31. GPTQ
+gemlite tunes its kernels: two rows took 83 and 89 s, 24 and 28 of them compiling; with kept caches 26 to 31. Under
+``regional`` that is in its 20 s above, cold or warm. GPTQ
 rounds 851,968 columns of an 8B one by one, 92 us of Python each, measured without a GPU: 78 s before a kernel runs. AWQ
 tries 20 scales on 8,192 tokens, by a kernel that takes 252 ms for 512 of them: 80 s. hqq searches its zero points.
 """
@@ -73,6 +77,9 @@ def typical_s(device_kind: str, kind: str, mode: str | None, fmt_id: str = "") -
     return next(known[key] for key in keys if key in known)
 
 
-def first_s(device_kind: str, fmt: Format) -> float:
+def first_s(device_kind: str, fmt: Format, mode: str | None = None) -> float:
     """Seconds that the first case of a format takes more; ``auto`` searches so long on any device."""
-    return SEARCH_S if fmt.scheme == AUTO else FIRST_S.get((device_kind, fmt.id.rpartition("-")[2]), 0.0)
+    if fmt.scheme == AUTO:
+        return SEARCH_S
+    library = fmt.id.rpartition("-")[2]
+    return 0.0 if (mode, library) == ("regional", "gemlite") else FIRST_S.get((device_kind, library), 0.0)

@@ -46,10 +46,17 @@ def test_an_expression_selects_exactly_its_part(planned, minutes):
         assert selected(plan.expression(part.cases, planned), names) == {one.name for one in part.cases}
 
 
+def test_gemlites_tuning_is_in_its_seconds_of_regional():
+    gemlite = FORMATS["a16w8-gemlite"]
+    assert typical.first_s("cuda", gemlite, "regional") == 0  # 18 to 23 s in all, cold or warm
+    assert typical.first_s("cuda", gemlite, "reduce-overhead") > 0
+
+
 def test_a_mode_that_compiles_one_layer_is_not_planned_as_one_that_compiles_32():
     regional = typical.typical_s("cuda", "decode", "regional", "a16w8-torchao")
     assert regional < typical.typical_s("cuda", "decode", "default", "a16w8-torchao")
-    assert typical.typical_s("cuda", "decode", "native", "a16w8-lowbit") == 15
+    native = typical.typical_s("cuda", "decode", "native", "a16w8-lowbit")
+    assert 6.8 <= native <= 11.1  # the ten rows of docs/runs/h200-rows-2026-11-22.json
     assert typical.typical_s("cpu", "decode", "regional") == typical.typical_s("cpu", "decode", "default")
 
 
