@@ -126,7 +126,7 @@ class FakeLab:
     def misbehave(self, plan, name):
         """The faults that a test asks for."""
         if is_planned(plan, "load", name):
-            raise LoadError("model.safetensors is truncated")
+            raise LoadError(plan.get("why", "model.safetensors is truncated"))
         if is_planned(plan, "error", name):
             raise LowbitError(f"NaN or Inf logits from {name}")
         if is_planned(plan, "bug", name):

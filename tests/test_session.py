@@ -15,6 +15,7 @@ import torch
 from fakes import CASES, DECODE, Bench
 from toy_benches import GUARD_S
 
+from lowbit import hub
 from lowbit.faults import is_device_fault, is_out_of_memory
 
 pytest_plugins = ["pytester"]
@@ -48,6 +49,19 @@ def test_a_model_that_does_not_load_ends_the_run_with_one_error(bench):
     assert list(outcomes(bench).values()) == ["failed"]
     assert "recommendation" not in result.stdout.str()
     assert "accept this machine's figures" not in result.stdout.str()
+
+
+@pytest.mark.parametrize("args", [(), ("--isolate",), ("-n", "1")], ids=["here", "in a child", "in a worker"])
+def test_a_model_that_does_not_load_is_told_once_with_its_ways_out(bench, args):
+    """It was told by pytest and in the summary, and by children and workers twice in every case."""
+    why = f"--model org/gated: the model is gated. {hub._WAYS_OUT}"
+    bench.plan(**{"load": "", "why": why, "real children": True})
+    result = bench.run(*args, processes=bool(args))
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    told = " ".join((result.stdout.str() + result.stderr.str()).split())
+    assert told.count(why) == 1
+    assert [told.count(words) for words in ("org/gated", "Three ways out", "(1)", "(2)", "(3)")] == [1] * 5
+    assert list(outcomes(bench).values()) == ["failed"]
 
 
 def test_a_librarys_own_error_keeps_its_traceback_and_leaves_a_failed_record(bench):

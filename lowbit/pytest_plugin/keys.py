@@ -23,3 +23,6 @@ RECORD: pytest.StashKey[Record] = pytest.StashKey()
 
 STATS: pytest.StashKey[dict[str, Any] | None] = pytest.StashKey()
 """On an item, after its call: pytest-benchmark's ``Metadata.as_dict(include_data=True)``; None without timings."""
+
+UNLOADABLE = "unloadable"
+"""Of a failed record's info: its model can't be loaded, so that no other case of the run can be measured either."""

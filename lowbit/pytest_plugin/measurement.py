@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from lowbit.cases import Case
-from lowbit.errors import LowbitError
+from lowbit.errors import LoadError, LowbitError
 from lowbit.faults import is_device_fault, is_out_of_memory
 from lowbit.pytest_plugin import gate
 from lowbit.pytest_plugin.foreign import ForeignBenchmark, as_dict_of
-from lowbit.pytest_plugin.keys import CASE
+from lowbit.pytest_plugin.keys import CASE, UNLOADABLE
 from lowbit.record import Record
 from lowbit.report.terminal import first_line
 
@@ -86,6 +86,8 @@ def _blank(bench: BenchSession, case: Case, nodeid: str) -> Record:
 def _note_failure(bench: BenchSession, case: Case, nodeid: str, error: Exception) -> None:
     record = _blank(bench, case, nodeid)
     record.outcome = "failed"
+    if isinstance(error, LoadError):
+        record.info[UNLOADABLE] = True
     record.error = str(error) if isinstance(error, LowbitError) else f"{type(error).__name__}: {error}"
     bench.records[nodeid] = record
     if is_device_fault(error):

@@ -14,12 +14,13 @@ from lowbit import models, runs, texts
 from lowbit.baselines import Baseline
 from lowbit.cases import KINDS, enumerate_cases
 from lowbit.device import Device, detect, environment, launch_blocking, source_commit
-from lowbit.errors import LowbitError
+from lowbit.errors import LoadError, LowbitError
 from lowbit.faults import is_device_fault
 from lowbit.lab import Lab
 from lowbit.profiling import Profiler
 from lowbit.pytest_plugin import children, evaluation, gate
 from lowbit.pytest_plugin.collection import VANISHED
+from lowbit.pytest_plugin.keys import UNLOADABLE
 from lowbit.pytest_plugin.options import DEFAULT_BASELINE_RUNS, Settings
 from lowbit.record import Record
 from lowbit.regression import Blunt, Verdict
@@ -181,12 +182,15 @@ class BenchSession:
                 raise
 
     def receive(self, record: Record, stats: dict[str, Any] | None) -> None:
-        """A worker's result, already judged there: keep it."""
+        """A worker's result, already judged there: keep it. A model that can't be loaded ends the run, told once and
+        not by every worker in every case."""
         self.repeats[record.case] = record.info.pop("repeats", [])
         verdicts = record.info.pop("verdicts", None)
         self.keep(record, stats)
         if verdicts is not None:
             self.note_verdicts(record, [Verdict(**verdict) for verdict in verdicts])
+        if UNLOADABLE in record.info:
+            pytest.exit(str(record.error), returncode=pytest.ExitCode.USAGE_ERROR)
 
     def note_verdicts(self, record: Record, verdicts: list[Verdict]) -> None:
         """The gate's word on a kept record, on disk with it: a later report tells how often it was confirmed."""
@@ -243,7 +247,11 @@ class BenchSession:
         return any(verdict.fails for verdicts in self.verdicts.values() for verdict in verdicts)
 
     def run_child(self, nodeid: str) -> tuple[Record, dict[str, Any] | None]:
-        """Measure a case in a fresh process, this one's device memory freed for it. Raises LowbitError if it failed."""
+        """Measure a case in a fresh process, this one's device memory freed for it. Raises LowbitError if it failed,
+        LoadError if it can't load the model."""
         if self.poisoned is None:  # after a CUDA fault nothing can be freed any more
             self.lab.release()
-        return children.run_case(self.config, nodeid)
+        record, stats = children.run_case(self.config, nodeid)
+        if UNLOADABLE in record.info:
+            raise LoadError(record.error)
+        return record, stats

@@ -13,6 +13,7 @@ import pytest
 from lowbit import runs, vram_limit
 from lowbit.cases import KINDS, SUITE_MODES, Case, enumerate_cases
 from lowbit.pytest_plugin import collection, gate, products, updating
+from lowbit.pytest_plugin.keys import UNLOADABLE
 from lowbit.record import Record
 from lowbit.regression import blunt_words, find_blunt
 from lowbit.report import evaluation, kernels, recommendation, terminal
@@ -181,9 +182,10 @@ def _results(bench: BenchSession, color: bool) -> list[str]:
         return []
     vram = bench.settings.max_vram or bench.device.total_mib
     arguments = bench.model_arguments()
+    told = [record for record in records if UNLOADABLE not in record.info]  # that ended the run, which pytest tells
     parts = [
         terminal.table(records, bench.verdicts, gated=bench.baseline is not None, color=color),
-        terminal.notes(records, bench.verdicts, accept=bench.accept_command),
+        terminal.notes(told, bench.verdicts, accept=bench.accept_command),
         gate.upgrades(bench) if bench.regressed else "",
         ""
         if bench.settings.profile or not _measured(bench)
