@@ -1,6 +1,6 @@
 """``python -m lowbit`` and the ``lowbit`` command: what runs here (formats, models), and compare two runs offline.
 
-Exit codes: 0 fine, 1 NEW is worse than OLD (compare), 2 unusable input, 130 Ctrl-C.
+Exit codes: 0 fine, 1 NEW is worse than OLD (compare) or standard output can't be written, 2 unusable input, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from lowbit.device import Device
 
 OK, WORSE, UNUSABLE = 0, 1, 2
+UNWRITABLE = 1
 INTERRUPTED = 130  # as a shell counts SIGINT
 MIB = 1024 * 1024
 
@@ -70,9 +72,64 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+class OutputRefused(Exception):
+    """Standard output took no more; its cause is the OSError."""
+
+
+class Output:
+    """Standard output whose refusals can be told from those of any other file: an OSError leaves as OutputRefused.
+
+    A reader that has what it wants (``lowbit compare OLD NEW | head``) is no error: the command goes on unheard, and
+    ends with its own exit code.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._try(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, action: Callable[..., object], *arguments: str) -> None:
+        try:
+            action(*arguments)
+        except OSError as error:
+            # what is buffered, and what is still to come, goes nowhere: else the interpreter's end would complain
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+            if not isinstance(error, BrokenPipeError):
+                raise OutputRefused from error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. A LowbitError becomes one line on standard error and exit code 2, as argparse's errors do.
-    Without a command: the overview, and the same exit code."""
+    """Run one command. Where what it prints can't be written (a full disk) that is one line on standard error and exit
+    code 1."""
+    output: Any = Output(sys.stdout)
+    try:
+        with redirect_stdout(output):
+            try:
+                return run(arguments)
+            finally:
+                output.flush()
+    except OutputRefused as refused:
+        print(
+            f"lowbit: error: standard output can't be written ({refused.__cause__}), so what is there is not whole; "
+            "free space, or send it elsewhere",
+            file=sys.stderr,
+        )
+        return UNWRITABLE
+
+
+def run(arguments: Sequence[str] | None) -> int:
+    """One command. A LowbitError becomes one line on standard error and exit code 2, as argparse's errors do. Without
+    a command: the overview, and the same exit code."""
     parser = make_parser()
     options = parser.parse_args(arguments)
     if options.command is None:
@@ -80,16 +137,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return UNUSABLE
     try:
         exit_code: int = options.run(options)
-        sys.stdout.flush()
     except LowbitError as error:
         print(f"lowbit: error: {error}", file=sys.stderr)
         return UNUSABLE
     except KeyboardInterrupt:
         print("lowbit: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # `lowbit formats | head`: the reader has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OK
     return exit_code
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -197,3 +198,40 @@ def test_a_reader_that_stops_early_is_no_error(kept_run):
     command = f"{sys.executable} -m lowbit compare {old} {old} | true; exit ${{PIPESTATUS[0]}}"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, cwd=Path.cwd())
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_a_reader_that_stops_early_does_not_hide_that_new_is_worse(kept_run):
+    old, new = kept_run("old", **OLD), kept_run("new", **{**OLD, "a16w4_g128-torchao": 241.0})
+    command = f"{sys.executable} -m lowbit compare {old} {new} | true; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize("command", ["compare OLD OLD", "--help", "--version", "plan --help"])
+def test_a_full_disk_is_one_line_and_exit_code_1(kept_run, command, buffered):
+    old = str(kept_run("old", **OLD))
+    words = [old if word == "OLD" else word for word in command.split()]
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "lowbit", *words],
+            env={**os.environ, "PYTHONUNBUFFERED": "" if buffered else "1"},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert result.returncode == 1
+    assert result.stderr == (
+        "lowbit: error: standard output can't be written ([Errno 28] No space left on device), so what is there is not "
+        "whole; free space, or send it elsewhere\n"
+    )
+
+
+def test_an_error_of_another_file_is_not_taken_for_one_of_the_output(kept_run, monkeypatch):
+    def break_off(*args, **options):
+        raise OSError(28, "No space left on device", "elsewhere")
+
+    monkeypatch.setattr("lowbit.comparison.compare_runs", break_off)
+    with pytest.raises(OSError, match="elsewhere"):
+        main(["compare", *[str(kept_run("old", **OLD))] * 2])
