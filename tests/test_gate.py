@@ -150,6 +150,8 @@ def test_a_run_whose_every_case_is_void_is_not_green(bench):
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     told = " ".join(result.stdout.str().split())
     assert "ERROR: nothing was judged by 0001_embedded-auto.json: 4 cases void, none measured; measure again" in told
+    kept = content.of_run(runs.read(bench.runs()[-1]), baselines.load(bench.baseline))
+    assert markdown.headline(kept).startswith("⚠️ nothing could be judged; 4 cases void: ")
     assert bench.run("-k", "decode").ret == pytest.ExitCode.OK  # nothing was to be judged
 
 

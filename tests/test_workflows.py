@@ -372,6 +372,13 @@ def test_a_missing_baseline_is_told(issue):
     assert "## h100\nExit code 3 and no summary" in body
 
 
+def test_a_night_that_could_judge_nothing_tells_why(issue):
+    summary = "### ⚠️ nothing could be judged; 3 cases void\n"
+    _, body = issue("failure", h200={"exit_code": "4\n", "summary.md": summary})
+    assert f"## h200\n{summary}" in body
+    assert "Wrong usage" not in body
+
+
 @pytest.mark.parametrize(("number", "did"), [("", []), ("5", [["issue", "close", "5"]])])
 def test_a_good_night_closes_it(issue, number, did):
     commands, _ = issue("success", number=number, h200={"exit_code": "0\n"})

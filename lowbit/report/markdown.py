@@ -62,6 +62,8 @@ def verdict_words(content: Content) -> tuple[str, str]:
         return "open", "unfinished run: nothing got worse in what was measured"
     if not content.judged_by:
         return "none", "measured, not compared with a baseline"
+    if not content.verdicts and "void" in content.counts:
+        return "open", f"nothing could be judged; {count(content.counts['void'], 'case')} void"
     good = "nothing got worse beyond its limit" if moving(content) else "nothing got worse"
     void = content.counts.get("void", 0)
     return ("open", f"{good} in what could be judged; {count(void, 'case')} void") if void else ("good", good)
