@@ -385,6 +385,20 @@ def test_a_good_night_closes_it(issue, number, did):
     assert [words[:3] for words in commands[1:]] == did
 
 
+VOID = "### ⚠️ nothing got worse in what could be judged; 2 cases void\n"
+
+
+def test_a_night_with_void_cases_closes_nothing(issue):
+    (_, comment), _ = issue("success", number="5", h200={"exit_code": "0\n", "summary.md": VOID}, h100=NIGHT["h100"])
+    assert comment[:3] == ["issue", "comment", "5"]
+    assert "not all could be on h200: " in comment[-1]
+
+
+def test_a_device_with_void_cases_says_so_beside_one_that_fails(issue):
+    _, body = issue("failure", h200=NIGHT["h200"], h100={"exit_code": "0\n", "summary.md": VOID})
+    assert f"## h100\n{VOID}" in body
+
+
 def test_the_nightly_workflow_hands_the_scripts_what_they_read():
     jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "nightly.yml").read_text())["jobs"]
     bench, told = jobs["bench"], jobs["issue"]
