@@ -187,12 +187,12 @@ def _use_libraries(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def _use_graphs(device: torch.device, graphs: int = SETTLING_GRAPHS) -> None:
-    """Record some CUDA graphs and work on a second stream, so that every case finds the process as later ones do.
+    """Record some CUDA graphs, and use a second stream, so that every case finds the process as later ones do.
 
     On an H200 (driver 580) the kernels of a process's first three graphs follow each other 0.2 to 0.4 µs sooner than
-    those of any later moment: the fourth graph recorded, or work on one more stream, ends it for all of them at once
-    (docs/findings.md). A process that serves is past that; a step of 800 kernels would be 6 % faster as the first
-    case than as the fifth. The first graph also takes 72 MiB outside torch's allocator, whatever is in it.
+    those of any later moment: the fourth graph recorded, or hundreds of kernels on one more stream, ends it for all
+    of them at once (docs/findings.md). A process that serves is past that; a step of 800 kernels would be 6 % faster as
+    the first case than as the fifth. The first graph also takes 72 MiB outside torch's allocator, whatever is in it.
     """
     x = torch.zeros(8, device=device)
     with torch.cuda.device(device):
