@@ -85,9 +85,9 @@ def disturbed(before: CardState, after: CardState, clock_drop: float = CLOCK_DRO
     if came:
         expected = f"none but {', '.join(map(str, before.others))}" if before.others else "none beside ours"
         return f"another process came to the card: {', '.join(came)} (expected {expected}); {FREE_CARD}"
-    worked = [_work(known[process.pid], process) for process in after.others]
-    if any(worked):
-        return f"another process worked on the card: {', '.join(filter(None, worked))}; {FREE_CARD}"
+    worked = [words for process in after.others if (words := _work(known[process.pid], process))]
+    if worked:
+        return f"another process worked on the card: {', '.join(worked)}; {FREE_CARD}"
     throttled = sorted(DISTURBING & {*before.throttle, *after.throttle})
     if throttled:
         return f"the card was throttled: {', '.join(throttled)} (at {after.temperature_c} °C)"

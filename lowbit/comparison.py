@@ -140,11 +140,11 @@ def compare_runs(old: Path, new: Path) -> Comparison:
     """``compare`` of two files. Raises LowbitError naming the one that can't be read, and for two with no case in
     common, or none that was not disturbed: exit code 0 would say that nothing got worse."""
     result = compare(read(old), read(new))
-    if result.void and not (result.verdicts or result.lost):
+    if result.verdicts or result.lost:
+        return result
+    if result.void:
         raise LowbitError(
             f"{new}: all {len(result.void)} cases that it has in common with {old} are void, for the card was "
             "disturbed: nothing to compare; measure again when the card is free"
         )
-    if not (result.verdicts or result.lost):
-        raise LowbitError(f"{old} and {new} have no measured case in common: nothing to compare")
-    return result
+    raise LowbitError(f"{old} and {new} have no measured case in common: nothing to compare")

@@ -186,7 +186,7 @@ def _use_libraries(device: torch.device, dtype: torch.dtype) -> None:
     (torch.nn.functional.silu(row @ x[0, 0]) + row).float().softmax(-1).argmax().item()
 
 
-def _use_graphs(device: torch.device, graphs: int = SETTLING_GRAPHS) -> None:
+def _use_graphs(device: torch.device) -> None:
     """Record some CUDA graphs, and use a second stream, so that every case finds the process as later ones do.
 
     On an H200 (driver 580) the kernels of a process's first three graphs follow each other 0.2 to 0.4 µs sooner than
@@ -196,7 +196,7 @@ def _use_graphs(device: torch.device, graphs: int = SETTLING_GRAPHS) -> None:
     """
     x = torch.zeros(8, device=device)
     with torch.cuda.device(device):
-        for _ in range(graphs):
+        for _ in range(SETTLING_GRAPHS):
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 x.add_(1)

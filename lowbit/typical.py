@@ -54,13 +54,18 @@ is not the compiler it waits for; bitsandbytes NF4 cold 6.3, warm 5.0 to 8.2. La
 5.5 to 11.5, recipes 4.6 to 30.3, mean 14.0; lowbit's ``native`` 6.8 to 11.1, mean 8.3 of 10. Any other library's is
 unmeasured."""
 
-FIRST_S = {("cuda", "gemlite"): 60.0, ("cuda", "calibrated"): 150.0, ("cuda", "hqq"): 30.0}
-"""More for a format's first case in a process.
+FIRST_S: dict[tuple[str | None, ...], float] = {
+    ("cuda", "gemlite"): 60.0,
+    ("cuda", "regional", "gemlite"): 0.0,
+    ("cuda", "calibrated"): 150.0,
+    ("cuda", "hqq"): 30.0,
+}
+"""More for a format's first case in a process, in any mode but those with an entry of their own.
 
 gemlite tunes its kernels: two rows took 83 and 89 s, 24 and 28 of them compiling; with kept caches 26 to 31. Under
-``regional`` that is in its 20 s above, cold or warm. GPTQ
-rounds 851,968 columns of an 8B one by one, 92 us of Python each, measured without a GPU: 78 s before a kernel runs. AWQ
-tries 20 scales on 8,192 tokens, by a kernel that takes 252 ms for 512 of them: 80 s. hqq searches its zero points.
+``regional`` that is in its 20 s above, cold or warm. GPTQ rounds 851,968 columns of an 8B one by one, 92 us of Python
+each, measured without a GPU: 78 s before a kernel runs. AWQ tries 20 scales on 8,192 tokens, by a kernel that takes
+252 ms for 512 of them: 80 s. hqq searches its zero points.
 """
 
 STARTUP_S = {"cpu": 15.0, "cuda": 40.0}
@@ -82,4 +87,5 @@ def first_s(device_kind: str, fmt: Format, mode: str | None = None) -> float:
     if fmt.scheme == AUTO:
         return SEARCH_S
     library = fmt.id.rpartition("-")[2]
-    return 0.0 if (mode, library) == ("regional", "gemlite") else FIRST_S.get((device_kind, library), 0.0)
+    keys = ((device_kind, mode, library), (device_kind, library))
+    return next((FIRST_S[key] for key in keys if key in FIRST_S), 0.0)

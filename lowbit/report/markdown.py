@@ -46,7 +46,7 @@ def summary(content: Content) -> str:
         lines += [f"- and {len(better) - BETTER} more"] if len(better) > BETTER else []
     lines += _moving(content)
     lines += ["", *_fastest(content)]
-    without = [*(_skips(content) if content.skips else []), *(_void(content) if "void" in content.counts else [])]
+    without = [*_skips(content), *_void(content)]
     lines += ["", ". ".join(without)] if without else []
     return "\n".join(lines) + "\n"
 
@@ -62,10 +62,10 @@ def verdict_words(content: Content) -> tuple[str, str]:
         return "open", "unfinished run: nothing got worse in what was measured"
     if not content.judged_by:
         return "none", "measured, not compared with a baseline"
-    if not content.verdicts and "void" in content.counts:
-        return "open", f"nothing could be judged; {count(content.counts['void'], 'case')} void"
-    good = "nothing got worse beyond its limit" if moving(content) else "nothing got worse"
     void = content.counts.get("void", 0)
+    if void and not content.verdicts:
+        return "open", f"nothing could be judged; {count(void, 'case')} void"
+    good = "nothing got worse beyond its limit" if moving(content) else "nothing got worse"
     return ("open", f"{good} in what could be judged; {count(void, 'case')} void") if void else ("good", good)
 
 
@@ -211,9 +211,9 @@ def _answer(content: Content) -> list[str]:
 def _void(content: Content) -> list[str]:
     """One line: by reason, as the card was disturbed."""
     reasons = Counter(first_line(record.error) for record in content.records if record.outcome == "void")
-    shown = [f"{number} × {code(reason)}" for reason, number in reasons.most_common(REASONS)]
-    more = len(reasons) - len(shown)
-    return [f"Void, neither good nor worse: {'; '.join(shown)}{f'; {more} more reasons' if more > 0 else ''}"]
+    return _by_reason(
+        "Void, neither good nor worse", [f"{number} × {code(reason)}" for reason, number in reasons.most_common()]
+    )
 
 
 def _skips(content: Content) -> list[str]:
@@ -221,9 +221,15 @@ def _skips(content: Content) -> list[str]:
     for case, reason in content.skips.items():
         reasons[reason].append(case)
     ordered = sorted(reasons.items(), key=lambda pair: -len(pair[1]))
-    shown = [f"{len(cases)} × {code(reason)}{_formats(cases)}" for reason, cases in ordered[:REASONS]]
-    more = len(ordered) - len(shown)
-    return [f"Skipped: {'; '.join(shown)}{f'; {more} more reasons' if more > 0 else ''}"]
+    return _by_reason("Skipped", [f"{len(cases)} × {code(reason)}{_formats(cases)}" for reason, cases in ordered])
+
+
+def _by_reason(what: str, reasons: Sequence[str]) -> list[str]:
+    """One line of the first reasons, the most frequent ones, and how many more there are; none without reasons."""
+    if not reasons:
+        return []
+    more = len(reasons) - REASONS
+    return [f"{what}: {'; '.join(reasons[:REASONS])}{f'; {more} more reasons' if more > 0 else ''}"]
 
 
 def _formats(cases: Iterable[str]) -> str:
