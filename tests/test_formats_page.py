@@ -113,6 +113,21 @@ def test_a_row_without_a_stored_run_says_so(page):
     assert (row["bits"], row["KL, CPU"], row["MBU"]) == ("–", "–", "–")
 
 
+def test_the_page_counts_the_rows_with_a_figure_and_what_became_of_the_others(stored):
+    names = (
+        *("bf16-torch", "a16w8-torchao", "a16w8-gemlite", "a8w8_mxfp8-torchao", "a4w4_nvfp4-torchao"),
+        *("a16w4_nf4-bitsandbytes", "a16w4_fp4-bitsandbytes"),
+    )
+    needs = dict.fromkeys(FORMATS, "SM75") | {"a4w4_nvfp4-torchao": "SM100"}
+    told = format_table.page([FORMATS[name] for name in names], figures.read([stored]), needs)
+    assert (
+        "- H200: 2 of 7 rows have a decode figure; need a later GPU: 1; were skipped, for the reason in the "
+        "remarks: 1; failed, as the remarks have it: 1; are in no stored run: 2.\n"
+    ) in told
+    whole = format_table.page([FORMATS["bf16-torch"]], figures.read([stored]), needs)
+    assert "- H200: 1 of 1 rows have a decode figure.\n" in whole
+
+
 def test_a_row_that_the_card_can_not_have_says_what_it_asks_for(stored):
     needs = dict.fromkeys(FORMATS, "CPU or SM90; triton; Triton 3.8 below SM100")
     needs |= {"a4w4_nvfp4-torchao": "SM100", "a16w4_nf4-bitsandbytes": "CPU or SM120; other"}

@@ -21,6 +21,8 @@ VOWELS = "AEFHILMNORSX8"  # of names that are spelled out: an H200, an A100, an 
 CAPABILITY = {H200: 90}
 """Of a card, as rows ask for it (SM90): no stored run has it."""
 
+CANT_RUN = "can't run"
+
 TITLES = {
     "torch": "PyTorch, and the KV cache",
     "calibrated": "Calibrated: GPTQ and AWQ",
@@ -49,7 +51,7 @@ def page(formats: Sequence[Format], sources: Sequence[Source], needs: Mapping[st
     found = places(sources, [fmt.id for fmt in formats])
     columns = _columns(found, needs)
     shown = [column for column in columns if column.always or any(column.cell(fmt) != NONE for fmt in formats)]
-    lines = ["# Formats", "", *_origin(sources), "", *_legend(formats, found)]
+    lines = ["# Formats", "", *_origin(sources), "", *_legend(formats, found, needs)]
     by_library = sorted(formats, key=lambda fmt: [each.backend for each in formats].index(fmt.backend))
     for library, members in groupby(by_library, key=lambda fmt: fmt.backend):
         lines += ["", f"## {TITLES.get(library, library)}", *table(shown, list(members))]
@@ -82,7 +84,7 @@ def _origin(sources: Sequence[Source]) -> list[str]:
     return [*lines, *([] if sources else ["- no stored run at all"])]
 
 
-def _legend(formats: Sequence[Format], found: Sequence[Place]) -> list[str]:
+def _legend(formats: Sequence[Format], found: Sequence[Place], needs: Mapping[str, str]) -> list[str]:
     references = sum(not fmt.fast for fmt in formats)
     lines = [
         f"{len(formats)} rows, {len(formats) - references} of them fast paths, {references} references: right, but not "
@@ -104,7 +106,24 @@ def _legend(formats: Sequence[Format], found: Sequence[Place]) -> list[str]:
     cpu = next(place for place in found if place.slug == CPU)
     if not any(cpu.fastest(fmt.id) for fmt in formats):
         lines.append("- Decode on a CPU is in no stored run: nothing was measured on an idle machine.")
-    return lines
+    return lines + [_coverage(formats, place, needs) for place in found if place.slug != CPU and place.measured]
+
+
+def _coverage(formats: Sequence[Format], gpu: Place, needs: Mapping[str, str]) -> str:
+    """How many of a GPU's rows have a decode figure there, and what became of the others."""
+    able = [fmt for fmt in formats if "cuda" in fmt.devices]
+    rest = [fmt for fmt in able if gpu.decode(fmt.id) is None]
+    later = [fmt for fmt in rest if _decode(fmt, gpu, needs[fmt.id]).startswith(CANT_RUN)]
+    reasons = [gpu.reason(fmt.id, "decode") for fmt in rest if fmt not in later]
+    failed = sum(reason.startswith("failed: ") for reason in reasons)
+    fates = {
+        "need a later GPU": len(later),
+        "were skipped, for the reason in the remarks": sum(map(bool, reasons)) - failed,
+        "failed, as the remarks have it": failed,
+        "are in no stored run": reasons.count(""),
+    }
+    told = f"- {_short(gpu)}: {len(able) - len(rest)} of {len(able)} rows have a decode figure"
+    return told + "".join(f"; {fate}: {count}" for fate, count in fates.items() if count) + "."
 
 
 def _columns(found: Sequence[Place], needs: Mapping[str, str]) -> list[Column]:
@@ -203,7 +222,7 @@ def _decode(fmt: Format, place: Place, needs: str = "") -> str:
     if "cuda" not in fmt.devices:
         return "runs on a CPU alone"
     if oldest and has and int(oldest[1]) > has:
-        return f"can't run: needs {oldest[0]}, this is SM{has}"
+        return f"{CANT_RUN}: needs {oldest[0]}, this is SM{has}"
     return f"not measured on {'an' if name[0] in VOWELS else 'a'} {name}"
 
 
