@@ -278,8 +278,8 @@ def test_weight_only_activations_are_what_they_were():
 
 @pytest.fixture
 def triton_is(monkeypatch):
-    def be(version):
-        monkeypatch.setattr(metadata, "version", lambda name: version)
+    def be(version, gemlite="0.6.0.post2"):
+        monkeypatch.setattr(metadata, "version", {"triton": version, "gemlite": gemlite}.__getitem__)
 
     monkeypatch.setattr(backends, "find_spec", lambda name: object())
     return be
@@ -315,6 +315,26 @@ def test_nvfp4_below_blackwell_needs_a_triton_that_emulates_it(triton_is, name):
     assert backends.unmet(row, gpu(9, 0), config()) is None
 
 
+@pytest.mark.parametrize("row", [row for row in ROWS if "HQQ" in row.scheme], ids=lambda row: row.id)
+def test_what_decodes_has_two_words_of_codes_in_a_group(triton_is, row):
+    """gemlite 0.6.0.post2's own pruner, asked for up to 4 rows, leaves nothing for 1 bit in groups of 32, and ten or
+    more configurations for 1 bit from 64 on, 2 and 4 bits from 32 on; 8 bits are another kernel's."""
+    triton_is("3.6.0")
+    reason = backends.unmet(row, gpu(9, 0), config(hidden_size=256, intermediate_size=256))
+    assert (reason is None) == (row.id != "a16w1_g32-gemlite")
+
+
+def test_one_bit_in_small_groups_says_what_gemlite_takes(triton_is):
+    row = FORMATS["a16w1_g32-gemlite"]
+    triton_is("3.6.0")
+    assert str(backends.unmet(row, gpu(9, 0), config())) == (
+        "shape: needs groups of 64, this row's have 32: up to 4 rows, gemlite up to 0.6.0.post2 multiplies half "
+        "a group at a time, and unpacks 32 weights of 1 bit at once"
+    )
+    triton_is("3.6.0", gemlite="0.6.1")  # unread: it may
+    assert backends.unmet(row, gpu(9, 0), config()) is None
+
+
 def test_without_triton_the_package_is_the_reason(monkeypatch):
     def missing(name):
         raise metadata.PackageNotFoundError(name)
@@ -325,11 +345,11 @@ def test_without_triton_the_package_is_the_reason(monkeypatch):
     assert str(reason) == 'package: triton is not installed; pip install "lowbit[gpu]"'
 
 
-def test_everything_but_nvfp4_runs_on_an_h200_in_the_8b_shape(triton_is):
+def test_everything_but_nvfp4_and_one_bit_in_groups_of_32_runs_on_an_h200_in_the_8b_shape(triton_is):
     triton_is("3.6.0")
     llama = SimpleNamespace(**config(hidden_size=4096, intermediate_size=14336).to_dict())
     unmet = {row.name for row in ROWS if backends.unmet(row, gpu(9, 0), llama)}
-    assert unmet == {"a16w4_nvfp4", "a4w4_nvfp4"}
+    assert unmet == {"a16w4_nvfp4", "a4w4_nvfp4", "a16w1_g32"}
 
 
 def test_every_processor_has_a_row():

@@ -32,9 +32,37 @@ gemlite 0.6.0.post2's kernels for SM90 without a GPU: 3.6.0 and 3.7.0 end in "Pa
 (TritonGPUAccelerateMatmul), 3.8.0 and 3.9.0 give PTX."""
 
 
+WORD_BITS = 32
+"""Of what gemlite packs integers into (core.py, PACKING_BITWIDTH)."""
+
+WHOLE_WORDS = (0, 6, 0)
+"""Last gemlite whose decode kernel was read for ``_groups_hold_words`` (0.6.0.post2)."""
+
+
 def requirement(fmt: Format, device: Device, config: Any) -> Unmet | None:
-    """SM89 for anything that holds e4m3, K in multiples of 32; NVFP4 needs SM100 or a Triton that emulates it."""
-    return _capability(fmt, device) or indivisible(fmt, config, MIN_SIZE, "gemlite's step")
+    """SM89 for anything that holds e4m3, K in multiples of 32; NVFP4 needs SM100 or a Triton that emulates it; 1 bit
+    needs groups of 64."""
+    return _capability(fmt, device) or _groups_hold_words(fmt) or indivisible(fmt, config, MIN_SIZE, "gemlite's step")
+
+
+def _groups_hold_words(fmt: Format) -> Unmet | None:
+    """Two words of codes must fit into a group.
+
+    ``gemv_revsplitK``, which multiplies up to 4 rows of packed weights, loads scales once for two steps along K, so its
+    BLOCK_SIZE_K is half a group at most; and it unpacks whole words. Its pruner (gemv_revsplitK_kernels.py,
+    kernel_config_pruner) leaves no configuration otherwise, and Triton's autotuner raises.
+    """
+    if "HQQ" not in fmt.scheme or fmt.group_size is None or fmt.weight_bits >= 8:
+        return None
+    version = release("gemlite")
+    per_word = WORD_BITS // int(fmt.weight_bits)
+    if fmt.group_size >= 2 * per_word or (version is not None and version > WHOLE_WORDS):
+        return None
+    return Unmet(
+        "shape",
+        f"needs groups of {2 * per_word}, this row's have {fmt.group_size}: up to 4 rows, gemlite up to 0.6.0.post2 "
+        f"multiplies half a group at a time, and unpacks {per_word} weights of {fmt.weight_bits:g} bit at once",
+    )
 
 
 def _capability(fmt: Format, device: Device) -> Unmet | None:
@@ -53,10 +81,10 @@ def _capability(fmt: Format, device: Device) -> Unmet | None:
 def _emulated_nvfp4(device: Device) -> Unmet | None:
     if device.capability is None or device.capability >= (10, 0):
         return None
-    version = triton_version()
-    if version is None or version >= NVFP4_TRITON:
+    version = release("triton")
+    if version is None or version[:2] >= NVFP4_TRITON:
         return None
-    needed, found = (".".join(map(str, numbers)) for numbers in (NVFP4_TRITON, version))
+    needed, found = (".".join(map(str, numbers[:2])) for numbers in (NVFP4_TRITON, version))
     return Unmet("package", f"needs SM100 or Triton {needed} (NVFP4), this is {device.sm} with Triton {found}")
 
 
@@ -65,10 +93,10 @@ def also_needs(fmt: Format) -> str:
     return f"Triton {'.'.join(map(str, NVFP4_TRITON))} below SM100" if "NVFP" in fmt.scheme else ""
 
 
-def triton_version() -> tuple[int, ...] | None:
-    """Major and minor of the installed Triton, without importing it; None where there is none."""
+def release(package: str) -> tuple[int, ...] | None:
+    """The numbers of an installed version (0.6.0.post2: 0, 6, 0), without importing it; None where there is none."""
     try:
-        return tuple(int(number) for number in metadata.version("triton").split(".")[:2])
+        return tuple(int(part) for part in metadata.version(package).split(".")[:3] if part.isdigit())
     except metadata.PackageNotFoundError:
         return None
 
