@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from emulated import emulate_runner, unmet
@@ -109,6 +111,32 @@ def test_streams_are_dequantized_exactly(emulate, name):
         want = exact.get_submodule(path).weight
         for dtype in (torch.float16, torch.bfloat16):
             assert torch.equal(streamed.get_submodule(path).dequantize(dtype), want.to(dtype)), path
+
+
+def noted(asked, dequantize, dtype, *rows):
+    asked.append(rows)
+    return dequantize(dtype, *rows)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4_g128", "nvfp4", "bf16"])
+@torch.no_grad()
+def test_a_large_matrix_is_dequantized_and_multiplied_in_pieces(emulate, name, monkeypatch):
+    """A head of 525 million weights takes 1 GiB in 16 bits: here 2 tiles at a time, of parts of streams too."""
+    streamed, _, _, _ = build(name, LENGTH)
+    dtype = streamed.model.embed_tokens.weight.dtype
+    for path in ("lm_head", "model.layers.0.self_attn.v_proj", "model.layers.1.mlp.up_proj"):
+        linear = streamed.get_submodule(path)
+        x = torch.randn(2, 3, linear.k, dtype=dtype)
+        whole, weight = linear(x), linear.dequantize(dtype)
+        asked, get = [], linear.dequantize
+        with monkeypatch.context() as patch:
+            patch.setattr(stream_modules, "PIECE_WEIGHTS", 40 * linear.k)
+            patch.setattr(linear, "dequantize", partial(noted, asked, get))
+            found = linear(x)
+        assert asked == [(row, min(row + 32, linear.n)) for row in range(0, linear.n, 32)]
+        assert torch.equal(torch.cat([linear.dequantize(dtype, *rows) for rows in asked]), weight)
+        assert found.shape == whole.shape
+        torch.testing.assert_close(found, whole, rtol=2**-7 if dtype is torch.bfloat16 else 2**-10, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -208,7 +208,7 @@ def test_several_prompts_give_the_same_bits_with_and_without_their_graph(several
 @torch.no_grad()
 def test_several_sequences_over_long_caches_of_every_kind_give_the_modules_logits(kv):
     streamed, _, decoder, step = build("int4_g128", 3000, "cuda", kv=kv, batch=4, max_position_embeddings=4096)
-    ids = torch.arange(3000, device="cuda") * 31 % 512 + torch.arange(4, device="cuda").unsqueeze(1)
+    ids = (torch.arange(3000, device="cuda") * 31 + torch.arange(4, device="cuda").unsqueeze(1)) % 512
     for place in (1, 700, 2900):
         found = []
         for _ in range(20):

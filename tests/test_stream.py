@@ -192,6 +192,24 @@ def test_linears_that_share_x_share_a_stream_and_keep_their_rows(name):
     assert attention.o_proj.part.stream is not attention.q_proj.part.stream
 
 
+@pytest.mark.parametrize("name", ["int8", "int4_g128", "nvfp4", "int3_g128"])
+def test_any_rows_of_a_linear_come_back_from_their_tiles_alone(name, monkeypatch):
+    layer = native_layer(name, torch.float16)
+    before = {path: module.packed for path, module in modules.packed_modules(layer).items()}
+    stream_modules.attach(layer, lambda module: module.packed if isinstance(module, NativeLinear) else None)
+    for path, module in modules.packed_modules(layer).items():
+        for start, stop in ((0, module.n), (8, 24), (5, 6), (module.n - 17, module.n)):
+            assert same(module.rows(start, stop), before[path].rows(start, stop)), (path, start, stop)
+    monkeypatch.setattr(stream_modules, "CHUNK_WEIGHTS", 40 * 256)
+    assert all(same(module.packed, before[path]) for path, module in modules.packed_modules(layer).items())
+    tiles = []
+    unpack_stream = stream.unpack_stream
+    monkeypatch.setattr(stream_modules, "unpack_stream", lambda part: tiles.append(part.tiles) or unpack_stream(part))
+    layer.mlp.up_proj.rows(8, 24)
+    layer.self_attn.v_proj.rows(8, 24)
+    assert tiles == [2, 2]
+
+
 def test_a_tile_of_gate_and_up_holds_8_rows_of_each():
     gate, up = packed("int8", 32, 256, seed=1), packed("int8", 32, 256, seed=2)
     woven = stream.interleave(gate, up)

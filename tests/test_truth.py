@@ -8,12 +8,19 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from live_bytes import LiveBytes
 from torch import nn
 
 from lowbit import backends, truth
 from lowbit.backends import NoTruth
 from lowbit.backends.torchao import unpacking
 from lowbit.formats import FORMATS, LINEARS, Format
+from lowbit.kernels import stream_modules, weights
+from lowbit.kernels.modules import NativeEmbedding, NativeLinear
+from lowbit.kernels.quantizer import quantize
+from lowbit.kernels.stored_linear import StoredLinear
+from lowbit.kernels.stream import pack_stream
+from lowbit.kernels.stream_modules import StreamLinear, StreamPart
 from lowbit.truth import BOUNDS, TruthError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -130,6 +137,84 @@ def test_the_product_is_exact_whatever_the_matmul_precision(monkeypatch):
     monkeypatch.setattr(truth, "CHUNK", 64)  # several pieces
     weight, x = torch.randn(40, 32), torch.randn(3, 32)
     assert (truth.product(weight, x) - x.double() @ weight.double().T).abs().max() < 1e-12
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------
+
+
+ROWS, COLUMNS = 8192, 256
+
+
+def packed_head(name="int8"):
+    plain = nn.Linear(COLUMNS, ROWS, bias=False, dtype=torch.float16).requires_grad_(False)
+    return plain, NativeLinear(quantize(plain.weight, name))
+
+
+def streamed_head(name="int8"):
+    """As on an H200, whose kernel that dequantizes is not here: it gives the same rows."""
+    plain, packed = packed_head(name)
+    linear = StreamLinear(StreamPart(pack_stream(packed.packed), ROWS))
+    linear.dequantize = lambda dtype, start=0, stop=ROWS: weights.dequantize(linear.rows(start, stop)).to(dtype)
+    return plain, linear
+
+
+def stored_head():
+    plain, packed = packed_head()
+    order = torch.arange(COLUMNS, dtype=torch.int32).flip(0)
+    plain.weight.copy_(plain.weight.flip(1))
+    return plain, StoredLinear(packed.packed, order=order)
+
+
+def plain_head():
+    plain = nn.Linear(COLUMNS, ROWS, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    return plain, plain
+
+
+def embedding():
+    plain = nn.Embedding(ROWS, COLUMNS, dtype=torch.float16).requires_grad_(False)
+    return plain, NativeEmbedding.from_embedding(plain, "int8")
+
+
+HEADS = {
+    "packed": (packed_head, "lowbit", torch.float16),
+    "streamed": (streamed_head, "lowbit", torch.float16),
+    "of a checkpoint": (stored_head, "checkpoint", torch.float16),
+    "plain": (plain_head, "torch", torch.bfloat16),
+    "embedding": (embedding, "tables", torch.float16),
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_large_matrix_is_proven_in_pieces(kind, monkeypatch):
+    """Whole it was there three times in fp32: 6 GB for Llama-3.1-8B's head, beside its 8 GB in int8 too much for 12."""
+    make, backend, dtype = HEADS[kind]
+    plain, module = make()
+    fmt = Format("a16w8", backend, "int8", 16, 8)
+    ask = truth.measure_rows if kind == "embedding" else truth.measure
+    whole = ask(module, fmt, dtype, plain.weight)
+    monkeypatch.setattr(truth, "CHUNK", 2**16)
+    monkeypatch.setattr(stream_modules, "PIECE_WEIGHTS", 2**16)
+    with LiveBytes() as made:
+        found = ask(module, fmt, dtype, plain.weight)
+    assert made.peak < 2 * ROWS * COLUMNS  # 2 bytes a weight; it was 12
+    assert found.kernel == pytest.approx(whole.kernel, rel=1e-6)
+    assert found.weight == pytest.approx(whole.weight, rel=1e-5)
+    assert found.inputs == whole.inputs
+    assert 0 < found.kernel < BOUNDS[dtype]
+
+
+def test_a_wrong_row_of_any_piece_is_found(monkeypatch):
+    """A kernel that reads the scale of the last piece wrong, and an embedding whose last row is not its table's."""
+    monkeypatch.setattr(truth, "CHUNK", 2**16)
+    _, module = packed_head()
+    fmt = Format("a16w8", "lowbit", "int8", 16, 8)
+    forward = module.forward
+    module.forward = lambda x: torch.cat([forward(x)[..., :-64], 1.5 * forward(x)[..., -64:]], -1)
+    assert truth.measure(module, fmt, torch.float16).kernel > 4 * BOUNDS[torch.float16]
+    _, table = embedding()
+    look_up = table.forward
+    table.forward = lambda ids: look_up(ids) * torch.where(ids == ROWS - 1, 1.5, 1.0).half().unsqueeze(-1)
+    assert truth.measure_rows(table, fmt, torch.float16).kernel > 4 * BOUNDS[torch.float16]
 
 
 # -- what can't be known ----------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ and, where the library allows it, for kernel truth (lowbit/truth.py):
 
 - ``dequantize(module) -> Tensor``: the weights that this quantized linear stands for, [n, k] fp32, read from what is
   stored and not by its kernel;
+- ``dequantize_blocks(module, size)``: optional, the same in blocks of rows of about ``size`` weights;
 - ``quantize_activations(module, x) -> Tensor``: x [m, k] as a format with ``activation_bits < 16`` sees it: quantized
   and dequantized again, [m, k] fp32.
 

@@ -7,6 +7,7 @@ leaves the linears packed for it and dequantizes them for every other one.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from lowbit.backends import native
 from lowbit.errors import LowbitError
 from lowbit.formats import Format, Unmet
+from lowbit.kernels import weights
 from lowbit.kernels.modules import NativeLinear, PackedModule
 from lowbit.kernels.stored_linear import StoredLinear
 
@@ -58,6 +60,15 @@ def is_quantized(module: nn.Module) -> bool:
 def dequantize(module: nn.Module) -> Tensor:
     """[n, k] fp32: (code - zero point) · scale, exactly."""
     return module.defined() if isinstance(module, StoredLinear) else native.dequantize(module)
+
+
+def dequantize_blocks(module: Any, size: int) -> Iterator[Tensor]:
+    """The same, some rows of about ``size`` weights after the other."""
+    if not isinstance(module, StoredLinear):
+        yield from native.dequantize_blocks(module, size)
+        return
+    for piece in weights.row_chunks(module.n, module.k, size):
+        yield module.defined(*piece)
 
 
 def quantize_activations(module: nn.Module, x: Tensor) -> Tensor:

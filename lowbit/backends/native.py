@@ -160,6 +160,12 @@ def dequantize(module: nn.Module) -> Tensor:
     return weights.dequantize(module.packed)
 
 
+def dequantize_blocks(module: Any, size: int) -> Iterator[Tensor]:
+    """The same, some rows of about ``size`` weights after the other."""
+    for start, stop in weights.row_chunks(module.n, module.k, size):
+        yield weights.dequantize(module.rows(start, stop))
+
+
 def kernels(model: nn.Module, dtype: torch.dtype, rows: int = 1) -> str:
     """Which kernels multiply ``rows`` vectors with the model's packed linears: ``PyTorch reference (29)``."""
     found: Counter[str] = Counter()

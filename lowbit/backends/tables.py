@@ -6,6 +6,7 @@ table for both.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,6 +62,11 @@ def is_quantized(module: nn.Module) -> bool:
 def dequantize(module: nn.Module) -> Tensor:
     """The weights that a table stands for: [n, k] fp32."""
     return native.dequantize(module)
+
+
+def dequantize_blocks(module: nn.Module, size: int) -> Iterator[Tensor]:
+    """The same, some rows of about ``size`` weights after the other."""
+    return native.dequantize_blocks(module, size)
 
 
 def kernels(model: nn.Module, dtype: torch.dtype) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,5 +37,11 @@ def is_quantized(module: nn.Module) -> bool:
 
 def dequantize(module: nn.Module) -> torch.Tensor:
     """The weights, [n, k] fp32: nothing was quantized."""
-    weight: torch.Tensor = module.get_parameter("weight")
-    return weight.detach().float()
+    return module.get_parameter("weight").detach().float()
+
+
+def dequantize_blocks(module: nn.Module, size: int) -> Iterator[torch.Tensor]:
+    """The same, some rows of about ``size`` weights after the other."""
+    weight = module.get_parameter("weight").detach()
+    for part in torch.split(weight, max(1, size // weight.shape[1])):
+        yield part.float()

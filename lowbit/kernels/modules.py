@@ -39,6 +39,10 @@ class PackedModule(nn.Module):
         """The matrix, sharing memory with the buffers."""
         return Packed(self.format, self.n, self.k, self.codes, self.scale, self.zero, self.tensor_scale)
 
+    def rows(self, start: int, stop: int) -> Packed:
+        """Rows ``start`` up to ``stop``, sharing memory."""
+        return self.packed.rows(start, stop)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """What is stored, as [n, k] in ``dtype``."""
         found: Tensor = ops.dequantize(*ops.parts(self.packed), dtype)

@@ -91,9 +91,9 @@ class StoredLinear(NativeLinear):
         """What is stored, as [n, k] in ``dtype``, columns as the model's."""
         return self._unordered(super().dequantize(dtype))
 
-    def defined(self) -> Tensor:
-        """The same in fp32 by the definition, by no kernel."""
-        return self._unordered(weights.dequantize(self.packed))
+    def defined(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """The same in fp32 by the definition, by no kernel; rows ``start`` up to ``stop`` of it."""
+        return self._unordered(weights.dequantize(self.rows(start, self.n if stop is None else stop)))
 
     def _unordered(self, whole: Tensor) -> Tensor:
         if self.order is None:

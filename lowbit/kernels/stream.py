@@ -87,6 +87,12 @@ class Stream:
     def tiles(self) -> int:
         return -(-self.rows // TILE)
 
+    def tiled(self, first: int, last: int) -> Stream:
+        """Tiles ``first`` up to ``last`` as a stream of their own, sharing memory."""
+        low, high = first * TILE, min(last * TILE, self.rows)
+        scale = None if self.row_scale is None else self.row_scale[low : last * TILE]
+        return Stream(self.format, high - low, self.k, self.data[first:last], scale)
+
 
 def _codes(packed: Packed) -> Tensor:
     if packed.row.bits == 16:

@@ -10,11 +10,24 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.kernels.keeping import keep
-from lowbit.kernels.stream import TILE, Stream, concatenate, interleave, own_scale, pack_stream, unpack_stream
-from lowbit.kernels.weights import Packed
+from lowbit.kernels.stream import (
+    CHUNK_WEIGHTS,
+    TILE,
+    Stream,
+    concatenate,
+    interleave,
+    own_scale,
+    pack_stream,
+    unpack_stream,
+)
+from lowbit.kernels.weights import Packed, row_chunks
 
 SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Linears that are multiplied with the same x, and share a stream."""
+
+PIECE_WEIGHTS = 1 << 27
+"""Weights that are dequantized at once before a product, 256 MiB in 16 bits: a head of Llama-3.1-8B in 4 pieces, which
+would take 1 GiB beside the model; no matrix of its layers is cut."""
 
 
 @dataclass(eq=False)
@@ -26,11 +39,22 @@ class StreamPart:
     row0: int = 0
     half: int = 0
 
+    def cut(self, start: int, stop: int) -> StreamPart:
+        """Its rows ``start`` up to ``stop`` alone, in no more than their tiles, sharing memory.
+
+        A half starts with a tile: ``start`` is then a multiple of 8.
+        """
+        own = TILE // 2 if self.half else TILE  # rows of a tile that are this linear's
+        low, high = self.row0 + start, self.row0 + stop
+        first = low // own
+        return StreamPart(self.stream.tiled(first, -(-high // own)), stop - start, low - first * own, self.half)
+
 
 class StreamLinear(nn.Module):
     """A linear whose weights lie in a stream that it may share. Products with many tokens dequantize them first.
 
-    x [..., in_features] -> [..., out_features], in x's dtype (fp16 or bf16), by cuBLAS on the dequantized matrix.
+    x [..., in_features] -> [..., out_features], in x's dtype (fp16 or bf16), by cuBLAS on the dequantized matrix, of
+    which at most PIECE_WEIGHTS are there at a time.
     """
 
     def __init__(self, part: StreamPart) -> None:
@@ -41,29 +65,44 @@ class StreamLinear(nn.Module):
 
     @property
     def packed(self) -> Packed:
-        """This linear's own rows in canonical form: a copy, for saving and for proofs."""
-        whole = unpack_stream(self.part.stream)
-        if not self.part.half:
-            return own_scale(whole.rows(self.part.row0, self.part.row0 + self.part.rows))
-        first = 8 * (self.part.half - 1)
-        named = {
-            name: tensor.view(-1, TILE, tensor.shape[-1])[:, first : first + 8].reshape(self.part.rows, -1)
-            for name, tensor in whole.tensors().items()
-        }
-        return own_scale(Packed(whole.format, self.part.rows, whole.k, **named))
+        """This linear's own rows in canonical form: a copy, for saving."""
+        pieces = [self.rows(*piece) for piece in row_chunks(self.n, self.k, CHUNK_WEIGHTS)]
+        return own_scale(pieces[0] if len(pieces) == 1 else concatenate(pieces))
 
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """[out_features, in_features] in ``dtype``, rounded once."""
+    def rows(self, start: int, stop: int) -> Packed:
+        """Rows ``start`` up to ``stop`` of it in canonical form: a copy of no more than their tiles."""
+        tile = TILE // 2 if self.part.half else 1
+        part = self.part.cut(start // tile * tile, stop)
+        tiles = unpack_stream(part.stream)
+        if part.half:
+            of_tile = 8 * (part.half - 1)
+            named = {
+                name: tensor.view(-1, TILE, tensor.shape[-1])[:, of_tile : of_tile + 8].flatten(0, 1)
+                for name, tensor in tiles.tensors().items()
+            }
+            tiles = Packed(tiles.format, tiles.n // 2, tiles.k, **named)
+        return own_scale(tiles.rows(part.row0 + part.rows - (stop - start), part.row0 + part.rows))
+
+    def dequantize(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
+        """[out_features, in_features] in ``dtype``, rounded once; of it rows ``start``, in whole tiles, to ``stop``."""
         from lowbit.kernels.unpacking import unpack
 
-        return unpack(self.part, dtype)
+        whole = start == 0 and stop in (None, self.n)
+        return unpack(self.part if whole else self.part.cut(start, self.n if stop is None else stop), dtype)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         # saved as every packed linear is, so that a file does not depend on the GPU that wrote it
         destination.update({prefix + name: tensor for name, tensor in self.packed.tensors().items()})
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.dequantize(x.dtype))
+        step = max(TILE, PIECE_WEIGHTS // self.k // TILE * TILE)
+        if self.n <= step:
+            return nn.functional.linear(x, self.dequantize(x.dtype))
+        y = x.new_empty(*x.shape[:-1], self.n)
+        for start in range(0, self.n, step):
+            stop = min(start + step, self.n)
+            y[..., start:stop] = nn.functional.linear(x, self.dequantize(x.dtype, start, stop))
+        return y
 
     def extra_repr(self) -> str:
         return f"[{self.out_features}, {self.in_features}] {self.format}, streamed"
