@@ -55,13 +55,22 @@ def x_bytes(shape: Geometry, n: int) -> int:
     return 2 * n * shape.batch + (n // layout.sum_columns(shape.batch) * columns * 8 if layout.integer else 0)
 
 
-def plan(shape: Geometry, name: str, k: int, tiles: int) -> Plan:
-    """How a product of ``tiles`` row tiles is launched. Raises LowbitError if x and a ring do not fit a block.
+def turns_kept(ring: int, warps: int, chunks: int) -> int:
+    """Tiles of ``chunks`` stages whose sums must have places of their own, at least; no more are ever in use.
 
-    Sums of a tile are kept until the last of its stages is done. A warp is at stage i only if all stages up to i - ring
-    were released, each before its sums were stored; a warp's next stage is ``warps`` later, so that all up to
-    i - ring - warps are done, sums and tile. That many stages of other tiles must find places.
+    Sums of a tile are kept until the warp that counted the last of its stages has read them. A warp is at stage i only
+    if all stages up to i - ring were released. A stage is released before its sums are stored, let alone read: but its
+    warp's next stage, ``warps`` later, is released after all that. So all stages up to i - ring - warps are done, sums
+    and tile, when stage i's are stored, and the ring + warps - 1 stages before i may be open. In memory's order too:
+    what was read comes before its warp's next arrival on ``empty``, which the producer acquires before it arrives on
+    ``full`` of stage i, which every lane of that stage's warp acquires. tests/test_batch_turns.py tries every order of
+    small cases.
     """
+    return 1 - -(ring + warps - 1) // chunks
+
+
+def plan(shape: Geometry, name: str, k: int, tiles: int) -> Plan:
+    """How a product of ``tiles`` row tiles is launched. Raises LowbitError if x and a ring do not fit a block."""
     ku = stage_columns(shape.format, k)
     count = slices(shape.format, k) if name in SLICED else 1
     chunks, stage = k // ku, LAYOUTS[shape.format].stage_bytes(ku)
@@ -70,7 +79,7 @@ def plan(shape: Geometry, name: str, k: int, tiles: int) -> Plan:
     columns = (shape.batch + 1) // 2 * 2
     x = x_bytes(shape, most * ku)
     for ring in range(MAX_RING // shape.warps * shape.warps, 0, -shape.warps):
-        turns = min(of_block, 1 - -(ring + shape.warps - 1) // least)
+        turns = min(of_block, turns_kept(ring, shape.warps, least))
         sums = turns * most * 16 * columns * 4
         total = ring * stage + x + sums + shape.warps * 64 + (2 * MAX_RING + 1) * 8 + turns * 4
         if total <= RING_BYTES:
