@@ -54,7 +54,7 @@ class Lab(Loaded):
     def measure(self, case: Case, nodeid: str, rounds: Rounds) -> Record:
         """Measure one case. A failure inside a library leaves as an exception; the caller records it."""
         started = time.perf_counter()
-        self._begin()
+        self.begin()
         record = case.record(nodeid, self.choice.name, self.choice.load_format)
         self.auto.note(case, record)
         case = self.auto.stands_for(case)
@@ -75,7 +75,9 @@ class Lab(Loaded):
         record.unavailable |= self._missing(case, record)
         return record
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
+        """Settle the process, once, while no model is in it: what a search leaves behind in cycles would be frozen, and
+        its kernels would count as the first case's memory."""
         if self._begun:
             return
         gc.freeze()

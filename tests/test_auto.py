@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -520,6 +521,69 @@ def test_a_search_is_chosen_measured_recorded_and_replayed(folder, source, short
     with pytest.raises(TypeError):
         other.auto.selection()  # another limit is another question
     other.close()
+
+
+def test_what_a_search_built_is_gone_when_the_choice_is_measured(folder, source, short, tmp_path, monkeypatch):
+    """The process is settled, which freezes what the collector knows, before the search and not after it: a model
+    that hangs in a cycle would stay on the card, and count as the measured case's memory."""
+    lab = make_lab(folder, source)
+    lab.auto.ask = ask_for(tmp_path)
+    make, built = lab._make, []
+
+    def watched(host, fmt):
+        made = make(host, fmt)
+        made.model.itself = [made.model]
+        built.append(weakref.ref(made.model))
+        return made
+
+    monkeypatch.setattr(lab, "_make", watched)
+    case = Case("decode", AUTO, "eager", Workload("b1_c0", "decode", 1, 5, 6, "small"))
+    assert lab.unmet(case) is None
+    assert built
+    take(lab, case)
+    assert len(built) > 1
+    assert [found() for found in built[:-1]] == [None] * (len(built) - 1)
+    lab.close()
+
+
+def test_beside_dummy_weights_no_layer_has_a_format_of_its_own(folder, source, monkeypatch):
+    """The embedded model stands in for KL: its first and last layer are half of it."""
+    lab = make_lab(folder, source)
+    lab.choice = replace(lab.choice, load_format="dummy")
+    bench = LabBench(lab)
+    (ground,) = bench.grounds
+    assert list(ground.groups) == [name for name in rows.GROUPS if name != rows.ENDS]
+    monkeypatch.setattr(lab, "unmet", lambda case: None)
+    ours, _ = LabBench(lab).grounds
+    assert list(ours.groups) == [name for name in rows.NATIVE_GROUPS if name != rows.ENDS]
+    lab.close()
+
+
+@pytest.mark.parametrize("among", [rows.GROUPS, rows.NATIVE_GROUPS])
+def test_groups_without_ends_are_every_linear_once_too(among):
+    groups = rows.every_layer(among)
+    total = {name: 0 for name in (*LINEARS, "lm_head")}
+    for group in rows.groups(32, groups):
+        for name, count in rows.counts(group, 32, groups).items():
+            total[name] += count
+    assert total == {**dict.fromkeys(LINEARS, 32), "lm_head": 1}
+    mix = rows.mix("a_mix", dict.fromkeys(groups, INT8) | {"o": PLAIN}, "bf16", FORMATS, among=groups)
+    given = [(path, name) for path, name, part in recipes.assignment(mix, 4) if part == INT8]
+    assert len(given) == 4 * 6 + 1  # the first and the last layer's with the others
+    assert not any(name == "o_proj" for _, name in given)
+
+
+def test_a_choice_by_a_model_that_stands_in_says_so(tmp_path):
+    found, _ = search(FakeBench())
+    own = selection.document_of(found, "auto_h200", 0.06)
+    chosen = selection.Selection(found.best.format, tmp_path / "a.json", own)
+    assert "KL 0.02 on the calibration text" in chosen.sentence
+    assert chosen.sentence.endswith(f"; again with --recipe {tmp_path / 'a.json'}")
+    other = selection.document_of(found, "auto_h200", 0.06, "embedded")
+    chosen = selection.Selection(found.best.format, tmp_path / "a.json", other)
+    assert "KL 0.02 of the embedded model on the calibration text" in chosen.sentence
+    assert "what it loses on a checkpoint is unknown" in chosen.sentence
+    assert chosen.info()["kld_of"] == "embedded"
 
 
 def test_the_limit_is_measured_on_the_calibration_text(folder, source, short, monkeypatch):

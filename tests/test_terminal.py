@@ -233,6 +233,17 @@ def test_a_case_without_kl_and_a_void_one_are_never_recommended(records):
     assert 'its KL is not known (test_quality of this format did not run). Run its test_quality too: -k "a16w8' in alone
 
 
+def test_what_auto_knows_of_its_choices_kl_is_told_where_the_case_has_none():
+    chosen = speed("auto-recipe", "native", decode_tok_s=1000.0, vram_peak_mib=1.0)
+    chosen.info["auto"] = {"kld": 0.02564, "kld_of": "embedded"}
+    told = flat(recommend([chosen]))
+    assert (
+        "its KL is not known (test_quality of this format did not run; auto chose it by a KL of 0.02564 of the "
+        "embedded model on the calibration text)"
+    ) in told
+    assert 'Run its test_quality too: -k "auto-recipe"' in told
+
+
 def test_a_row_without_the_shortest_context_stands_with_its_own(records):
     native = speed("a16w8-lowbit", "native", workload="b1_c128", decode_tok_s=489.6, vram_peak_mib=10_408.0)
     scores = quality("a16w8-lowbit", kld_embedded_512_8176tok=9.2e-5)

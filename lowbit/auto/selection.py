@@ -34,15 +34,21 @@ class Selection:
     def sentence(self) -> str:
         """What was chosen, for the run's output."""
         found = self.document["found"]
+        of, more = "", ""
+        if found["kld_of"] is not None:
+            of = f"of the {found['kld_of']} model "
+            more = "; what it loses on a checkpoint is unknown, as dummy weights lose nothing: search again there"
         return (
-            f"auto: {found['what']} ({found['mode']}, {found['step_ms']:.3f} ms per token, KL {found['kld']:.4g} on "
-            f"the calibration text, limit {found['max_kld']:g}; {found['against']}); again with --recipe {self.path}"
+            f"auto: {found['what']} ({found['mode']}, {found['step_ms']:.3f} ms per token, KL {found['kld']:.4g} {of}"
+            f"on the calibration text, limit {found['max_kld']:g}; {found['against']}); again with --recipe "
+            f"{self.path}{more}"
         )
 
     def info(self) -> dict[str, Any]:
         """For a record: the choice and what it was measured against, without the tables of the search."""
         found = self.document["found"]
-        return {"recipe": str(self.path), **{name: found[name] for name in ("what", "mode", "kld", "finalists")}}
+        told = ("what", "mode", "kld", "kld_of", "finalists")
+        return {"recipe": str(self.path), **{name: found[name] for name in told}}
 
 
 def select(lab: Workplace, ask: Ask) -> Selection:
@@ -81,17 +87,21 @@ def _stored(path: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _search(lab: Workplace, ask: Ask, rows: list[Format], name: str) -> dict[str, Any]:
+    lab.begin()
     bench = LabBench(lab)
     rows = sorted(rows, key=bench.rank)
     search = Search(bench, rows, FORMATS, max_kld=ask.max_kld, seconds=ask.seconds, progress=lab.progress)
     try:
-        return document_of(search.run(), name, ask.max_kld)
+        return document_of(search.run(), name, ask.max_kld, lab.quality_host.name if bench.stands_in else None)
     finally:
         bench.close()
 
 
-def document_of(outcome: Outcome, name: str, max_kld: float) -> dict[str, Any]:
-    """The recipe file: ``parts`` and ``dtype`` of a mix, or the ``format``, and under ``found`` how it came to be."""
+def document_of(outcome: Outcome, name: str, max_kld: float, kld_of: str | None = None) -> dict[str, Any]:
+    """The recipe file: ``parts`` and ``dtype`` of a mix, or the ``format``, and under ``found`` how it came to be.
+
+    ``kld_of`` names the model whose KL it is, where that is not the model that was searched for.
+    """
     best = outcome.best
     fmt = best.format
     chosen = {"parts": dict(fmt.parts), "dtype": fmt.dtypes[0]} if fmt.parts else {"format": fmt.id}
@@ -104,6 +114,7 @@ def document_of(outcome: Outcome, name: str, max_kld: float) -> dict[str, Any]:
             "what": what,
             "mode": best.mode,
             "kld": best.kld,
+            "kld_of": kld_of,
             "max_kld": max_kld,
             "step_ms": _ms(best.step_s),
             "against": _against(outcome),

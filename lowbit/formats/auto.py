@@ -34,6 +34,12 @@ NATIVE_GROUPS: dict[str, tuple[str, ...]] = {
 }
 """The same for lowbit's own decode kernels, which multiply q, k and v as one matrix."""
 
+
+def every_layer(among: Groups) -> Groups:
+    """The same groups where no layer is told apart: first and last belong to the groups of their kind."""
+    return {name: patterns for name, patterns in among.items() if name != ENDS}
+
+
 PLAIN = {"bf16": "bf16-torch", "fp16": "fp16-torch"}
 """The format of what stays as it is, by base dtype."""
 
@@ -51,7 +57,7 @@ ROWS: tuple[Format, ...] = (
 
 def counts(group: str, layers: int, among: Groups = GROUPS) -> dict[str, int]:
     """How many matrices of each name a group has in a model of ``layers`` decoder layers; none where it has no part."""
-    ends = min(2, layers)
+    ends = min(2, layers) if ENDS in among else 0
     if group == ENDS:
         return dict.fromkeys(LINEARS, ends)
     if group == "head":

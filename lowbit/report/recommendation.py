@@ -92,7 +92,7 @@ def _candidate(row: Row, record: Record, memory: str, max_kld: float, max_vram_m
     misses = []
     kld, used = row.kld, record.metrics.get(memory, row.memory(memory))
     if kld is None:
-        misses.append((f"its KL is not known ({_why_no_kld(row)})", float("inf")))
+        misses.append((f"its KL is not known ({_why_no_kld(row, record)})", float("inf")))
     elif not kld <= max_kld:
         misses.append((f"its KL is {kld:.4g}", (kld - max_kld) / max(max_kld, 1e-9)))
     if max_vram_mib is not None and used is None:
@@ -109,11 +109,20 @@ def _advice(closest: Candidate) -> str:
     return "Raise --max-kld or --max-vram, or measure more formats."
 
 
-def _why_no_kld(row: Row) -> str:
+def _why_no_kld(row: Row, record: Record) -> str:
     if row.quality is None:
-        return "test_quality of this format did not run"
+        return f"test_quality of this format did not run{_of_the_search(record)}"
     reasons = (reason for name, reason in row.quality.unavailable.items() if name.startswith("kld"))
     return next(reasons, row.quality.error or row.quality.outcome)
+
+
+def _of_the_search(record: Record) -> str:
+    """The KL by which ``auto`` chose: of another text than the scored one."""
+    found = record.info.get("auto")
+    if not found:
+        return ""
+    of = f" of the {found['kld_of']} model" if found.get("kld_of") else ""
+    return f"; auto chose it by a KL of {found['kld']:.4g}{of} on the calibration text"
 
 
 def _divergence(row: Row) -> str:
