@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lowbit.auto.ask import DEFAULT_SECONDS as SEARCH_S
-from lowbit.formats import Format
+from lowbit.formats import Format, rows_of
 from lowbit.formats.auto import SCHEME as AUTO
 
 TYPICAL_S = {
@@ -50,8 +50,8 @@ calibrated rows are guessed by what they do.
 ``regional``: decode of b1_c0 of the same model and torch, 2026-11-22, ``wall_s`` of the journals: one process on one
 H200, and four runs on two, of which the first compiled (cold) and the later ones found its caches (warm). bf16-torch
 cold 8.7 to 15.1, warm 4.2 to 4.7; torchao cold int4 6.2 and 6.6, with HQQ 9.6, dynamic fp8 7.0 and 10.5, int8 16.8 and
-24.0, weight-only fp8 23.1 (mean of the rows 13.7), warm 4.5 to 12.6; gemlite 16.3 to 22.7, Triton's cache kept from a
-run before; bitsandbytes NF4 cold 6.3, warm 5.0 to 8.2. Later that day 59 more rows, mostly cold
+24.0, weight-only fp8 23.1 (mean of the rows 13.7), warm 4.5 to 12.6; gemlite 16.3 to 22.7 with Triton's kernels kept;
+bitsandbytes NF4 cold 6.3, warm 5.0 to 8.2. Later that day 59 more rows, mostly cold
 (docs/runs/h200-rows-2026-11-22.json): torchao 5.9 to 33.0, mean 13.7 of 20, torch's KV caches 6.3 to 14.1, bitsandbytes
 5.5 to 11.5, recipes 4.6 to 30.3, mean 14.0; lowbit's ``native`` 6.8 to 11.1, mean 8.3 of 10. And 43 more
 (docs/runs/h200-rows-2026-11-22b.json), four processes on four cards, cold: hqq 11.1 to 17.2, mean 14.9 of 12, with its
@@ -69,11 +69,11 @@ FIRST_S: dict[tuple[str | None, ...], float] = {
 
 gemlite tunes its kernels: two rows took 83 and 89 s, 24 and 28 of them compiling; with kept caches 26 to 31. Under
 ``regional`` 11 rows that had never run on the machine took 72.5 to 136.8 s, mean 98.3: Triton compiles every candidate
-(297 to 325 s of warmup in four processes of 354 to 391 s). It keeps them on disk (compilers.configure_caches), so a
-second run takes the 20 s above. GPTQ rounds 851,968 columns of an 8B one by one, 92 us of Python
-each, measured without a GPU: 78 s before a kernel runs. AWQ tries 20 scales on 8,192 tokens, by a kernel that takes
-252 ms for 512 of them: 80 s. hqq searches its zero
-points; under ``regional`` that is in its 15 s above.
+(297 to 325 s of warmup in four processes of 354 to 391 s). It keeps them on disk (compilers.configure_caches): two rows
+whose kernels were there took the 20 s above. Recipes and other libraries' rows on its kernels are taken to be like
+that. GPTQ rounds 851,968 columns of an 8B one by one, 92 us of Python each, measured without a GPU: 78 s before a
+kernel runs. AWQ tries 20 scales on 8,192 tokens, by a kernel that takes 252 ms for 512 of them: 80 s. hqq searches its
+zero points; under ``regional`` that is in its 15 s above.
 """
 
 STARTUP_S = {"cpu": 15.0, "cuda": 40.0}
@@ -94,6 +94,10 @@ def first_s(device_kind: str, fmt: Format, mode: str | None = None) -> float:
     """Seconds that the first case of a format takes more; ``auto`` searches so long on any device."""
     if fmt.scheme == AUTO:
         return SEARCH_S
-    library = fmt.id.rpartition("-")[2]
+    libraries = {name for row in rows_of(fmt) for name in (row.backend, *row.packages)}
+    return max(_first_of(device_kind, mode, name) for name in libraries)
+
+
+def _first_of(device_kind: str, mode: str | None, library: str) -> float:
     keys = ((device_kind, mode, library), (device_kind, library))
     return next((FIRST_S[key] for key in keys if key in FIRST_S), 0.0)

@@ -59,6 +59,14 @@ def test_the_first_regional_case_of_gemlite_has_triton_compile_every_candidate()
     assert typical.first_s("cuda", FORMATS["a16w4_g64-gemlite"], "reduce-overhead") > 0
 
 
+@pytest.mark.parametrize("name", ["a16w4_g128_gemlite_head8-recipe", "a16w4_gemlite_g64-hqq"])
+def test_what_runs_on_gemlites_kernels_waits_for_them_too(name):
+    assert typical.first_s("cuda", FORMATS[name], "regional") == typical.first_s(
+        "cuda", FORMATS["a16w8-gemlite"], "regional"
+    )
+    assert typical.first_s("cuda", FORMATS["a16w4_g128_head8-recipe"], "regional") == 0
+
+
 def test_hqqs_search_is_in_its_seconds_of_regional():
     assert 11.1 <= first_of_regional("a16w4_g64-hqq") <= 17.2  # 12 rows of the same file
     assert typical.first_s("cuda", FORMATS["a16w4_g64-hqq"], "eager") > 0
