@@ -2,7 +2,25 @@
 
 from __future__ import annotations
 
+import traceback
+from pathlib import Path
+
 import torch
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+def own_frames(error: BaseException, count: int = 5) -> list[str]:
+    """Where in lowbit's files an error came by, innermost last: ``lowbit/truth.py:94 measure: ref = …``.
+
+    The last ``count`` of them: what a library's message (out of memory) leaves open.
+    """
+    found = []
+    for frame in traceback.extract_tb(error.__traceback__):
+        path = Path(frame.filename).resolve()
+        if path.is_relative_to(PACKAGE):
+            found.append(f"{path.relative_to(PACKAGE.parent).as_posix()}:{frame.lineno} {frame.name}: {frame.line}")
+    return found[-count:]
 
 
 def is_device_fault(error: BaseException) -> bool:

@@ -21,6 +21,9 @@ Progress = Callable[[str], None]
 PIECE = 32 * 2**20
 """Bytes that one thread hashes at a time."""
 
+CAST = 2**26
+"""Numbers of a tensor that are cast on a GPU at a time: a table of Llama-3.1-8B would be there twice, 2 GiB."""
+
 
 def silent(text: str) -> None:
     """The progress callback that shows nothing."""
@@ -118,17 +121,14 @@ class HostModel:
                 if transform is not None:
                     transform(layer)
                 progress(f"{self.name}: {index + 1} of {len(layers)} layers on {device}")
-            inside = {module for layer in layers for module in layer.modules()}
-            outside = [module for module in model.modules() if module not in inside]
-            _move(outside, device, dtype)
+            # a plain table last: it need not lie beside the head's 16 bits, 1 GiB each in Llama-3.1-8B
+            last = [] if "embed_tokens" in tables or _tied(model) else [model.model.embed_tokens]
+            _move(_outside(model, last), device, dtype)
             if not packed:
-                unpack_linears(model, dtype, outside)  # what the transform has packed inside is to stay
+                unpack_linears(model, dtype, _outside(model))  # what the transform has packed inside is to stay
             if transform is not None and tables:
-                owners = {"lm_head": model, "embed_tokens": model.model}
-                holder = nn.ModuleDict({name: getattr(owners[name], name) for name in tables})
-                transform(holder)
-                for name in tables:
-                    setattr(owners[name], name, holder[name])
+                _transform_tables(model, tables, transform)
+            _move(last, device, dtype)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return model.eval()
@@ -153,6 +153,27 @@ class HostModel:
             )
 
 
+def _outside(model: Any, but: Collection[nn.Module] = ()) -> list[nn.Module]:
+    """Every module that belongs to no decoder layer. Not to be held on to: a head in it stays when it is replaced."""
+    inside = {module for layer in model.model.layers for module in layer.modules()}
+    return [module for module in model.modules() if module not in inside and module not in but]
+
+
+def _tied(model: Any) -> bool:
+    return getattr(model.lm_head, "weight", None) is model.model.embed_tokens.weight
+
+
+def _transform_tables(model: Any, names: Collection[str], transform: Callable[[nn.Module], None]) -> None:
+    """Give ``transform`` the tables alone: the model holds none of them meanwhile, so each is freed once replaced."""
+    owners = {"lm_head": model, "embed_tokens": model.model}
+    holder = nn.ModuleDict({name: getattr(owners[name], name) for name in names})
+    for name in names:
+        setattr(owners[name], name, nn.Identity())
+    transform(holder)
+    for name in names:
+        setattr(owners[name], name, holder[name])
+
+
 def _move(modules: Iterable[nn.Module], device: torch.device, dtype: torch.dtype) -> None:
     """Give these modules copies of their own direct parameters and buffers; a shared parameter stays shared."""
     moved: dict[int, nn.Parameter] = {}
@@ -169,4 +190,10 @@ def _copy(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     if device.type == "cpu":
         return tensor.to(dtype, copy=True)
     # Cast on the device: a cast on the way would be done on the host, in one thread.
-    return tensor.to(device, non_blocking=True).to(dtype)
+    if tensor.dtype == dtype or tensor.numel() <= CAST:
+        return tensor.to(device, non_blocking=True).to(dtype)
+    cast = torch.empty_like(tensor, dtype=dtype, device=device)
+    rows = max(1, CAST // tensor[0].numel())
+    for row in range(0, len(tensor), rows):
+        cast[row : row + rows] = tensor[row : row + rows].to(device, non_blocking=True)
+    return cast

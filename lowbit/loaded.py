@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lowbit import backends, calibration, compilers, measure, models, quantized, texts, vram_limit
+from lowbit import backends, calibration, compilers, measure, models, quantized, scoring, texts, vram_limit
 from lowbit.backends import native
 from lowbit.cases import Case
 from lowbit.ceilings import Ceilings, measure_ceilings
@@ -120,12 +120,18 @@ class Loaded:
                     "shape", f"{case.workload.id} needs {case.workload.context_tokens} positions, the model has {limit}"
                 )
         if reason is None and (case.kind != "quality" or self.choice.load_format != "dummy"):
-            held_mib = 0.0 if self._current is None else self._current.coverage.resident_bytes / MIB
-            reason = quantized.too_large(case.format, config, case.workload, self.device, held_mib)
+            reason = self._too_large(case)
             if reason is not None:  # what a failed test's traceback held is freed by a collection only
                 self.vram.release()
-                reason = quantized.too_large(case.format, config, case.workload, self.device, held_mib)
+                reason = self._too_large(case)
         return reason
+
+    def _too_large(self, case: Case) -> Unmet | None:
+        config = self.host_config
+        held_mib = 0.0 if self._current is None else self._current.coverage.resident_bytes / MIB
+        scored = case.kind == "quality"
+        scratch_mib = scoring.scoring_mib(case.format, config, self.source.window) if scored else 0.0
+        return quantized.too_large(case.format, config, case.workload, self.device, held_mib, scratch_mib=scratch_mib)
 
     def acquire(self, fmt: Format) -> Quantized:
         """The model in this format on the device: the one at hand, or a fresh one from the untouched master."""

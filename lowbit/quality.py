@@ -31,6 +31,10 @@ REFERENCE_WINDOWS = 16
 CHUNK_BYTES = 64 * 1024 * 1024
 """Size of one fp32 [positions, vocab] block; the few of them alive at a time are what scoring adds to the model."""
 
+SCORED_BLOCKS = 5
+"""Blocks alive at most while logits are scored, a 16-bit one counted as half: 4.4 with KL, 3.2 without and while a
+reference is built (tests/test_quality.py counts them): 320 MiB with Llama-3's vocabulary of 128,256."""
+
 WIKITEXT2_FILE = "wiki.test.raw"
 
 
@@ -198,6 +202,11 @@ def score(
     if len(ids) > 1:
         quality.ln_ppl_ratio_stderr = of_windows.std().item() / math.sqrt(len(ids))
     return quality
+
+
+def scored_bytes(vocab: int, window: int) -> int:
+    """What scoring logits takes at most, beside the model and the window's hidden states."""
+    return SCORED_BLOCKS * min(CHUNK_BYTES, 4 * window * vocab)
 
 
 def divergence(base: Tensor, other: Tensor) -> Tensor:

@@ -69,19 +69,23 @@ def build(host: HostModel, fmt: Format, device: Device, tokens: Tensor | None = 
     return Quantized(fmt, dtype, model, coverage.inspect(model, fmt))
 
 
-def needed_mib(fmt: Format, config: Any, workload: Workload | None = None) -> float:
-    """About what a case takes at least, in MiB: weights as stored, KV cache, one layer yet to be quantized.
+def needed_mib(fmt: Format, config: Any, workload: Workload | None = None, scratch_mib: float = 0.0) -> float:
+    """About what a case takes at least, in MiB: weights as stored, KV cache, and the larger of one layer yet to be
+    quantized and ``scratch_mib``, what the case needs beside the finished model.
 
     A calibrated format has all of its layers there before the first is quantized.
     """
-    needed = backends.estimate_mib(fmt, config)
-    if fmt.calibration_windows:
-        needed += roofline.linear_parameters(config) * 2 / MIB
-    elif fmt.quantized:
-        needed += roofline.linear_parameters(config) / config.num_hidden_layers * 2 / MIB
+    needed = backends.estimate_mib(fmt, config) + max(_plain_mib(fmt, config), scratch_mib)
     if workload is not None:
         needed += kv_bytes_per_token(fmt, config) * workload.batch * workload.context_tokens / MIB
     return needed
+
+
+def _plain_mib(fmt: Format, config: Any) -> float:
+    """What of the layers is there in 16 bits while the format is made."""
+    layers = config.num_hidden_layers if fmt.calibration_windows else int(fmt.quantized)
+    mib: float = roofline.linear_parameters(config) / config.num_hidden_layers * layers * 2 / MIB
+    return mib
 
 
 def kv_bytes_per_token(fmt: Format, config: Any) -> float:
@@ -91,11 +95,22 @@ def kv_bytes_per_token(fmt: Format, config: Any) -> float:
 
 
 def too_large(
-    fmt: Format, config: Any, workload: Workload | None, device: Device, held_mib: float = 0.0
+    fmt: Format,
+    config: Any,
+    workload: Workload | None,
+    device: Device,
+    held_mib: float = 0.0,
+    *,
+    scratch_mib: float = 0.0,
 ) -> Unmet | None:
-    """Why the case can't fit the device now, in exact figures, or None. ``held_mib`` are ours and freed before."""
-    unmet = measure.memory_fits(device, needed_mib(fmt, config, workload), held_mib)
+    """Why the case can't fit the device now, in exact figures, or None. ``held_mib`` are ours and freed before,
+    ``scratch_mib`` is what scoring takes (0: the case is another)."""
+    unmet = measure.memory_fits(device, needed_mib(fmt, config, workload, scratch_mib), held_mib)
     if unmet is None:
         return None
-    parts = "quantized weights, KV cache and one 16-bit layer" if fmt.quantized else "weights and KV cache"
+    weights = "quantized weights" if fmt.quantized else "weights"
+    if scratch_mib > _plain_mib(fmt, config):
+        parts = f"{weights} and scoring"
+    else:
+        parts = f"{weights}, KV cache and one 16-bit layer" if fmt.quantized else f"{weights} and KV cache"
     return Unmet(unmet.kind, f"{parts}: {unmet.reason}")

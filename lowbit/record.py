@@ -22,7 +22,8 @@ class Record:
     by which baselines and runs are joined. ``metrics`` maps a metric's name (with its unit) to a float;
     ``unavailable`` maps the metrics that this case should have and hasn't to the reason. ``samples`` are the raw
     timings in seconds. ``outcome`` is ``void`` when the card was disturbed: a void record never regresses and never
-    becomes a baseline. ``info`` is everything else: coverage, clocks, throttling, compile counters.
+    becomes a baseline. ``info`` is everything else: coverage, clocks, throttling, compile counters, and of a case that
+    failed by a library's error ``raised_in``, the last of lowbit's own lines that it came by.
     """
 
     case: str

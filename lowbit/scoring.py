@@ -11,6 +11,7 @@ from lowbit.cases import Case
 from lowbit.device import MIB, Device
 from lowbit.formats import FORMATS, Format
 from lowbit.hostmodel import HostModel
+from lowbit.kernels.stream_modules import PIECE_WEIGHTS
 from lowbit.metrics import Measurement, Quality
 from lowbit.quantized import TORCH_DTYPES, Quantized
 from lowbit.record import Record
@@ -159,5 +160,22 @@ def base_format(device: Device) -> Format:
 
 def reference_mib(base: Format, config: Any, window: int) -> float:
     """About what the base model takes while it is scored: its weights, one window's activations, blocks of logits."""
-    activations = 2 * window * int(4 * config.hidden_size + 3 * config.intermediate_size)
-    return backends.estimate_mib(base, config) + (activations + 4 * quality.CHUNK_BYTES) / MIB
+    return backends.estimate_mib(base, config) + (_activations(config, window) + 4 * quality.CHUNK_BYTES) / MIB
+
+
+def scoring_mib(fmt: Format, config: Any, window: int) -> float:
+    """About what scoring takes beside a format's weights, windows of ``window`` tokens and what KV_CONTEXTS adds.
+
+    The larger of a layer's activations, with the cache of a format that has its own, and the blocks of logits, with
+    the piece of a quantized head that is dequantized for them.
+    """
+    longest = max([window, *(each for each in KV_CONTEXTS if fmt.kv and each <= config.max_position_embeddings)])
+    cache = quantized.kv_bytes_per_token(fmt, config) * longest if fmt.kv else 0.0
+    head = 2 * min(PIECE_WEIGHTS, config.vocab_size * config.hidden_size) if "lm_head" in fmt.targets else 0
+    logits = quality.scored_bytes(config.vocab_size, longest) + head
+    return (cache + max(_activations(config, longest), logits)) / MIB
+
+
+def _activations(config: Any, window: int) -> int:
+    """Bytes of one layer's, in 16 bits."""
+    return 2 * window * int(4 * config.hidden_size + 3 * config.intermediate_size)

@@ -18,16 +18,15 @@ class LiveBytes(TorchDispatchMode):
         self._held = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        given = {_storage(each).data_ptr() for each in _tensors((args, kwargs))}
+        given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
         found = function(*args, **(kwargs or {}))
-        for tensor in _tensors(found):
-            storage = _storage(tensor)
-            if storage.data_ptr() not in given | self._held.keys() and storage.nbytes():
+        for storage in (tensor.untyped_storage() for tensor in _tensors(found)):
+            if storage._cdata not in given | self._held.keys():
                 self._hold(storage)
         return found
 
     def _hold(self, storage):
-        key, size = storage.data_ptr(), storage.nbytes()
+        key, size = storage._cdata, storage.nbytes()
         self._held[key] = weakref.finalize(storage, self._free, key, size)
         self.live += size
         self.peak = max(self.peak, self.live)
@@ -39,7 +38,3 @@ class LiveBytes(TorchDispatchMode):
 
 def _tensors(tree):
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-
-
-def _storage(tensor):
-    return tensor.untyped_storage()

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lowbit.kernels.keeping import keep, kept_together
+from lowbit.kernels.keeping import keep, kept_together, room
 
 GPU = torch.device("cuda", 0)
 
@@ -58,3 +58,18 @@ def test_a_cpu_has_no_pools():
     tensor = torch.ones(3)
     with kept_together(torch.device("cpu")):
         assert keep(tensor) is tensor
+
+
+def test_a_stream_is_packed_where_it_is_kept(inside, monkeypatch):
+    """Not packed first and copied then: a head would be there twice."""
+    made = []
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *of, device, **how: made.append((device, list(inside))) or empty(*of))
+    with kept_together(GPU):
+        room((2, 3), torch.uint8, GPU)
+    room((2, 3), torch.uint8, GPU)
+    room((2, 3), torch.uint8, torch.device("cpu"))
+    (first, pools), *outside = made
+    assert first == GPU
+    assert len(pools) == 1
+    assert outside == [(GPU, []), (torch.device("cpu"), [])]

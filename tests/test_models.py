@@ -9,6 +9,7 @@ import pytest
 import tiny_llama
 import torch
 from huggingface_hub import errors
+from live_bytes import LiveBytes
 from torch import nn
 
 from lowbit import hostmemory, hostmodel, hub, loading, models
@@ -480,6 +481,19 @@ def test_layers_are_copied_one_at_a_time(folder, monkeypatch):
     assert seen == list(model.model.layers)
     assert texts == ["tiny-llama-v1: 1 of 2 layers on cpu", "tiny-llama-v1: 2 of 2 layers on cpu"]
     assert not shared & {p.data_ptr() for p in model.parameters()}
+
+
+def test_a_table_is_cast_in_pieces_on_a_gpu(monkeypatch):
+    """Whole, it would be there in both types, 2 GiB for Llama-3.1-8B; a layer's matrix may be."""
+    monkeypatch.setattr(hostmodel, "CAST", 2**12)
+    table, matrix, gpu = torch.randn(1000, 64), torch.randn(8, 64), torch.device("meta")
+    with LiveBytes() as made:
+        cast = hostmodel._copy(table, gpu, torch.float16)
+    assert (cast.dtype, cast.shape, cast.device) == (torch.float16, table.shape, gpu)
+    assert made.peak == 2 * table.numel() + 4 * 2**12
+    with LiveBytes() as made:
+        hostmodel._copy(matrix, gpu, torch.float16)
+    assert made.peak == 6 * matrix.numel()
 
 
 def test_many_formats_leave_no_copy_behind(folder):

@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from live_bytes import LiveBytes
 from tiny import CPU, config, gpu, model
 from torch import nn
 
@@ -16,7 +17,7 @@ from lowbit.device import Device
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS, LINEARS, recipes
 from lowbit.hostmodel import HostModel
-from lowbit.kernels import WEIGHT_FORMATS, dispatch, modules, runner, weights
+from lowbit.kernels import WEIGHT_FORMATS, dispatch, modules, runner, stream, weights
 from lowbit.kernels.modules import NativeEmbedding, NativeLinear
 from lowbit.kernels.stream_modules import StreamLinear
 from lowbit.quantized import build
@@ -223,6 +224,30 @@ def test_linears_in_one_stream_are_counted_each_with_its_own_rows_and_nothing_is
     assert want.weight_bytes <= got.weight_bytes <= want.weight_bytes + rows
     assert want.bits_per_weight <= got.bits_per_weight <= want.bits_per_weight + (32 / 256 if rows else 0)
     assert "NVRTC unpack" in got.kernels
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_head_is_quantized_beside_nothing_that_could_wait(monkeypatch, tied):
+    """On a GPU an 8 GB model was quantized at 10 GB: by the plain head, the embedding, and the stream's pieces."""
+    monkeypatch.setattr(native, "streams", lambda device: True)
+    for module, name in ((weights, "CHUNK"), (stream, "CHUNK_WEIGHTS")):
+        monkeypatch.setattr(module, name, 1 << 16)
+    rows, columns = 8192, 256
+    master = model(torch.float16, vocab_size=rows, num_hidden_layers=1, tie_word_embeddings=tied).requires_grad_(False)
+    if tied:
+        assert master.lm_head.weight is master.model.embed_tokens.weight
+    host = HostModel("tiny", "auto", master.config, master, [], 0)
+    with LiveBytes() as made:
+        found = host.build(
+            torch.device("cpu"), torch.float16, lambda m: native.quantize(m, INT8, torch.float16), tables=("lm_head",)
+        )
+    assert isinstance(found.lm_head, StreamLinear)
+    assert (type(found.model.embed_tokens), found.model.embed_tokens.weight.dtype) == (nn.Embedding, torch.float16)
+    resident = coverage.resident_bytes(found)
+    assert resident == pytest.approx(made.live, rel=0.02)
+    # the head's codes are there twice while they are reordered: untied, where its 16 bits were or the embedding will be
+    size = rows * columns
+    assert made.peak < resident + (size if tied else 0) + size // 2
 
 
 # -- what mode native decodes ------------------------------------------------------------------------------------------

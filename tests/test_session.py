@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,8 +16,8 @@ import torch
 from fakes import CASES, DECODE, Bench
 from toy_benches import GUARD_S
 
-from lowbit import hub
-from lowbit.faults import is_device_fault, is_out_of_memory
+from lowbit import hub, quality
+from lowbit.faults import is_device_fault, is_out_of_memory, own_frames
 
 pytest_plugins = ["pytester"]
 
@@ -82,6 +83,28 @@ def test_out_of_memory_costs_its_own_case_and_says_what_to_do(bench):
     assert expected in result.stdout.str()
     assert "fakes.py" not in result.stdout.str()
     assert bench.children == []
+
+
+@pytest.mark.parametrize("kind", ["memory", "bug", "error"])
+def test_a_kept_failure_says_where_in_lowbit_it_was(bench, kind):
+    """An out-of-memory of the night had its bytes alone in the journal, and no line that asked for them."""
+    bench.plan(**{kind: f"decode[{DECODE}]"})
+    bench.run("-k", f"test_decode[{DECODE}]")
+    (record,) = (line["record"] for line in bench.journal() if line["type"] == "case")
+    assert record["outcome"] == "failed"
+    if kind == "error":  # lowbit's own, which says what is wrong
+        assert "raised_in" not in record["info"]
+        return
+    (line,) = record["info"]["raised_in"]
+    assert re.fullmatch(r"lowbit/pytest_plugin/measurement\.py:\d+ obtain: record = bench\.lab\.measure\(.*", line)
+
+
+def test_the_last_lines_of_lowbit_alone_are_kept():
+    with pytest.raises((TypeError, AttributeError)) as caught:
+        quality.divergence(None, None)
+    assert [re.sub(r":\d+ ", " ", line) for line in own_frames(caught.value)] == [
+        "lowbit/quality.py divergence: p, q = F.log_softmax(base, dim=-1), F.log_softmax(other, dim=-1)"
+    ]
 
 
 def test_after_a_cuda_fault_the_rest_runs_in_fresh_processes(bench):

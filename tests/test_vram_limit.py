@@ -10,12 +10,14 @@ import fakes
 import pytest
 import torch
 from test_device import cards
-from tiny_lab import make_lab, take
+from tiny_lab import CPU, decode, make_lab, take
+from transformers import LlamaConfig
 
-from lowbit import ceilings, device, measure, models, vram_limit
+from lowbit import ceilings, device, measure, models, quantized, scoring, vram_limit
 from lowbit.cases import Case
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS
+from lowbit.presets import PRESETS
 
 pytest_plugins = ["pytester"]
 
@@ -86,6 +88,40 @@ def test_a_run_says_how_small_and_streams_what_does_not_fit(monkeypatch, tiny_fo
     assert "4 of 4 MiB are free" in note
     assert note.endswith("reference logits streamed layer by layer")
     bench.close()
+
+
+def test_what_cant_be_scored_is_told_before_it_runs_out_of_memory(tiny_folder, story, monkeypatch):
+    """Of the 8B shape in int8: the finished model with blocks of logits and a piece of its head takes more than the
+    layer that is quantized last, which was all that was asked for."""
+    monkeypatch.setattr(measure, "_host_available_mib", lambda: 1e6)
+    config = LlamaConfig(**PRESETS["llama-3.1-8b"].values)
+    fmt = FORMATS["a16w8-lowbit"]
+    scratch = scoring.scoring_mib(fmt, config, 2048)
+    assert scratch == 5 * 64 + 256
+    layer = 218_103_808 * 2 / MIB
+    quality = quantized.needed_mib(fmt, config, None, scratch)
+    assert quality - quantized.needed_mib(fmt, config) == pytest.approx(scratch - layer)
+    between = dataclasses.replace(CPU, total_mib=quality - 1)
+    bench = make_lab(tiny_folder, dataclasses.replace(story, window=2048), between)
+    bench.choice = dataclasses.replace(bench.choice, config=config)
+    assert bench.unmet(decode(fmt.id)) is None
+    room = f"{quality - 1:,.0f} of {quality - 1:,.0f} MiB are free on a test's CPU"
+    assert str(bench.unmet(Case("quality", fmt))) == (
+        f"memory: quantized weights and scoring: needs {quality:,.0f} MiB, {room}"
+    )
+    bench.device = dataclasses.replace(between, total_mib=12_288.0)
+    assert bench.unmet(Case("quality", fmt)) is None
+    bench.close()
+
+
+def test_a_packed_kv_cache_is_scored_at_longer_contexts():
+    config = LlamaConfig(**PRESETS["llama-3.1-8b"].values)
+    plain, cached = (scoring.scoring_mib(FORMATS[fmt], config, 2048) for fmt in ("bf16-torch", "bf16_kv_int8-torch"))
+    assert plain == 5 * 64
+    activations = 2 * 8192 * (4 * 4096 + 3 * 14336) / MIB
+    cache = quantized.kv_bytes_per_token(FORMATS["bf16_kv_int8-torch"], config) * 8192 / MIB
+    assert cached == pytest.approx(activations + cache)
+    assert 500 < cache < 600
 
 
 def test_the_header_says_it(bench):

@@ -96,6 +96,12 @@ def quantize(module: nn.Module, fmt: Format, dtype: torch.dtype, choose: Choose 
     ``choose`` mixes formats: it is given each target's path inside ``module`` (``self_attn.q_proj``). Without it all
     get the row's scheme. Raises LowbitError on a shape that a format can't store.
     """
+    _pack(module, fmt, dtype, choose)
+    attach_streams(module)
+
+
+def _pack(module: nn.Module, fmt: Format, dtype: torch.dtype, choose: Choose | None) -> None:
+    # a function of its own: its last target holds a plain linear, which is to be gone when streams are made
     names = {id(child): path for path, child in module.named_modules()}
     for target in targets(module, fmt):
         path = names[id(target.linear)]
@@ -104,7 +110,6 @@ def quantize(module: nn.Module, fmt: Format, dtype: torch.dtype, choose: Choose 
             raise LowbitError(f"{fmt.id} expects {path} in {dtype}, got {target.linear.weight.dtype}")
         if name is not None:
             target.replace(NativeLinear.from_linear(target.linear, name))
-    attach_streams(module)
 
 
 def attach_streams(module: nn.Module) -> None:

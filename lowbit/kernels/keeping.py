@@ -20,7 +20,7 @@ _pool: ContextVar[Any] = ContextVar("pool", default=None)
 
 @contextmanager
 def kept_together(device: torch.device) -> Iterator[None]:
-    """Inside, ``keep`` gives all tensors one memory pool of their own. It ends with the last of them."""
+    """Inside, ``room`` and ``keep`` give all tensors one memory pool of their own. It ends with the last of them."""
     pool = None
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -30,6 +30,15 @@ def kept_together(device: torch.device) -> Iterator[None]:
         yield
     finally:
         _pool.reset(token)
+
+
+def room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialized tensor in the pool of the ``kept_together`` around, on a GPU. In no pool elsewhere."""
+    pool = _pool.get()
+    if pool is None or device.type != "cuda":
+        return torch.empty(shape, dtype=dtype, device=device)
+    with torch.cuda.use_mem_pool(pool, device):
+        return torch.empty(shape, dtype=dtype, device=device)
 
 
 def keep(tensor: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from lowbit.errors import LowbitError
 from lowbit.kernels import stream_order, weights
 from lowbit.kernels.bits import pack, unpack
+from lowbit.kernels.keeping import room
 from lowbit.kernels.stream_order import Layout
 from lowbit.kernels.weights import Packed
 
@@ -127,12 +128,18 @@ def _row_scale(packed: Packed) -> Tensor | None:
 
 
 def pack_stream(packed: Packed) -> Stream:
-    """Re-order one packed matrix. Raises LowbitError for a format without a layout, or a k that stages can't hold."""
+    """Re-order one packed matrix, into the pool of ``keeping.kept_together`` where there is one.
+
+    Raises LowbitError for a format without a layout, or a k that stages can't hold.
+    """
     ku = stage_columns(packed.format, packed.k)
+    stage = packed.k // ku, LAYOUTS[packed.format].stage_bytes(ku)
+    data = room((-(-packed.n // TILE), *stage), torch.uint8, packed.codes.device)
     step = max(TILE, CHUNK_WEIGHTS // packed.k // TILE * TILE)
-    pieces = [_stream_rows(packed.rows(r, min(r + step, packed.n)), ku) for r in range(0, packed.n, step)]
-    data = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-    return Stream(packed.format, packed.n, packed.k, data.contiguous(), _row_scale(packed))
+    for r in range(0, packed.n, step):
+        piece = _stream_rows(packed.rows(r, min(r + step, packed.n)), ku)
+        data[r // TILE : r // TILE + len(piece)] = piece
+    return Stream(packed.format, packed.n, packed.k, data, _row_scale(packed))
 
 
 def unpack_stream(stream: Stream) -> Packed:

@@ -131,7 +131,7 @@ def attach(module: nn.Module, packed: Callable[[nn.Module], Packed | None]) -> i
 def _replace(parent: nn.Module, names: tuple[str, ...], parts: list[Packed]) -> int:
     woven = len(parts) == 2
     made = pack_stream(interleave(*parts) if woven else concatenate(parts) if len(parts) > 1 else parts[0])
-    stream = replace(made, data=keep(made.data), row_scale=None if made.row_scale is None else keep(made.row_scale))
+    stream = made if made.row_scale is None else replace(made, row_scale=keep(made.row_scale))
     row = 0
     for index, (name, part) in enumerate(zip(names, parts, strict=True)):
         own = StreamPart(stream, part.n, half=index + 1) if woven else StreamPart(stream, part.n, row0=row)

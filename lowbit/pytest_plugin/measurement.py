@@ -8,7 +8,7 @@ import pytest
 
 from lowbit.cases import Case
 from lowbit.errors import LoadError, LowbitError
-from lowbit.faults import is_device_fault, is_out_of_memory
+from lowbit.faults import is_device_fault, is_out_of_memory, own_frames
 from lowbit.pytest_plugin import gate
 from lowbit.pytest_plugin.foreign import ForeignBenchmark, as_dict_of
 from lowbit.pytest_plugin.keys import CASE, UNLOADABLE
@@ -88,7 +88,11 @@ def _note_failure(bench: BenchSession, case: Case, nodeid: str, error: Exception
     record.outcome = "failed"
     if isinstance(error, LoadError):
         record.info[UNLOADABLE] = True
-    record.error = str(error) if isinstance(error, LowbitError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, LowbitError):
+        record.error = str(error)
+    else:
+        record.error = f"{type(error).__name__}: {error}"
+        record.info["raised_in"] = own_frames(error)
     bench.records[nodeid] = record
     if is_device_fault(error):
         bench.poisoned = record.error
