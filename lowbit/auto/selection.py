@@ -37,7 +37,7 @@ class Selection:
         of, more = "", ""
         if found["kld_of"] is not None:
             of = f"of the {found['kld_of']} model "
-            more = "; what it loses on a checkpoint is unknown, as dummy weights lose nothing: search again there"
+            more = "; what it loses on a checkpoint is unknown: search again there"
         return (
             f"auto: {found['what']} ({found['mode']}, {found['step_ms']:.3f} ms per token, KL {found['kld']:.4g} {of}"
             f"on the calibration text, limit {found['max_kld']:g}; {found['against']}); again with --recipe "
