@@ -11,7 +11,7 @@ from lowbit.cases import Case
 from lowbit.device import MIB, Device
 from lowbit.formats import FORMATS, Format
 from lowbit.hostmodel import HostModel
-from lowbit.kernels.stream_modules import PIECE_WEIGHTS
+from lowbit.kernels.weights import PIECE
 from lowbit.metrics import Measurement, Quality
 from lowbit.quantized import TORCH_DTYPES, Quantized
 from lowbit.record import Record
@@ -171,7 +171,7 @@ def scoring_mib(fmt: Format, config: Any, window: int) -> float:
     """
     longest = max([window, *(each for each in KV_CONTEXTS if fmt.kv and each <= config.max_position_embeddings)])
     cache = quantized.kv_bytes_per_token(fmt, config) * longest if fmt.kv else 0.0
-    head = 2 * min(PIECE_WEIGHTS, config.vocab_size * config.hidden_size) if "lm_head" in fmt.targets else 0
+    head = 2 * min(PIECE, config.vocab_size * config.hidden_size) if "lm_head" in fmt.targets else 0
     logits = quality.scored_bytes(config.vocab_size, longest) + head
     return (cache + max(_activations(config, longest), logits)) / MIB
 

@@ -61,6 +61,15 @@ def test_unpacking_is_the_definition_bit_by_bit(name):
         assert torch.equal(triton_linear.unpack(None, packed, dtype), weights.dequantize(packed).to(dtype))
 
 
+@pytest.mark.parametrize("name", ["int8", "int4_g64", "nvfp4"])
+def test_a_large_weight_is_unpacked_and_multiplied_in_pieces(name, monkeypatch):
+    packed, x = quantize(matrix(40, 384), name), vectors(12, 384, torch.float16)
+    whole = triton_linear.unpack_gemm(x, packed, torch.float16)
+    monkeypatch.setattr(weights, "PIECE", 20 * 384)  # 16 rows of 40
+    assert relative(triton_linear.unpack_gemm(x, packed, torch.float16), x, packed) < 1e-3
+    assert relative(whole, x, packed) < 1e-3
+
+
 @pytest.mark.parametrize("name", ["int8", "int4_g64"])
 def test_parts_of_k_are_summed_in_order(name):
     packed = quantize(matrix(40, 2048), name)

@@ -130,7 +130,7 @@ def test_a_large_matrix_is_dequantized_and_multiplied_in_pieces(emulate, name, m
         whole, weight = linear(x), linear.dequantize(dtype)
         asked, get = [], linear.dequantize
         with monkeypatch.context() as patch:
-            patch.setattr(stream_modules, "PIECE_WEIGHTS", 40 * linear.k)
+            patch.setattr(weights, "PIECE", 40 * linear.k)
             patch.setattr(linear, "dequantize", partial(noted, asked, get))
             found = linear(x)
         assert asked == [(row, min(row + 32, linear.n)) for row in range(0, linear.n, 32)]

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from live_bytes import LiveBytes
 
-from lowbit.kernels import WEIGHT_FORMATS, dispatch, quantize, triton_linear
+from lowbit.kernels import WEIGHT_FORMATS, dispatch, quantize, triton_linear, weights
 from lowbit.kernels.dispatch import Problem
 
 PACKED = [name for name in WEIGHT_FORMATS if name != "bf16"]
@@ -75,6 +76,27 @@ def test_bf16_is_left_to_cublas(installed):
 )
 def test_what_the_kernels_cannot_do_is_the_references(installed, asked):
     assert dispatch.chosen("linear", asked) == dispatch.REFERENCE
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_head_is_unpacked_in_pieces_before_its_product(monkeypatch, dtype):
+    """It took 2 bytes a weight beside the model, 1 GiB for Llama-3.1-8B's. The unpacking itself is the reference's."""
+    packed = quantize(torch.randn(4096, 256), "int8")
+    x = torch.randn(3, 12, 256, dtype=dtype)
+    asked = []
+
+    def unpack(_, part, dtype):
+        asked.append(part.n)
+        return weights.dequantize(part).to(dtype)
+
+    monkeypatch.setattr(triton_linear, "unpack", unpack)
+    whole = triton_linear.unpack_gemm(x.flatten(0, 1), packed, dtype)
+    monkeypatch.setattr(weights, "PIECE", 100 * 256)
+    with LiveBytes() as made:
+        found = triton_linear.unpack_gemm(x.flatten(0, 1), packed, dtype)
+    assert asked == [4096, *[96] * 42, 64]
+    assert made.peak < packed.n * packed.k
+    torch.testing.assert_close(found, whole, rtol=torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
 
 
 def test_without_triton_the_reference_says_that_it_runs(monkeypatch):

@@ -15,7 +15,7 @@ from lowbit import backends, truth
 from lowbit.backends import NoTruth
 from lowbit.backends.torchao import unpacking
 from lowbit.formats import FORMATS, LINEARS, Format
-from lowbit.kernels import stream_modules, weights
+from lowbit.kernels import weights
 from lowbit.kernels.modules import NativeEmbedding, NativeLinear
 from lowbit.kernels.quantizer import quantize
 from lowbit.kernels.stored_linear import StoredLinear
@@ -154,7 +154,7 @@ def streamed_head(name="int8"):
     """As on an H200, whose kernel that dequantizes is not here: it gives the same rows."""
     plain, packed = packed_head(name)
     linear = StreamLinear(StreamPart(pack_stream(packed.packed), ROWS))
-    linear.dequantize = lambda dtype, start=0, stop=ROWS: weights.dequantize(linear.rows(start, stop)).to(dtype)
+    linear.dequantize = lambda dtype, start, stop: weights.dequantize(linear.rows(start, stop)).to(dtype)
     return plain, linear
 
 
@@ -193,7 +193,7 @@ def test_a_large_matrix_is_proven_in_pieces(kind, monkeypatch):
     ask = truth.measure_rows if kind == "embedding" else truth.measure
     whole = ask(module, fmt, dtype, plain.weight)
     monkeypatch.setattr(truth, "CHUNK", 2**16)
-    monkeypatch.setattr(stream_modules, "PIECE_WEIGHTS", 2**16)
+    monkeypatch.setattr(weights, "PIECE", 2**16)
     with LiveBytes() as made:
         found = ask(module, fmt, dtype, plain.weight)
     assert made.peak < 2 * ROWS * COLUMNS  # 2 bytes a weight; it was 12

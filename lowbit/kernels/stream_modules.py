@@ -20,14 +20,10 @@ from lowbit.kernels.stream import (
     pack_stream,
     unpack_stream,
 )
-from lowbit.kernels.weights import Packed, row_chunks
+from lowbit.kernels.weights import Packed, product, row_chunks
 
 SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Linears that are multiplied with the same x, and share a stream."""
-
-PIECE_WEIGHTS = 1 << 27
-"""Weights that are dequantized at once before a product, 256 MiB in 16 bits: a head of Llama-3.1-8B in 4 pieces, which
-would take 1 GiB beside the model; no matrix of its layers is cut."""
 
 
 @dataclass(eq=False)
@@ -53,8 +49,8 @@ class StreamPart:
 class StreamLinear(nn.Module):
     """A linear whose weights lie in a stream that it may share. Products with many tokens dequantize them first.
 
-    x [..., in_features] -> [..., out_features], in x's dtype (fp16 or bf16), by cuBLAS on the dequantized matrix, of
-    which at most PIECE_WEIGHTS are there at a time.
+    x [..., in_features] -> [..., out_features], in x's dtype (fp16 or bf16), by cuBLAS on the dequantized matrix; a
+    large one piece by piece.
     """
 
     def __init__(self, part: StreamPart) -> None:
@@ -95,14 +91,7 @@ class StreamLinear(nn.Module):
         destination.update({prefix + name: tensor for name, tensor in self.packed.tensors().items()})
 
     def forward(self, x: Tensor) -> Tensor:
-        step = max(TILE, PIECE_WEIGHTS // self.k // TILE * TILE)
-        if self.n <= step:
-            return nn.functional.linear(x, self.dequantize(x.dtype))
-        y = x.new_empty(*x.shape[:-1], self.n)
-        for start in range(0, self.n, step):
-            stop = min(start + step, self.n)
-            y[..., start:stop] = nn.functional.linear(x, self.dequantize(x.dtype, start, stop))
-        return y
+        return product(x, self.n, self.k, lambda start, stop: self.dequantize(x.dtype, start, stop))
 
     def extra_repr(self) -> str:
         return f"[{self.out_features}, {self.in_features}] {self.format}, streamed"

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from lowbit.kernels import dispatch
 from lowbit.kernels.dispatch import Problem
-from lowbit.kernels.weights import Packed, WeightFormat, find
+from lowbit.kernels.weights import Packed, WeightFormat, find, product
 
 NEEDED_SM = (8, 0)
 """bf16 and asynchronous copies; Triton itself starts at SM75."""
@@ -201,8 +201,8 @@ def unpack(x: Any, packed: Packed, dtype: torch.dtype) -> Tensor:
 
 
 def unpack_gemm(x: Tensor, packed: Packed, dtype: torch.dtype) -> Tensor:
-    """x [rows, k] -> [rows, n]: the weight in ``dtype`` in memory, then cuBLAS."""
-    return functional.linear(x, unpack(None, packed, dtype))
+    """x [rows, k] -> [rows, n]: the weight in ``dtype`` in memory, a large one piece by piece, then cuBLAS."""
+    return product(x, packed.n, packed.k, lambda start, stop: unpack(None, packed.rows(start, stop), dtype))
 
 
 def gemm_16(x: Tensor, packed: Packed, dtype: torch.dtype) -> Tensor:
