@@ -26,7 +26,9 @@ GPU_METRICS = (*NVML_METRICS, "host_share", "vram_alloc_peak_mib", "vram_quantiz
 """Absent without a GPU: a CPU's resident size says nothing, glibc keeps pages (count storages: weights_mib)."""
 
 SETTLING_GRAPHS = 8
-"""CUDA graphs recorded before the first case; four were enough on an H200, driver 580."""
+"""CUDA graphs recorded before a case's rounds; four were enough on an H200, driver 580."""
+SETTLING_KERNELS = 500
+"""Kernels on a second stream then: some hundred had the same effect there."""
 
 
 # -- clocks -----------------------------------------------------------------------------------------------------------
@@ -140,7 +142,7 @@ class VramMeter:
             dtypes = [torch.float16, torch.float32] + [torch.bfloat16] * self._device.has_dtype("bf16")
             for dtype in dtypes:
                 _use_libraries(self._device.torch, dtype)
-            _use_graphs(self._device.torch)
+            settle(self._device)
         self.release()
         self._outside_at_warm_up = self._outside_mib()
         return self.process_mib()
@@ -186,24 +188,29 @@ def _use_libraries(device: torch.device, dtype: torch.dtype) -> None:
     (torch.nn.functional.silu(row @ x[0, 0]) + row).float().softmax(-1).argmax().item()
 
 
-def _use_graphs(device: torch.device) -> None:
-    """Record some CUDA graphs, and use a second stream, so that every case finds the process as later ones do.
+def settle(device: Device) -> None:
+    """Record some CUDA graphs and use a second stream, so that every case finds the process as later ones do.
 
     On an H200 (driver 580) the kernels of a process's first three graphs follow each other 0.2 to 0.4 µs sooner than
     those of any later moment: the fourth graph recorded, or hundreds of kernels on one more stream, ends it for all
     of them at once (docs/findings.md). A process that serves is past that; a step of 800 kernels would be 6 % faster as
-    the first case than as the fifth. The first graph also takes 72 MiB outside torch's allocator, whatever is in it.
+    the first case than as the fifth. Some cases were seen to be fast again, so this comes before the rounds of each.
+    The first graph also takes 72 MiB outside torch's allocator, whatever is in it. Nothing to do on a CPU.
     """
-    x = torch.zeros(8, device=device)
-    with torch.cuda.device(device):
+    if device.kind != "cuda":
+        return
+    x = torch.zeros(8, device=device.torch)
+    with torch.cuda.device(device.torch):
         for _ in range(SETTLING_GRAPHS):
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 x.add_(1)
             graph.replay()
+        torch.cuda.synchronize()
         with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
-            x.add_(1)
-    torch.cuda.synchronize(device)
+            for _ in range(SETTLING_KERNELS):
+                x.add_(1)
+    synchronize(device)
 
 
 def memory_fits(device: Device, needed_mib: float, held_mib: float = 0.0) -> Unmet | None:

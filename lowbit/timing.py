@@ -73,6 +73,7 @@ class Stopwatch:
 
         self.progress(f"{case.name}: measuring")
         with self.spent.on("measure"):
+            measure.settle(self.device)
             self.vram.trim()
             decoder.generate(ids, WARM_STEPS)  # untimed: takes the blocks that the rounds need
             self.vram.reset_peak()
@@ -114,6 +115,7 @@ class Stopwatch:
 
         self.progress(f"{case.name}: measuring")
         with self.spent.on("measure"):
+            measure.settle(self.device)
             self.vram.trim()
             decoder.prefill(ids)
             self.vram.reset_peak()

@@ -87,7 +87,8 @@ def test_steps_of_a_card_wait_only_at_the_end_and_reuse_events(cuda):
 # -- memory -------------------------------------------------------------------------------------------------------
 
 
-def test_a_cpu_has_no_vram(cuda):
+def test_a_cpu_has_no_vram_and_nothing_to_settle(cuda):
+    measure.settle(CPU)
     meter = VramMeter(CPU, None)
     meter.release()
     meter.reset_peak()
@@ -132,7 +133,7 @@ def test_the_allocators_peak(cuda, monkeypatch):
 def test_a_case_alone_and_after_others_has_the_same_peak(cuda, monkeypatch):
     fake = fake_pynvml.install(monkeypatch)
     monkeypatch.setattr(measure, "_use_libraries", lambda device, dtype: None)
-    monkeypatch.setattr(measure, "_use_graphs", lambda device: None)
+    monkeypatch.setattr(measure, "settle", lambda device: None)
     with Nvml.open(CARD) as card:
         meter = VramMeter(CARD, card)
         fake.processes = {ME: 700.0}
@@ -154,7 +155,7 @@ def test_a_case_alone_and_after_others_has_the_same_peak(cuda, monkeypatch):
 def test_the_warm_up_uses_every_dtype_of_the_card(cuda, monkeypatch, capability, expected):
     used, graphs = [], []
     monkeypatch.setattr(measure, "_use_libraries", lambda device, dtype: used.append(dtype))
-    monkeypatch.setattr(measure, "_use_graphs", graphs.append)
+    monkeypatch.setattr(measure, "settle", graphs.append)
     VramMeter(Device("cuda", 0, "A card", "a-card", capability, None, 1, None, None), None).warm_up()
     assert set(used) == expected
     assert len(graphs) == 1  # else its memory would be the first case's that captures one
@@ -162,10 +163,10 @@ def test_the_warm_up_uses_every_dtype_of_the_card(cuda, monkeypatch, capability,
 
 STEADY = """
 import time, torch
-from lowbit import measure
+from lowbit import device, measure
 x, w = torch.ones(1, 1024, device="cuda", dtype=torch.bfloat16), torch.zeros(1024, 1024, device="cuda").bfloat16()
 x @ w
-measure._use_graphs(torch.device("cuda", 0))
+measure.settle(device.detect())
 def seconds():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -105,3 +105,20 @@ def test_a_native_decode_says_how_it_reads_which_cache(monkeypatch):
     )
     assert found.attention == "a fake's: fp8"
     assert found.kv_bytes_per_token == 2 * 2 * 2 * (32 + 2)  # layers, keys and values, KV heads, codes and their scale
+
+
+@pytest.mark.parametrize("kind", ["decode", "prefill"])
+def test_the_process_is_settled_once_a_case_when_its_graphs_are_there_and_before_its_rounds(monkeypatch, kind):
+    log = []
+    monkeypatch.setattr(compilers, "compile_call", lambda call, mode, *args: log.append("compiled") or call)
+    monkeypatch.setattr(timing.measure, "settle", lambda device: log.append("settled"))
+    watch = timing.Stopwatch(CPU, None, Vram(), Spent(), lambda text: None)
+    workload = Workload("w", kind, 1, 8, 4 if kind == "decode" else 0, "small")
+    case = Case(kind, FORMATS["bf16-torch"], "regional", workload)
+    quantized = SimpleNamespace(model=model(torch.float16), dtype="fp16")
+    found = Measurement(kind, prompt_tokens=8, new_tokens=4)
+    take = watch.time_decode if kind == "decode" else watch.time_prefill
+    ids = timing.prompt(512, 1, 8, CPU)
+    take(case, quantized, ids, found, lambda timer, setup, rounds: (setup(), log.append("rounds"), timer()))
+    assert list(dict.fromkeys(log)) == ["compiled", "settled", "rounds"]
+    assert log.count("settled") == 1
