@@ -388,4 +388,5 @@ def test_a_window_is_moved_by_four_stages_and_holds_something_back(name):
     window = one.macros()["WINDOW"]
     assert window % 4 == 0
     assert window < one.shared(4096, 1792)[0]
-    assert replace(one, batch=8).macros()["WINDOW"] == 0  # measured at batch 1 alone
+    eight = replace(one, batch=8).macros()
+    assert eight["WINDOW"] == eight["PACE"] == 0  # measured at batch 1 alone

@@ -133,6 +133,7 @@ class Geometry:
             "SPLITS": self.splits,
             "BATCH": self.batch,
             "WINDOW": LAYOUTS[self.format].window if self.batch == 1 else 0,
+            "PACE": LAYOUTS[self.format].pace if self.batch == 1 else 0,
         }
 
     @property

@@ -23,15 +23,17 @@ THIRD = [3, 1, 0, 2]
 class Layout:
     """How a weight format is streamed. ``code`` is FORMAT in cuda/common.cu, ``widest`` the most columns of a stage,
     ``warps`` the consumer warps that were fastest on an H200 (docs/kernels.md; of what was never timed, those of the
-    most similar format), ``window`` the stages at most that are on their way while a ring is filled for the first time
-    (0: as many as it holds). ``group`` columns share a scale, which with its zero takes ``scale_bytes``; None: a row
-    does, and then it lies beside the stream."""
+    most similar format). While a ring is filled for the first time ``window`` is the stages at most that are on their
+    way (0: as many as it holds), ``pace`` the clock cycles at least between asking for four of them and for the next
+    four. ``group`` columns share a scale, which with its zero takes ``scale_bytes``; None: a row does, and then it
+    lies beside the stream."""
 
     code: int
     bits: int
     widest: int
     warps: int = 11
     window: int = 0
+    pace: int = 0
     group: int | None = None
     scale_bytes: int = 0
 

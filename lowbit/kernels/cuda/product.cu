@@ -153,12 +153,13 @@ template <int K> __device__ __forceinline__ void stage_product(const uint8_t* st
 __device__ __forceinline__ int first_tile(int tiles, int block, int blocks) { return (int)((uint32_t)tiles * block / blocks); }
 // The producer thread's way through a ring: fetch(stage, slot) asks for a stage. The thread that uses a slot first makes its
 // barriers, on its way: so the first stages are asked for as soon as the block runs, and the consumers stage x meanwhile.
-// Few at a time, and with a WINDOW no more stages on their way than that: what the kernel before still loads and this one's
+// Few at a time, with a WINDOW no more stages on their way than that, and no sooner than PACE cycles after those before: what the kernel before still loads and this one's
 // x queue behind them, so that asking faster made a step slower (docs/kernels.md).
 template <typename Op, typename Barriers, typename Fetch> __device__ __forceinline__ void feed_ring(const Op& op, const Barriers& s, int stages, Fetch&& fetch) {
   constexpr int AT_ONCE = 4;
   static_assert(WINDOW % AT_ONCE == 0, "the window moves by what is asked for at once");
   const int first = min(stages, op.ring);
+  uint32_t next = PACE > 0 ? clock_now() : 0;
   for (int i = 0; i < first; i += AT_ONCE) {
 #pragma unroll
     for (int j = 0; j < AT_ONCE; j++) if (i + j < first) barrier_init(s.full + i + j, 1), barrier_init(s.empty + i + j, 1);
@@ -166,6 +167,10 @@ template <typename Op, typename Barriers, typename Fetch> __device__ __forceinli
     if constexpr (WINDOW > 0) if (i >= WINDOW) barrier_wait(s.full + i - WINDOW + AT_ONCE - 1, 0);
 #pragma unroll
     for (int j = 0; j < AT_ONCE; j++) if (i + j < first) fetch(i + j, i + j);
+    if constexpr (PACE > 0) {
+      next += PACE;
+      while ((int)(clock_now() - next) < 0) {}
+    }
   }
   __syncthreads();  // with the consumers, who have staged x meanwhile
   int slot = 0;

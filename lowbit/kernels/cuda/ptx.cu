@@ -41,6 +41,7 @@ __device__ __forceinline__ float load_dependent(const float* p) { float v; asm v
 __device__ __forceinline__ uint32_t load_dependent(const uint32_t* p) { uint32_t v; asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory"); return v; }
 __device__ __forceinline__ uint16_t load_dependent(const uint16_t* p) { uint16_t v; asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(v) : "l"(p) : "memory"); return v; }
 __device__ __forceinline__ uint64_t load_dependent(const uint64_t* p) { uint64_t v; asm volatile("ld.global.cg.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory"); return v; }
+__device__ __forceinline__ uint32_t clock_now() { uint32_t v; asm volatile("mov.u32 %0, %%clock;" : "=r"(v) :: "memory"); return v; }
 __device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 template <int THREADS_> __device__ __forceinline__ void sync_some() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS_) : "memory"); }
