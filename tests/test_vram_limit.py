@@ -8,15 +8,20 @@ from types import SimpleNamespace
 import fake_pynvml
 import fakes
 import pytest
+import tiny
 import torch
+from live_bytes import LiveBytes
 from test_device import cards
-from tiny_lab import CPU, decode, make_lab, take
+from tiny_lab import CPU, decode, make_lab, run_rounds, take
 from transformers import LlamaConfig
 
-from lowbit import ceilings, device, measure, models, quantized, scoring, vram_limit
+from lowbit import ceilings, device, measure, models, quality, quantized, scoring, truth, vram_limit
+from lowbit.backends import native
 from lowbit.cases import Case
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS
+from lowbit.hostmodel import HostModel
+from lowbit.kernels import stream, stream_modules, weights
 from lowbit.presets import PRESETS
 
 pytest_plugins = ["pytester"]
@@ -99,19 +104,55 @@ def test_what_cant_be_scored_is_told_before_it_runs_out_of_memory(tiny_folder, s
     scratch = scoring.scoring_mib(fmt, config, 2048)
     assert scratch == 5 * 64 + 256
     layer = 218_103_808 * 2 / MIB
-    quality = quantized.needed_mib(fmt, config, None, scratch)
-    assert quality - quantized.needed_mib(fmt, config) == pytest.approx(scratch - layer)
-    between = dataclasses.replace(CPU, total_mib=quality - 1)
+    needed = quantized.needed_mib(fmt, config, None, scratch)
+    assert needed - quantized.needed_mib(fmt, config) == pytest.approx(scratch - layer)
+    between = dataclasses.replace(CPU, total_mib=needed - 1)
     bench = make_lab(tiny_folder, dataclasses.replace(story, window=2048), between)
     bench.choice = dataclasses.replace(bench.choice, config=config)
     assert bench.unmet(decode(fmt.id)) is None
-    room = f"{quality - 1:,.0f} of {quality - 1:,.0f} MiB are free on a test's CPU"
+    room = f"{needed - 1:,.0f} of {needed - 1:,.0f} MiB are free on a test's CPU"
     assert str(bench.unmet(Case("quality", fmt))) == (
-        f"memory: quantized weights and scoring: needs {quality:,.0f} MiB, {room}"
+        f"memory: quantized weights and scoring: needs {needed:,.0f} MiB, {room}"
     )
     bench.device = dataclasses.replace(between, total_mib=12_288.0)
     assert bench.unmet(Case("quality", fmt)) is None
     bench.close()
+
+
+def test_a_whole_quality_case_stays_within_what_was_asked_for(monkeypatch, story):
+    """Quantized, proven and scored, a large head included: the steps of an H200, all sizes that bound them 32 times
+    smaller. The proof took 12 bytes for each of the head's weights."""
+    rows, fmt = 32768, FORMATS["a16w8-lowbit"]
+    for module, name in ((weights, "CHUNK"), (weights, "PIECE"), (scoring, "PIECE"), (truth, "CHUNK")):
+        monkeypatch.setattr(module, name, getattr(module, name) // 32)
+    monkeypatch.setattr(stream, "CHUNK_WEIGHTS", stream.CHUNK_WEIGHTS // 32)
+    monkeypatch.setattr(quality, "CHUNK_BYTES", quality.CHUNK_BYTES // 32)
+    monkeypatch.setattr(native, "streams", lambda device: True)
+    monkeypatch.setattr(stream_modules.StreamLinear, "dequantize", by_reference)
+    master = tiny.model(vocab_size=rows, num_hidden_layers=1).requires_grad_(False)
+    host = HostModel("tiny", "auto", master.config, master, [], 0)
+    scorer = scoring.Scorer(CPU, story, measure.VramMeter(CPU, None), progress=lambda text: None)
+    scorer._text = quality.Text("noise", torch.randint(rows, (2 * 64,)), 64)
+    scorer.prepare(host, fmt)
+    case, record = Case("quality", fmt), Case("quality", fmt).record("a test", "tiny", "auto")
+    with LiveBytes() as made:
+        built = quantized.build(host, fmt, CPU)
+        found = scorer.measure(built, host, case, record, run_rounds, own=True)
+    assert isinstance(built.model.lm_head, stream_modules.StreamLinear)
+    assert found.quality.kld < 0.1
+    assert set(record.info["truth"]) >= {"lm_head", "model.layers.0.mlp.down_proj"}
+    asked = quantized.needed_mib(fmt, master.config, None, scoring.scoring_mib(fmt, master.config, 64))
+    assert 0.8 * asked < made.peak / MIB < asked
+    scorer.close()
+
+
+def by_reference(linear, dtype, start, stop):
+    """As the kernel does, of which no CPU has one: nothing beside the result."""
+    out = torch.empty(stop - start, linear.k, dtype=dtype)
+    for row in range(start, stop, 256):
+        last = min(row + 256, stop)
+        out[row - start : last - start] = weights.dequantize(linear.rows(row, last))
+    return out
 
 
 def test_a_packed_kv_cache_is_scored_at_longer_contexts():
