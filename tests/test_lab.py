@@ -67,10 +67,10 @@ def test_a_library_that_hides_its_weights_says_so_in_the_record(tiny_bench, monk
 
 
 def test_a_wrong_kernel_fails_its_case(tiny_bench, monkeypatch):
-    def spoilt(module):
-        return 1.05 * unpacking.dequantize(module)
+    def spoilt(module, size):
+        return (1.05 * block for block in unpacking.dequantize_blocks(module, size))
 
-    monkeypatch.setattr("lowbit.backends.torchao.dequantize", spoilt)
+    monkeypatch.setattr("lowbit.backends.torchao.dequantize_blocks", spoilt)
     with pytest.raises(TruthError, match=r"a16w8-torchao: .* relative error of at most 0\.00781 .*q_proj 0\.04"):
         take(tiny_bench, Case("quality", FORMATS["a16w8-torchao"]))
 

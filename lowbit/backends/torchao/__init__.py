@@ -9,7 +9,7 @@ from lowbit.backends import targets
 from lowbit.backends.torchao.configs import make
 from lowbit.backends.torchao.needs import also_needs, requirement
 from lowbit.backends.torchao.static import AMAX, calibrate
-from lowbit.backends.torchao.unpacking import dequantize, quantize_activations
+from lowbit.backends.torchao.unpacking import dequantize, dequantize_blocks, quantize_activations
 from lowbit.formats import Format
 from lowbit.quiet import quiet_import
 
@@ -18,6 +18,7 @@ __all__ = [
     "also_needs",
     "calibrate",
     "dequantize",
+    "dequantize_blocks",
     "is_quantized",
     "quantize",
     "quantize_activations",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.backends import NoTruth
+from lowbit.kernels.weights import row_chunks
 from lowbit.quiet import quiet_import
 
 Pack = Callable[[Tensor], Tensor]
@@ -34,6 +35,18 @@ def dequantize(module: nn.Module) -> Tensor:
             raise NoTruth(f"torchao's {kind} gives its weights back in no way that lowbit knows")
     dequantized: Tensor = weight.dequantize(torch.float32)
     return dequantized
+
+
+def dequantize_blocks(module: nn.Module, size: int) -> Iterator[Tensor]:
+    """The same in blocks of rows of about ``size`` weights. int8, which heads are given, is cut as it is stored (whole,
+    Llama-3.1-8B's takes 4 GB: its codes in fp32, and their product with the scales); the others are cut afterwards."""
+    weight: Any = module.weight
+    cut = type(weight).__name__ == "Int8Tensor"
+    whole = weight if cut else dequantize(module).float()
+    n, k = whole.shape
+    for start, stop in row_chunks(n, k, size):
+        part: Any = whole[start:stop]
+        yield part.dequantize(torch.float32) if cut else part
 
 
 def quantize_activations(module: nn.Module, x: Tensor) -> Tensor:
