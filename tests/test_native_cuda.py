@@ -12,7 +12,7 @@ from torch import nn
 from lowbit import native_step
 from lowbit.generate.decoder import decode_logits
 from lowbit.generate.proof import NATIVE_BOUNDS
-from lowbit.kernels import geometry, nvrtc
+from lowbit.kernels import geometry, nvrtc, weights
 from lowbit.kernels.keeping import kept_together
 from lowbit.kernels.prefill import NativePrefill
 from lowbit.kernels.stream import LAYOUTS
@@ -36,6 +36,23 @@ def test_streams_are_dequantized_exactly(made):
         want = exact.get_submodule(path).weight
         dtype = plain.model.embed_tokens.weight.dtype
         assert torch.equal(plain.get_submodule(path).dequantize(dtype), want.to(dtype)), path
+
+
+@torch.no_grad()
+def test_a_large_matrix_is_dequantized_and_multiplied_in_pieces(made, monkeypatch):
+    plain, _, _, _ = made
+    dtype = plain.model.embed_tokens.weight.dtype
+    bound = 2e-2 if dtype is torch.bfloat16 else 2e-3
+    for path in ("lm_head", "model.layers.0.self_attn.v_proj", "model.layers.1.mlp.up_proj"):
+        linear = plain.get_submodule(path)
+        x = torch.randn(3, 40, linear.k, device="cuda", dtype=dtype)
+        whole, weight = linear(x), linear.dequantize(dtype)
+        rows = [(row, min(row + 32, linear.n)) for row in range(0, linear.n, 32)]
+        assert torch.equal(torch.cat([linear.dequantize(dtype, *piece) for piece in rows]), weight), path
+        with monkeypatch.context() as patch:
+            patch.setattr(weights, "PIECE", 40 * linear.k)
+            found = linear(x)
+        assert float((found - whole).norm() / whole.norm()) < bound, path
 
 
 @torch.no_grad()

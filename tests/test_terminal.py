@@ -177,6 +177,10 @@ def test_skips_are_grouped_by_reason_and_failures_named():
         "  a8w8_fp8-gemlite",
         "failed: decode[bf16-torch-eager-b1_c0]: OutOfMemoryError: tried to allocate 2 GiB",
     ]
+    failed.info["raised_in"] = ["lowbit/lab.py:83 measure: took", "lowbit/truth.py:94 measure: weight = …"]
+    assert terminal.notes([failed], {}, accept=str) == (
+        "failed: decode[bf16-torch-eager-b1_c0]: OutOfMemoryError: tried to allocate 2 GiB (in\n  lowbit/truth.py:94)"
+    )
 
 
 def test_an_unexplained_improvement_comes_with_the_command_that_accepts_it():

@@ -155,7 +155,7 @@ def notes(
         parts.append(hang(f"skipped, {reason}: {_counted(cases)} of {', '.join(formats)}"))
     for outcome in ("failed", "void"):
         parts += [
-            hang(f"{outcome}: {regression.short_name(record.case)}: {first_line(record.error)}")
+            hang(f"{outcome}: {regression.short_name(record.case)}: {first_line(record.error)}{_place(record)}")
             for record in records
             if record.outcome == outcome
         ]
@@ -166,6 +166,12 @@ def notes(
             parts.append(hang(f"unexplained improvement: {regression.short_name(case)}: {changes}"))
             parts.append(f"  accept it: {accept(selection(case))}")
     return "\n".join(parts)
+
+
+def _place(record: Record) -> str:
+    """The last of lowbit's own lines that a library's error came by, where the record has it."""
+    lines = record.info.get("raised_in")
+    return f" (in {lines[-1].partition(' ')[0]})" if lines else ""
 
 
 def _counted(cases: Sequence[Record]) -> str:
