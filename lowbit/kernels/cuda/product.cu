@@ -153,8 +153,8 @@ template <int K> __device__ __forceinline__ void stage_product(const uint8_t* st
 __device__ __forceinline__ int first_tile(int tiles, int block, int blocks) { return (int)((uint32_t)tiles * block / blocks); }
 // The producer thread's way through a ring: fetch(stage, slot) asks for a stage. The thread that uses a slot first makes its
 // barriers, on its way: so the first stages are asked for as soon as the block runs, and the consumers stage x meanwhile.
-// Few at a time, with a WINDOW no more stages on their way than that, and no sooner than PACE cycles after those before: what the kernel before still loads and this one's
-// x queue behind them, so that asking faster made a step slower (docs/kernels.md).
+// Few at a time, with a WINDOW no more stages on their way than that, and no sooner than PACE cycles after those before: what the
+// kernel before still loads and this one's x queue behind them, so that asking faster made a step slower (docs/kernels.md).
 template <typename Op, typename Barriers, typename Fetch> __device__ __forceinline__ void feed_ring(const Op& op, const Barriers& s, int stages, Fetch&& fetch) {
   constexpr int AT_ONCE = 4;
   static_assert(WINDOW % AT_ONCE == 0, "the window moves by what is asked for at once");
