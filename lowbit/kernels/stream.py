@@ -135,10 +135,8 @@ def pack_stream(packed: Packed) -> Stream:
     ku = stage_columns(packed.format, packed.k)
     stage = packed.k // ku, LAYOUTS[packed.format].stage_bytes(ku)
     data = room((-(-packed.n // TILE), *stage), torch.uint8, packed.codes.device)
-    step = max(TILE, CHUNK_WEIGHTS // packed.k // TILE * TILE)
-    for r in range(0, packed.n, step):
-        piece = _stream_rows(packed.rows(r, min(r + step, packed.n)), ku)
-        data[r // TILE : r // TILE + len(piece)] = piece
+    for start, stop in weights.row_chunks(packed.n, packed.k, CHUNK_WEIGHTS, TILE):
+        data[start // TILE : -(-stop // TILE)] = _stream_rows(packed.rows(start, stop), ku)
     return Stream(packed.format, packed.n, packed.k, data, _row_scale(packed))
 
 

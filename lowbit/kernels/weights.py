@@ -206,9 +206,9 @@ CHUNK = 1 << 22
 """Weights that are worked on at once, so that a head of 525 million needs no gigabytes beside it."""
 
 
-def row_chunks(n: int, k: int, size: int | None = None) -> list[tuple[int, int]]:
-    """Row ranges of about ``size`` weights; None: CHUNK."""
-    step = max(1, (size or CHUNK) // k)
+def row_chunks(n: int, k: int, size: int | None = None, tile: int = 1) -> list[tuple[int, int]]:
+    """Row ranges of about ``size`` weights (None: CHUNK), each but the last a multiple of ``tile`` rows."""
+    step = max(tile, (size or CHUNK) // k // tile * tile)
     return [(start, min(start + step, n)) for start in range(0, n, step)]
 
 
@@ -269,12 +269,11 @@ def product(x: Tensor, n: int, k: int, dequantized: Callable[[int, int], Tensor]
 
     One product up to PIECE weights; of a larger matrix one per piece, whole tiles of 16 rows but for the last.
     """
-    step = max(16, PIECE // k // 16 * 16)
-    if n <= step:
+    pieces = row_chunks(n, k, PIECE, tile=16)
+    if len(pieces) == 1:
         return functional.linear(x, dequantized(0, n))
     y = x.new_empty(*x.shape[:-1], n)
-    for start in range(0, n, step):
-        stop = min(start + step, n)
+    for start, stop in pieces:
         y[..., start:stop] = functional.linear(x, dequantized(start, stop))
     return y
 

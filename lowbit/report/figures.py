@@ -90,6 +90,14 @@ class Place:
         found = (record.metrics.get(name) for record in self.records.get(fmt, ()))
         return next((value for value in found if value is not None), None)
 
+    def outcome(self, fmt: str, kind: str) -> str:
+        """What became of its cases of this kind, of which none was measured: ``skipped`` or ``failed``, as ``reason``
+        has it; "" where nothing is known."""
+        found = [record for record in self.records.get(fmt, ()) if record.kind == kind]
+        if any(record.unmet is not None for record in found):
+            return "skipped"
+        return "failed" if any((record.error or "").strip() for record in found) else ""
+
     def reason(self, fmt: str, kind: str) -> str:
         """Why no case of this kind was measured: a skip's reason, a failure's first line; "" where nothing is known."""
         found = [record for record in self.records.get(fmt, ()) if record.kind == kind]

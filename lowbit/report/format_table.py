@@ -21,8 +21,6 @@ VOWELS = "AEFHILMNORSX8"  # of names that are spelled out: an H200, an A100, an 
 CAPABILITY = {H200: 90}
 """Of a card, as rows ask for it (SM90): no stored run has it."""
 
-CANT_RUN = "can't run"
-
 TITLES = {
     "torch": "PyTorch, and the KV cache",
     "calibrated": "Calibrated: GPTQ and AWQ",
@@ -113,14 +111,13 @@ def _coverage(formats: Sequence[Format], gpu: Place, needs: Mapping[str, str]) -
     """How many of a GPU's rows have a decode figure there, and what became of the others."""
     able = [fmt for fmt in formats if "cuda" in fmt.devices]
     rest = [fmt for fmt in able if gpu.decode(fmt.id) is None]
-    later = [fmt for fmt in rest if _decode(fmt, gpu, needs[fmt.id]).startswith(CANT_RUN)]
-    reasons = [gpu.reason(fmt.id, "decode") for fmt in rest if fmt not in later]
-    failed = sum(reason.startswith("failed: ") for reason in reasons)
+    later = [fmt for fmt in rest if _too_old(gpu, needs[fmt.id])]
+    outcomes = [gpu.outcome(fmt.id, "decode") for fmt in rest if fmt not in later]
     fates = {
         "need a later GPU": len(later),
-        "were skipped, for the reason in the remarks": sum(map(bool, reasons)) - failed,
-        "failed, as the remarks have it": failed,
-        "are in no stored run": reasons.count(""),
+        "were skipped, for the reason in the remarks": outcomes.count("skipped"),
+        "failed, as the remarks have it": outcomes.count("failed"),
+        "are in no stored run": outcomes.count(""),
     }
     told = f"- {_short(gpu)}: {len(able) - len(rest)} of {len(able)} rows have a decode figure"
     return told + "".join(f"; {fate}: {count}" for fate, count in fates.items() if count) + "."
@@ -210,6 +207,12 @@ def _of(place: Place, fmt: Format, name: str, show: Callable[[float | None], str
     return show(found[0].value("decode", found[1], name)) if found else NONE
 
 
+def _too_old(place: Place, needs: str) -> str:
+    """The SM100 of a row's needs, where the place's card is older; "" where it is not, or nobody knows."""
+    oldest, has = re.search(r"\bSM(\d+)", needs), CAPABILITY.get(place.slug)
+    return oldest[0] if oldest and has and int(oldest[1]) > has else ""
+
+
 def _decode(fmt: Format, place: Place, needs: str = "") -> str:
     """``276.3 reduce-overhead``, ``749.2 native, b1_c128``; else that there is no figure, or can be none there."""
     found = place.decode(fmt.id)
@@ -218,11 +221,10 @@ def _decode(fmt: Format, place: Place, needs: str = "") -> str:
         speed = number(row.value("decode", workload, "decode_tok_s"))
         return f"{speed} {row.mode}" + (f", {workload}" if workload != HEADLINE else "")
     name = _short(place)
-    oldest, has = re.search(r"\bSM(\d+)", needs), CAPABILITY.get(place.slug)
     if "cuda" not in fmt.devices:
         return "runs on a CPU alone"
-    if oldest and has and int(oldest[1]) > has:
-        return f"{CANT_RUN}: needs {oldest[0]}, this is SM{has}"
+    if oldest := _too_old(place, needs):
+        return f"can't run: needs {oldest}, this is SM{CAPABILITY[place.slug]}"
     return f"not measured on {'an' if name[0] in VOWELS else 'a'} {name}"
 
 
