@@ -451,6 +451,23 @@ def test_products_have_the_seconds_of_their_shape(monkeypatch):
     assert timed[-1] == ("lm_head", 1, "eager")
 
 
+@pytest.mark.parametrize(
+    ("mode", "compiled"),
+    [("regional", "reduce-overhead"), ("reduce-overhead", "reduce-overhead"), ("eager", "eager")],
+)
+def test_a_chain_is_compiled_as_the_layers_of_the_step_are(monkeypatch, mode, compiled):
+    asked = []
+
+    def compile_call(fn, mode, device, inductor):
+        asked.append(mode)
+        return fn
+
+    monkeypatch.setattr(compilers, "compile_call", compile_call)
+    monkeypatch.setattr(products, "time_call", lambda call, device: 1.0)
+    assert products._chain_s(FORMATS[PLAIN], backends.Shape("up_proj", 64, 32), 2, "bf16", mode, CPU) == 0.5
+    assert asked == [compiled]
+
+
 # -- for real, on a CPU ------------------------------------------------------------------------------------------------
 
 
@@ -622,6 +639,17 @@ def test_a_bench_says_in_which_mode_a_format_decodes(folder, source):
     assert bench.mixes(FORMATS["fp16-torch"], ground) is False  # another base dtype
     with pytest.raises(LowbitError, match="capability: needs cuda, this is cpu"):
         bench.mode(FORMATS["a16w8-gemlite"])
+    lab.close()
+
+
+def test_on_a_gpu_a_compiled_step_is_that_of_one_layer(folder, source, monkeypatch):
+    lab = make_lab(folder, source)
+    assert LabBench(lab).modes == ("native", "reduce-overhead", "regional", "eager")
+    monkeypatch.setattr(lab, "device", replace(lab.device, kind="cuda"))
+    monkeypatch.setattr(lab, "unmet", lambda case: None)
+    bench = LabBench(lab)
+    assert bench.mode(FORMATS[INT8]) == bench.grounds[-1].mode == "regional"
+    assert bench.mode(FORMATS[NATIVE]) == "native"
     lab.close()
 
 

@@ -22,8 +22,10 @@ def inside(monkeypatch):
     def use(pool, device):
         assert device == GPU
         used.append(pool)
-        yield
-        used.pop()
+        try:
+            yield
+        finally:
+            used.pop()
 
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "MemPool", object)
@@ -73,3 +75,30 @@ def test_a_stream_is_packed_where_it_is_kept(inside, monkeypatch):
     assert first == GPU
     assert len(pools) == 1
     assert outside == [(GPU, []), (torch.device("cpu"), [])]
+
+
+@pytest.mark.parametrize("way", ["room", "keep"])
+@pytest.mark.parametrize("fails", [0, 1, 2])
+def test_a_full_card_gives_up_the_free_blocks_outside_the_pool_first(inside, monkeypatch, way, fails):
+    """torch does not do it inside a pool. What still finds no room then is out of memory."""
+    told, tries = [], iter([torch.OutOfMemoryError("full")] * fails + ["made"])
+
+    def make(*of, **how):
+        told.append(("asked", len(inside)))
+        if isinstance(found := next(tries), Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(torch, "empty", make)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: told.append(("freed", len(inside))))
+    ask = {
+        "room": lambda: room((2,), torch.uint8, GPU),
+        "keep": lambda: keep(SimpleNamespace(is_cuda=True, device=GPU, clone=make)),
+    }[way]
+    with kept_together(GPU):
+        if fails == 2:
+            with pytest.raises(torch.OutOfMemoryError, match="full"):
+                ask()
+        else:
+            assert ask() == "made"
+    assert told == [("asked", 1), ("freed", 0), ("asked", 1)][: 1 if fails == 0 else 3]
