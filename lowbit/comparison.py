@@ -23,7 +23,8 @@ Side = Run | Baseline
 class Comparison:
     """NEW against OLD. ``lost`` are cases measured in OLD without a measurement in NEW, each with the reason;
     ``new`` those of NEW alone; ``void`` those disturbed in NEW, which are not judged; ``environment`` what changed;
-    ``left_out`` how many of OLD's cases NEW's own -k or -m did not select."""
+    ``left_out`` how many of OLD's cases NEW's own -k or -m did not select; ``cold`` those whose compile_s alone is not
+    judged."""
 
     device: str
     verdicts: list[tuple[str, list[Verdict]]] = field(default_factory=list)
@@ -32,6 +33,7 @@ class Comparison:
     void: list[str] = field(default_factory=list)
     environment: list[str] = field(default_factory=list)
     left_out: int = 0
+    cold: list[str] = field(default_factory=list)
 
     @property
     def failed(self) -> bool:
@@ -121,13 +123,27 @@ def compare(old: Side, new: Side) -> Comparison:
             if not left_out:
                 result.lost[case] = _skip_in(new, case) or "not in the new run"
         elif record.outcome == "measured":
-            result.verdicts.append((case, judge(record, row, spreads, kind)))
+            verdicts = judge(record, row, spreads, kind)
+            slow = [one for one in verdicts if one.metric == "compile_s" and one.status == "regression"]
+            if slow and _colder(record, row):
+                result.cold.append(case)
+                verdicts = [one for one in verdicts if one not in slow]
+            result.verdicts.append((case, verdicts))
         elif record.outcome == "void":
             result.void.append(case)
         else:
             result.lost[case] = f"{record.outcome}: {record.unmet or record.error}"
     result.new.extend(case for case, record in records.items() if case not in rows and record.outcome == "measured")
     return result
+
+
+def _colder(record: Record, row: Row) -> bool:
+    """Whether NEW compiled more graphs anew, where OLD's came from Inductor's cache: its seconds are another figure.
+
+    A session would measure the case again in a fresh process, which finds the cache filled; here NEW is all there is.
+    """
+    old = row.metrics.get("compiled_anew")
+    return record.metrics.get("compiled_anew", 0.0) > (old.median if old else 0.0)
 
 
 def _skip_in(side: Side, case: str) -> str | None:

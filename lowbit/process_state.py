@@ -120,10 +120,12 @@ def _restore_config(config: Any, saved: Mapping[str, Any]) -> None:
 
 
 class Counters(NamedTuple):
-    """Since the last reset. ``recompiles`` counts compiles of code that had been compiled before."""
+    """Since the last reset. ``recompiles`` counts compiles of code that had been compiled before, ``compiled_anew``
+    the graphs that Inductor did not find in its cache on disk."""
 
     graph_breaks: int
     recompiles: int
+    compiled_anew: int
 
 
 def reset_counters() -> None:
@@ -136,11 +138,13 @@ def reset_counters() -> None:
 
 
 def counters() -> Counters:
-    """Graph breaks and recompiles since ``reset_counters`` (or the start of ``preserved_state``)."""
+    """What was counted since ``reset_counters`` (or the start of ``preserved_state``)."""
     import torch._dynamo.utils as dynamo
 
     recompiles = sum(1 for compiled in dynamo.get_compilation_metrics() if compiled.recompile_reason)
-    return Counters(sum(dynamo.counters["graph_break"].values()), recompiles)
+    inductor = dynamo.counters["inductor"]
+    anew = inductor["fxgraph_cache_miss"] + inductor["fxgraph_cache_bypass"]
+    return Counters(sum(dynamo.counters["graph_break"].values()), recompiles, int(anew))
 
 
 def cudagraph_skips() -> int:

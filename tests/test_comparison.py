@@ -144,3 +144,34 @@ def test_small_changes_and_small_figures_keep_their_digits(tmp_path: Path) -> No
     slow = keep(tmp_path, record("b", metrics={"speed_ratio": 0.0402}), device="cpu-x", selection={"-k": "b"})
     text = difference(comparison.compare_runs(old, slow))
     assert re.search(r"decode\[b\] +speed_ratio +0\.06170 +0\.04020 +-34\.8% +REGRESSED", text), text
+
+
+def compiled(seconds: float, anew: float | None) -> Record:
+    return record(metrics={"compile_s": seconds} | ({} if anew is None else {"compiled_anew": anew}))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "judged"),
+    [
+        (compiled(5.0, 0.0), compiled(40.0, 3.0), False),
+        (compiled(5.0, None), compiled(40.0, 3.0), False),  # an older lowbit's
+        (compiled(5.0, 0.0), compiled(40.0, 0.0), True),
+        (compiled(5.0, 3.0), compiled(40.0, 3.0), True),
+        (compiled(5.0, None), compiled(40.0, None), True),
+    ],
+)
+def test_a_cold_cache_is_no_slower_compiler(tmp_path: Path, old: Record, new: Record, judged: bool) -> None:
+    found = comparison.compare_runs(keep(tmp_path, old), keep(tmp_path, new))
+    assert found.failed is judged
+    assert found.cold == ([] if judged else [new.case])
+    told = "; compile_s of 1 case not judged: NEW's cache of compiled graphs was cold"
+    assert (told in difference(found)) is not judged
+
+
+def test_a_cold_cache_excuses_nothing_but_its_seconds(tmp_path: Path) -> None:
+    old = keep(tmp_path, record(metrics={"compile_s": 5.0, "decode_tok_s": 100.0, "compiled_anew": 0.0}))
+    slow = keep(tmp_path, record(metrics={"compile_s": 40.0, "decode_tok_s": 90.0, "compiled_anew": 1.0}))
+    lost = keep(tmp_path, record(metrics={"decode_tok_s": 100.0, "compiled_anew": 1.0}))
+    for new, metric in ((slow, "decode_tok_s"), (lost, "compile_s")):
+        ((_, verdicts),) = comparison.compare_runs(old, new).verdicts
+        assert [verdict.metric for verdict in verdicts if verdict.fails] == [metric]

@@ -38,6 +38,7 @@ def decode() -> Measurement:
         compile_s=20.0,
         graph_breaks=1,
         recompiles=2,
+        compiled_anew=3,
     )
 
 
@@ -82,6 +83,7 @@ EXPECTED = {
     "compile_s": 20.0,
     "graph_breaks": 1.0,
     "recompiles": 2.0,
+    "compiled_anew": 3.0,
 }
 
 

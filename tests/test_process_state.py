@@ -11,6 +11,7 @@ import torch
 from tiny import CPU
 
 from lowbit import compilers, process_state
+from lowbit.formats import FORMATS
 from lowbit.quiet import quiet_import
 
 
@@ -111,15 +112,25 @@ def test_recompiles_and_graph_breaks_are_counted(monkeypatch):
         compiled = compilers.compile_call(torch.square, "default", CPU, {})
         compiled(torch.ones(2))
         compiled(torch.ones(2))
-        assert process_state.counters() == (0, 0)
+        assert process_state.counters() == (0, 0, 0)
         compiled(torch.ones(3))
         compiled(torch.ones(4))
-        assert process_state.counters() == (0, 2)
+        assert process_state.counters() == (0, 2, 0)
         assert process_state.compiled_graphs() == 3
         with pytest.raises(torch._dynamo.exc.Unsupported):
             compilers.compile_call(breaking, "default", CPU, {})(torch.ones(2))
         torch.compile(breaking, backend="eager")(torch.ones(2))
         assert process_state.counters().graph_breaks == 1
         process_state.reset_counters()
-        assert process_state.counters() == (0, 0)
+        assert process_state.counters() == (0, 0, 0)
         assert process_state.cudagraph_skips() == 0
+
+
+def test_a_graph_is_compiled_anew_once_and_then_found_in_the_cache(tmp_path, monkeypatch):
+    if unmet := compilers.unmet("default", CPU, FORMATS["bf16-torch"]):
+        pytest.skip(str(unmet))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    for anew in (1, 0):
+        with process_state.preserved_state():
+            compilers.compile_call(torch.square, "default", CPU, {})(torch.ones(5))
+            assert process_state.counters().compiled_anew == anew

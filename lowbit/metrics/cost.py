@@ -56,3 +56,9 @@ def graph_breaks(m: Measurement) -> float | None:
 def recompiles(m: Measurement) -> float | None:
     """Recompilations after the first compile of the case."""
     return None if m.recompiles is None else float(m.recompiles)
+
+
+@metric("count", "neither")
+def compiled_anew(m: Measurement) -> float | None:
+    """Graphs that Inductor compiled, and did not take from its cache on disk: 0 in a process after the first."""
+    return None if m.compiled_anew is None else float(m.compiled_anew)

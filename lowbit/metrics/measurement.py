@@ -80,6 +80,7 @@ class Measurement:
     compile_s: float | None = None
     graph_breaks: int | None = None
     recompiles: int | None = None
+    compiled_anew: int | None = None
     quality: Quality | None = None
     further_quality: list[Quality] = field(default_factory=list)
     evaluation: Evaluation | None = None

@@ -44,6 +44,10 @@ def difference(comparison: Comparison, *, color: bool = False) -> str:
     total = f"{count(len(failures), 'failure')} in {cases}, {count(judged, 'gated metric')}"
     if comparison.void:
         total += f"; {count(len(comparison.void), 'case')} void in NEW, not judged"
+    if comparison.cold:
+        total += (
+            f"; compile_s of {count(len(comparison.cold), 'case')} not judged: NEW's cache of compiled graphs was cold"
+        )
     if comparison.left_out:
         total += f"; {count(comparison.left_out, 'case')} of OLD not selected in NEW"
     return "\n".join([*lines, "", total])
