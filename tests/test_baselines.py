@@ -65,6 +65,20 @@ def test_build_takes_the_median_and_keeps_each_run() -> None:
     assert made.environments == [{"torch": "2.11.0"}]
 
 
+def test_a_cold_cache_is_no_spread_of_compile_seconds() -> None:
+    cold = {"compile_s": 40.0, "compiled_anew": 3.0, "decode_tok_s": 90.0}
+    warm = [{"compile_s": 5.0 + i, "compiled_anew": 0.0, "decode_tok_s": 100.0 + i} for i in range(3)]
+    made = build([run(entry("a", 1.0, metrics=each)) for each in (cold, *warm)])
+    assert {name: values.runs for name, values in made.rows[node("a")].metrics.items()} == {
+        "compile_s": (5.0, 6.0, 7.0),
+        "compiled_anew": (0.0, 0.0, 0.0),
+        "decode_tok_s": (90.0, 100.0, 101.0, 102.0),
+    }
+    for all_alike in ([cold] * 2, [{"compile_s": 5.0}] * 2):  # never warm; of a lowbit that did not count
+        made = build([run(entry("a", 1.0, metrics=each)) for each in all_alike])
+        assert len(made.rows[node("a")].metrics["compile_s"].runs) == 2
+
+
 def test_void_and_failed_records_never_enter() -> None:
     made = build(
         [
