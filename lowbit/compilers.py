@@ -30,8 +30,8 @@ class Mode:
     """One way to run a decode step.
 
     ``inductor`` is the mode of torch.compile whose options are taken (None: not compiled). ``regional`` compiles the
-    decoder layer once for all layers and leaves the rest eager. ``cuda_graph`` says that a GPU replays the whole step
-    as CUDA graphs: Inductor's, or one of our own in ``regional``.
+    decoder layer once for all layers, and a quantized lm_head, and leaves the rest eager. ``cuda_graph`` says that a
+    GPU replays the whole step as CUDA graphs: Inductor's, or one of our own in ``regional``.
     """
 
     name: str
@@ -134,11 +134,13 @@ def compile_call(
     device: Device,
     inductor: Mapping[str, Any],
     layers: Sequence[nn.Module] = (),
+    head: nn.Module | None = None,
 ) -> Fn:
     """``fn`` compiled under ``mode`` (the compile happens at its first call), or ``fn`` itself for eager.
 
     ``inductor`` are the format's flags; they hold for this compile only. Static shapes, no graph break allowed.
-    ``regional`` needs ``layers``, the model's decoder layers, which ``fn`` must call with a static KV cache.
+    ``regional`` needs ``layers``, the model's decoder layers, which ``fn`` must call with a static KV cache, and also
+    compiles ``head``, the model's lm_head, if that is quantized; the other modes compile all of ``fn`` without them.
     Raises LowbitError for an unknown mode.
     """
     row = find(mode)
@@ -157,6 +159,6 @@ def compile_call(
             raise LowbitError(
                 "compile mode 'regional' expects the decoder layers (layers=model.model.layers), got none"
             )
-        return compile_layers(fn, layers, options, graph=row.cuda_graph and device.kind == "cuda")
+        return compile_layers(fn, layers, options, graph=row.cuda_graph and device.kind == "cuda", head=head)
     compiled: Any = torch.compile(fn, backend="inductor", options=options, fullgraph=True, dynamic=False)
     return cast(Fn, compiled)

@@ -155,7 +155,8 @@ def cudagraph_skips() -> int:
 
 
 def compiled_graphs() -> int:
-    """How many graphs Dynamo has compiled since the last reset: 1 for a whole step, 1 for all ``regional`` layers."""
+    """How many graphs Dynamo has compiled since the last reset: 1 for a whole step; under ``regional`` 1 for
+    all layers, and 1 for a quantized head."""
     import torch._dynamo.utils as dynamo
 
     return int(dynamo.counters["stats"]["unique_graphs"])

@@ -1,9 +1,17 @@
-"""The ``regional`` compile mode: one decoder layer is compiled and serves them all; the rest of the step stays eager.
+"""The ``regional`` compile mode: one decoder layer is compiled and serves them all, a quantized lm_head is compiled
+beside it; the rest of the step stays eager.
 
 A whole-step compile traces every layer: 32 times the same code. Dynamo would reuse one layer's code for the others but
 for three things that tell layers apart, each of which costs a recompile per layer: the integer ``layer_idx``, the
 list of all layers' caches that it selects from, and the cache tensors' marks as static addresses, which are guarded by
 identity. So each layer is called with a cache of one layer, whose tensors are unmarked aliases of its own, at index 0.
+
+The head is one product. In 16 bits it is the same cuBLAS call either way, and stays eager. A quantized one dequantizes
+its whole weight first in many libraries' eager path: torchao's int8 head of 128256 x 4096 cost an H200 1.4 ms a token
+more than the 16-bit one (a16w4_g128_head8-recipe 200.3 tok/s, a16w4_g128-torchao 275.4: docs/runs, 22 November 2026).
+So it is a region of its own, compiled with the layers' options: what it is in a step compiled whole. One on a kernel of
+its library's (gemlite, bitsandbytes, lowbit) is compiled too: an opaque call of the same kernel, and no list of
+libraries to keep true.
 
 On a GPU an eager step between small compiled ones waits for Python, so the step is captured as one CUDA graph, whose
 replay costs what ``reduce-overhead`` costs.
@@ -13,12 +21,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from lowbit import backends
 from lowbit.errors import LowbitError
 
 Fn = TypeVar("Fn", bound=Callable[..., Any])
@@ -73,28 +82,61 @@ def _patched(layers: Sequence[Any], compiled: Callable[..., Any], caches: _Layer
             layer.__dict__.pop("forward", None)
 
 
+@contextmanager
+def _called_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """``module`` with another ``forward`` while inside. A module may keep its own on the instance, as gemlite's do."""
+    members = vars(module)
+    own = members.get("forward")
+    members["forward"] = forward
+    try:
+        yield
+    finally:
+        members.pop("forward")
+        if own is not None:
+            members["forward"] = own
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """True for a linear that is what the unquantized rows leave: an nn.Linear with a floating-point parameter."""
+    return backends.get("torch").is_quantized(module)
+
+
 def _run_layer(layer: nn.Module, hidden_states: Tensor, cache: Any, **kwargs: Any) -> Any:
     return type(layer).forward(layer, hidden_states, past_key_values=cache, **kwargs)
 
 
-def compile_layers(fn: Fn, layers: Sequence[Any], options: Mapping[str, Any], *, graph: bool) -> Fn:
-    """``fn`` with its decoder ``layers`` run through one compiled layer; nothing of it outlasts a call.
+def compile_layers(
+    fn: Fn, layers: Sequence[Any], options: Mapping[str, Any], *, graph: bool, head: nn.Module | None = None
+) -> Fn:
+    """``fn`` with its decoder ``layers`` run through one compiled layer, and its ``head`` compiled if it is quantized;
+    nothing of it outlasts a call.
 
     ``options`` are Inductor's. With ``graph`` the whole of ``fn`` is captured as a CUDA graph at its second call.
+    Without ``head`` the model's lm_head stays eager, whatever it is.
     """
     kinds = {type(layer) for layer in layers}
     if len(kinds) != 1:
         raise LowbitError(
             f"compile mode 'regional' expects layers of one class, got {sorted(k.__name__ for k in kinds)}"
         )
-    compiled = torch.compile(_run_layer, backend="inductor", options=dict(options), fullgraph=True, dynamic=False)
-    caches = _LayerCaches()
+    compiled, caches = _compile(_run_layer, options), _LayerCaches()
+    compiled_head = None if head is None or _is_plain(head) else _compile(head.forward, options)
 
     def step(*args: Any) -> Any:
-        with _patched(layers, compiled, caches):
+        with ExitStack() as stack:
+            stack.enter_context(_patched(layers, compiled, caches))
+            if head is not None and compiled_head is not None:
+                stack.enter_context(_called_as(head, compiled_head))
             return fn(*args)
 
     return cast(Fn, GraphedCall(step) if graph else step)
+
+
+def _compile(call: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
+    compiled: Callable[..., Any] = torch.compile(
+        call, backend="inductor", options=dict(options), fullgraph=True, dynamic=False
+    )
+    return compiled
 
 
 class GraphedCall:

@@ -47,6 +47,14 @@ def rows_of(fmt: Format) -> list[Format]:
     return [find(part) for part in dict.fromkeys(fmt.parts.values())] or [fmt]
 
 
+def head_row(fmt: Format) -> Format | None:
+    """The row of lm_head: a recipe's part, another row itself if it names the head; None where it stays as it is."""
+    if fmt.parts:
+        part = recipes.part_of(fmt, "lm_head", 0)
+        return None if part is None else find(part)
+    return fmt if "lm_head" in fmt.targets else None
+
+
 def register(row: Format) -> Format:
     """Add a row to this process's table, last in order. Raises LowbitError if its id is taken by another row."""
     if FORMATS.setdefault(row.id, row) != row:
