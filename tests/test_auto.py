@@ -12,6 +12,7 @@ from test_runner import fake_kernels
 from tiny import CPU as FAKE_CPU
 from tiny import config, gpu, model
 from tiny_lab import CPU, SHAPE, WORDS, make_lab, take
+from torch._dynamo.exc import BackendCompilerFailed
 
 from lowbit import backends, compilers, generate, native_times, quantized, texts
 from lowbit.auto import bench as bench_module
@@ -430,9 +431,28 @@ def test_a_chain_is_linears_of_the_format_each_after_the_other(name):
     assert len(chain) == 3
     assert all(backends.get(fmt.backend).is_quantized(owner["up_proj"]) for owner in chain)
     x = torch.ones(1, 1, 128, dtype=torch.bfloat16)
-    assert torch.equal(products.run_chain(chain, x), x)  # each adds nothing, but after the one before
+    nought = torch.zeros((), dtype=torch.bfloat16)
+    assert torch.equal(products.run_chain(chain, x, nought), x)  # each adds nothing, but after the one before
     chain[1]["up_proj"].forward = lambda x: x.new_full((1, 1, 256), torch.nan)
-    assert products.run_chain(chain, x).isnan().all()
+    assert products.run_chain(chain, x, nought).isnan().all()
+
+
+def test_a_compiled_chain_still_multiplies(monkeypatch):
+    """Inductor leaves a product out that it knows to be multiplied by 0: what was timed then was nothing."""
+    left = []
+
+    def look(graph):
+        graph.eliminate_dead_code()
+        left.extend(node.target for node in graph.nodes)
+        raise InterruptedError("no code is needed")
+
+    def compile_call(fn, mode, device, inductor):
+        return torch.compile(fn, options={"post_grad_custom_post_pass": look})
+
+    monkeypatch.setattr(compilers, "compile_call", compile_call)
+    with pytest.raises(BackendCompilerFailed, match="no code is needed"):
+        products._chain_s(FORMATS[PLAIN], backends.Shape("up_proj", 64, 32), 2, "bf16", "eager", CPU)
+    assert left.count(torch.ops.aten.mm.default) == 2
 
 
 def test_products_have_the_seconds_of_their_shape(monkeypatch):

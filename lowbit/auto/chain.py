@@ -58,10 +58,12 @@ def copies_of(n: int, k: int, layers: int) -> int:
 def _chain_s(fmt: Format, shape: backends.Shape, copies: int, dtype: str, mode: str, device: Device) -> float:
     chain = make_chain(fmt, shape, copies, TORCH_DTYPES[dtype], device)
     x = torch.randn(1, 1, shape.k, generator=torch.Generator().manual_seed(0)).to(device.torch, TORCH_DTYPES[dtype])
-    torch._dynamo.mark_static_address(x)
+    nought = torch.zeros((), device=x.device, dtype=x.dtype)
+    for tensor in (x, nought):
+        torch._dynamo.mark_static_address(tensor)
     with process_state.preserved_state(), measure.cpu_threads(device):
         call = compilers.compile_call(run_chain, _whole(mode), device, fmt.inductor)
-        return time_call(lambda: call(chain, x), device) / copies
+        return time_call(lambda: call(chain, x, nought), device) / copies
 
 
 def _whole(mode: str) -> str:
@@ -82,11 +84,14 @@ def make_chain(fmt: Format, shape: backends.Shape, copies: int, dtype: torch.dty
     return chain.eval()
 
 
-def run_chain(chain: Any, x: Tensor) -> Tensor:
-    """Product after product, each of an x that waits for the one before: [1, 1, K] -> [1, 1, K]."""
+def run_chain(chain: Any, x: Tensor, nought: Tensor) -> Tensor:
+    """Product after product, each of an x that waits for the one before: [1, 1, K], [] -> [1, 1, K].
+
+    ``nought`` is 0, which the compiler must not know: Inductor folds ``product * 0`` to 0 and leaves the product out.
+    """
     for owner in chain:
         for linear in owner.values():
-            x = x + linear(x)[..., :1] * 0
+            x = x + linear(x)[..., :1] * nought
     return x
 
 
