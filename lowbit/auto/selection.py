@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lowbit.auto.ask import Ask
+from lowbit.auto.ask import RESERVE, Ask
 from lowbit.auto.bench import LabBench, Workplace, has_mode
 from lowbit.auto.search import Finalist, Outcome, Search
 from lowbit.cases import Case
@@ -40,8 +40,8 @@ class Selection:
             more = "; what it loses on a checkpoint is unknown: search again there"
         return (
             f"auto: {found['what']} ({found['mode']}, {found['step_ms']:.3f} ms per token, KL {found['kld']:.4g} {of}"
-            f"on the calibration text, limit {found['max_kld']:g}; {found['against']}); again with --recipe "
-            f"{self.path}{more}"
+            f"on the calibration text, limit {found['kld_limit']:.4g} = {found['max_kld']:g} / {RESERVE:g} for other "
+            f"texts; {found['against']}); again with --recipe {self.path}{more}"
         )
 
     def info(self) -> dict[str, Any]:
@@ -90,14 +90,14 @@ def _search(lab: Workplace, ask: Ask, rows: list[Format], name: str) -> dict[str
     lab.begin()
     bench = LabBench(lab)
     rows = sorted(rows, key=bench.rank)
-    search = Search(bench, rows, FORMATS, max_kld=ask.max_kld, seconds=ask.seconds, progress=lab.progress)
+    search = Search(bench, rows, FORMATS, max_kld=ask.kld_limit, seconds=ask.seconds, progress=lab.progress)
     try:
-        return document_of(search.run(), name, ask.max_kld, lab.quality_host.name if bench.stands_in else None)
+        return document_of(search.run(), name, ask, lab.quality_host.name if bench.stands_in else None)
     finally:
         bench.close()
 
 
-def document_of(outcome: Outcome, name: str, max_kld: float, kld_of: str | None = None) -> dict[str, Any]:
+def document_of(outcome: Outcome, name: str, ask: Ask, kld_of: str | None = None) -> dict[str, Any]:
     """The recipe file: ``parts`` and ``dtype`` of a mix, or the ``format``, and under ``found`` how it came to be.
 
     ``kld_of`` names the model whose KL it is, where that is not the model that was searched for.
@@ -115,7 +115,8 @@ def document_of(outcome: Outcome, name: str, max_kld: float, kld_of: str | None 
             "mode": best.mode,
             "kld": best.kld,
             "kld_of": kld_of,
-            "max_kld": max_kld,
+            "max_kld": ask.max_kld,
+            "kld_limit": ask.kld_limit,
             "step_ms": _ms(best.step_s),
             "against": _against(outcome),
             "finalists": [_row(one) for one in outcome.finalists],

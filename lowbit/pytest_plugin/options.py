@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lowbit.auto.ask import DEFAULT_SECONDS, Ask
+from lowbit.auto.ask import DEFAULT_SECONDS, RESERVE, Ask
 from lowbit.baselines import DEFAULT_RUNS
 from lowbit.cases import SUITE_MODES
 from lowbit.errors import LowbitError
@@ -93,7 +93,8 @@ def add_options(parser: pytest.Parser) -> None:
         "--max-kld",
         type=float,
         metavar="NAT",
-        help=f"the recommendation's and auto's limit on mean KL divergence (default {DEFAULT_MAX_KLD})",
+        help=f"the recommendation's limit on mean KL divergence (default {DEFAULT_MAX_KLD}); auto-recipe stays "
+        f"within it / {RESERVE:g} on its calibration text, for KL on another text may be higher",
     )
     group.addoption(
         "--auto-seconds",
