@@ -14,7 +14,7 @@ from tiny import config, gpu, model
 from tiny_lab import CPU, SHAPE, WORDS, make_lab, take
 from torch._dynamo.exc import BackendCompilerFailed
 
-from lowbit import backends, compilers, generate, native_times, quality, quantized, texts
+from lowbit import backends, compilers, generate, native_times, quality, quantized, regional, texts
 from lowbit.auto import bench as bench_module
 from lowbit.auto import chain as products
 from lowbit.auto import selection
@@ -502,7 +502,7 @@ def test_products_have_the_seconds_of_their_shape(monkeypatch):
 
 @pytest.mark.parametrize(
     ("mode", "compiled"),
-    [("regional", "reduce-overhead"), ("reduce-overhead", "reduce-overhead"), ("eager", "eager")],
+    [("regional", "default"), ("reduce-overhead", "reduce-overhead"), ("eager", "eager")],
 )
 def test_a_chain_is_compiled_as_the_layers_of_the_step_are(monkeypatch, mode, compiled):
     asked = []
@@ -515,6 +515,22 @@ def test_a_chain_is_compiled_as_the_layers_of_the_step_are(monkeypatch, mode, co
     monkeypatch.setattr(products, "time_call", lambda call, device: 1.0)
     assert products._chain_s(FORMATS[PLAIN], backends.Shape("up_proj", 64, 32), 2, "bf16", mode, CPU) == 0.5
     assert asked == [compiled]
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "graphed"),
+    [("regional", "cuda", True), ("regional", "cpu", False), ("reduce-overhead", "cuda", False)],
+)
+def test_a_chain_is_replayed_as_the_step_is(monkeypatch, mode, kind, graphed):
+    """Without a graph torchao's tensors are taken apart in each call, which the step of mode regional never does."""
+    graphs = []
+    monkeypatch.setattr(compilers, "compile_call", lambda fn, mode, device, inductor: fn)
+    monkeypatch.setattr(regional, "GraphedCall", lambda fn: graphs.append(fn) or fn)
+    chain = products.make_chain(FORMATS[PLAIN], backends.Shape("up_proj", 64, 32), 2, torch.bfloat16, CPU)
+    x, nought = torch.ones(1, 1, 32, dtype=torch.bfloat16), torch.zeros((), dtype=torch.bfloat16)
+    call = products.compiled(chain, mode, replace(CPU, kind=kind), {})
+    assert torch.equal(call(x, nought), x)
+    assert graphs == ([call] if graphed else [])
 
 
 # -- for real, on a CPU ------------------------------------------------------------------------------------------------

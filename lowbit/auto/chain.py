@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit import backends, compilers, measure, process_state
+from lowbit import backends, compilers, measure, process_state, regional
 from lowbit.device import Device
 from lowbit.formats import Format
 from lowbit.formats.row import LINEARS
@@ -62,13 +62,22 @@ def _chain_s(fmt: Format, shape: backends.Shape, copies: int, dtype: str, mode: 
     for tensor in (x, nought):
         torch._dynamo.mark_static_address(tensor)
     with process_state.preserved_state(), measure.cpu_threads(device):
-        call = compilers.compile_call(run_chain, _whole(mode), device, fmt.inductor)
-        return time_call(lambda: call(chain, x, nought), device) / copies
+        call = compiled(chain, mode, device, fmt.inductor)
+        return time_call(lambda: call(x, nought), device) / copies
 
 
-def _whole(mode: str) -> str:
-    """The mode for a call that is no layer: ``regional`` compiles as this one does, and replays as it does."""
-    return "reduce-overhead" if compilers.find(mode).regional else mode
+def compiled(chain: nn.ModuleList, mode: str, device: Device, inductor: Mapping[str, Any]) -> Callable[..., Tensor]:
+    """``run_chain`` of x and nought, compiled and replayed as the mode's step is.
+
+    ``regional`` on a GPU replays one CUDA graph of its own, so no call takes tensor subclasses apart.
+    """
+    row = compilers.find(mode)
+    call = compilers.compile_call(run_chain, "default" if row.regional else mode, device, inductor)
+
+    def run(x: Tensor, nought: Tensor) -> Tensor:
+        return call(chain, x, nought)
+
+    return regional.GraphedCall(run) if row.regional and device.kind == "cuda" else run
 
 
 def make_chain(fmt: Format, shape: backends.Shape, copies: int, dtype: torch.dtype, device: Device) -> nn.ModuleList:

@@ -93,7 +93,8 @@ class Outcome:
 
 
 class Search:
-    """One search. ``rows`` in the order of their screening; ``known`` are all formats that a mix may name."""
+    """One search. ``rows`` in the order of their screening; ``known`` are all formats that a mix may name; ``max_kld``
+    holds on the calibration text (Ask.kld_limit)."""
 
     def __init__(
         self,
