@@ -171,7 +171,8 @@ def main(arguments: list[str] | None = None) -> None:
     for spec in given.specs:
         counts.clear()
         told = check(spec, "cpu" if given.emulate else "cuda")
-        print(f"checked {told}; {sum(counts.values())} launches, {time.monotonic() - started:.1f} s", flush=True)
+        launches = "emulated" if given.emulate else f"{sum(counts.values())} launches"
+        print(f"checked {told}; {launches}, {time.monotonic() - started:.1f} s", flush=True)
 
 
 if __name__ == "__main__":
