@@ -5,10 +5,9 @@
 
 Steps run on small shapes that use every stage of a ring again and again (.ci/sanitize_worker.py). memcheck sees the
 kernels as they are shipped. racecheck sees them with edits (.ci/sanitize_edits.py): it follows neither a __syncwarp()
-before one lane's arrival nor an acquire-release count, and asks for a fence between the proxies; docs/kernels.md tells
-why that one is left out. Faults are planted as well, and each must be found. SPEC: FORMAT[:batch[:kv[:length]]];
-without any, every format and 2 to 8 sequences. Exit codes: 0 clean and every fault found, 1 not so, 2 no tool or no
-such GPU.
+before one lane's arrival nor an acquire-release count (docs/kernels.md). Faults are planted as well, and each must be
+found. SPEC: FORMAT[:batch[:kv[:length]]]; without any, every format and 2 to 8 sequences. Exit codes: 0 clean and every
+fault found, 1 not so, 2 no tool or no such GPU.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ ENVIRONMENT = {
     "memcheck": {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # else a tensor's end is its cache block's
     "racecheck": {"NV_COMPUTE_SANITIZER_MAX_RACECHECK_HAZARDS": "1000000"},
 }
-EDITS = "fence,lanes,handover"
+EDITS = "lanes,handover"
 
 
 class Process(NamedTuple):
@@ -85,18 +84,16 @@ def processes(tools: Sequence[str], specs: Sequence[str] = ()) -> list[Process]:
     return [*(Process(tool, one) for tool in tools for one in lists), *(one for one in FAULTS if one.tool in tools)]
 
 
-def command(process: Process, sanitizer: str, number: int, fenced: bool) -> list[str]:
-    """Without its environment. ``fenced``: racecheck is shown fences and checks them; else neither."""
+def command(process: Process, sanitizer: str, number: int) -> list[str]:
+    """Without its environment."""
     line = [sanitizer, "--tool", process.tool, "--port", str(49200 + 12 * number), "--print-limit", "200"]
     line += ["--show-backtrace", "device", "--require-cuda-init", "no"]
     for kernel in KERNELS:
         line += ["--kernel-name", f"kns={kernel}_kernel"]
     line += OPTIONS[process.tool].split()
-    if process.tool == "racecheck" and not fenced:
-        line += ["--racecheck-fence-proxy-async", "no"]
     line += [sys.executable, str(WORKER)]
     if process.tool == "racecheck":
-        line += ["--edits", EDITS if fenced else EDITS.removeprefix("fence,"), "--each"]
+        line += ["--edits", EDITS, "--each"]
     if process.fault:
         line += ["--fault", process.fault]
     return [*line, *process.specs]
@@ -250,15 +247,12 @@ def main(arguments: list[str] | None = None) -> int:
         "--jobs", type=int, default=max(1, min(8, (os.cpu_count() or 1) // 2)), help="processes at once"
     )
     parser.add_argument("--limit", type=float, default=300, metavar="S", help="seconds for one process")
-    parser.add_argument("--without-fence", action="store_true", help="racecheck is shown no fences and asks for none")
     parser.add_argument("--logs", type=Path, help="folder for the tool's own words")
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
     given = parser.parse_args(arguments)
     asked = processes([given.tool] if given.tool else [*OPTIONS], given.specs)
     tool = find_tool(given.sanitizer)
-    lines = [
-        command(one, tool or "compute-sanitizer", number, not given.without_fence) for number, one in enumerate(asked)
-    ]
+    lines = [command(one, tool or "compute-sanitizer", number) for number, one in enumerate(asked)]
     if given.dry_run:
         for one, line in zip(asked, lines, strict=True):
             variables = {"PYTHONPATH": str(ROOT), **ENVIRONMENT[one.tool]}

@@ -21,26 +21,13 @@ class Edit(NamedTuple):
     new: str
 
 
-def _released(file: str, indent: int) -> Edit:
-    old = f"__syncwarp();\n{' ' * indent}if (lane == 0) barrier_arrive(s.empty + at.slot);"
-    return Edit(file, old, f"before_overwriting(); {old}")
-
-
 def _early(file: str, reading: str, indent: int) -> Edit:
     between = f";\n{' ' * indent}"
-    release = f"__syncwarp(){between}if (lane == 0) barrier_arrive(s.empty + at.slot)"
+    release = f"before_overwriting(){between}__syncwarp(){between}if (lane == 0) barrier_arrive(s.empty + at.slot)"
     return Edit(file, f"{reading}{between}{release};", f"{release}{between}{reading};")
 
 
-_FENCE = 'before_overwriting() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }'
-_HELPER = "__device__ __forceinline__ void "
 EDITS: dict[str, tuple[Edit, ...]] = {
-    # Every lane fences between its reads of a stage and its release: PTX asks for it before another proxy writes there.
-    "fence": (
-        Edit("ptx", f"{_HELPER}before_copies()", f"{_HELPER}{_FENCE} {_HELPER}before_copies()"),
-        _released("product", 6),
-        _released("batch", 4),
-    ),
     # Every lane arrives where the first does for its warp: the tool does not see that __syncwarp() orders their reads.
     "lanes": (
         Edit("product", "barrier_init(s.empty + i + j, 1)", "barrier_init(s.empty + i + j, 32)"),

@@ -1,6 +1,6 @@
 """Decode steps of lowbit's own kernels on small Llamas, for .ci/sanitize.py, which runs this under compute-sanitizer.
 
-    python .ci/sanitize_worker.py [--edits fence,lanes,handover] [--fault NAME] [--each] SPEC ...
+    python .ci/sanitize_worker.py [--edits lanes,handover] [--fault NAME] [--each] SPEC ...
 
 SPEC is FORMAT[:batch[:kv[:length]]]: a weight format, sequences (1), the KV cache's codes ("", int8, fp8), its
 positions (400). Products have 4 blocks and short rings, so that stages, and places of sums, are used again and again.

@@ -30,7 +30,7 @@ SMALL = {"hidden": 512, "inter": 1280, "heads": 4, "kv_heads": 2, "head_dim": 12
 
 
 @pytest.mark.parametrize("fault", ["", *edits.FAULTS])
-@pytest.mark.parametrize("names", [(), ("lanes", "handover"), ("fence", "lanes", "handover")], ids="+".join)
+@pytest.mark.parametrize("names", [(), ("lanes",), ("lanes", "handover")], ids="+".join)
 def test_every_edit_applies_to_the_kernels_of_today_and_keeps_their_lines(names, fault):
     chosen = edits.edits_of(names, fault)
     assert {edit.file for edit in chosen} <= set(FILES)
@@ -52,9 +52,7 @@ def test_an_edit_that_does_not_match_once_is_an_error():
     for old, count in (("no such line", 0), ("barrier_wait(", text.count("barrier_wait("))):
         with pytest.raises(LowbitError, match=rf"expected once in cuda/product.cu, found {count} times"):
             edits.edited("product", text, [edits.Edit("product", old, "")])
-    with pytest.raises(
-        LowbitError, match=r"no edit of the kernels is called fences; there are release, sums, fence, lanes"
-    ):
+    with pytest.raises(LowbitError, match=r"no edit of the kernels is called fences; there are release, sums, lanes"):
         edits.edits_of(["fences"])
 
 
@@ -137,14 +135,11 @@ def test_the_tool_watches_every_kernel_of_a_step():
 
 def test_a_dry_run_prints_commands_that_the_worker_understands(capsys, monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert sanitize.main(["--dry-run", "--without-fence", "int8:5", "--tool", "racecheck"]) == 0
+    assert sanitize.main(["--dry-run", "int8:5", "--tool", "racecheck"]) == 0
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     assert len(lines) == 1 + 4
     for line in lines:
         assert line[0] == "env"
-        assert ["--racecheck-fence-proxy-async", "no"] == line[
-            (at := line.index("--racecheck-fence-proxy-async")) : at + 2
-        ]
         assert line[line.index("--edits") + 1] == "lanes,handover"
     assert lines[0][lines[0].index(str(sanitize.WORKER)) + 1 :] == ["--edits", "lanes,handover", "--each", "int8:5"]
     sanitize.main(["--dry-run", "--tool", "memcheck", "int8"])

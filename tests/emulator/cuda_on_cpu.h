@@ -55,7 +55,7 @@ struct Fiber {
   Block* block = nullptr;
   Dim thread{};
   int parity = 0;
-  bool done = false;
+  bool done = false, reading = false;  // reading: since it waited at an mbarrier, with no fence between the proxies
   std::vector<Copy> open;                 // copies since the last commit
   std::vector<std::vector<Copy>> groups;  // committed, not yet waited for
 };
@@ -251,22 +251,26 @@ inline void barrier_turn(MBarrier* b) {
 }
 inline void barrier_init(uint64_t* p, int n) { emulator::check_shared(p, 8, 8); *(MBarrier*)p = {(uint16_t)n, (uint16_t)n, 0}; }
 inline void barriers_ready() {}
-inline void barrier_arrive(uint64_t* p) {
+inline void barrier_count(uint64_t* p) {
   MBarrier* b = (MBarrier*)p;
   if (b->pending-- == 0) emulator::fail("an mbarrier got more arrivals than it counts");
   barrier_turn(b);
 }
-inline void barrier_expect(uint64_t* p, int bytes) { ((MBarrier*)p)->state += bytes * 2; barrier_arrive(p); }
+inline void barrier_arrive(uint64_t* p) {
+  if (emulator::self->reading) emulator::fail("a stage is released with no fence between the proxies since it was waited for");
+  barrier_count(p);
+}
+inline void barrier_expect(uint64_t* p, int bytes) { ((MBarrier*)p)->state += bytes * 2; barrier_count(p); }
 inline bool barrier_try(uint64_t* p, uint32_t parity) {
   if ((uint32_t)(((MBarrier*)p)->state & 1) != parity) return true;
   emulator::yield();
   return false;
 }
-inline void barrier_wait(uint64_t* b, uint32_t parity) { while (!barrier_try(b, parity)) {} }
+inline void barrier_wait(uint64_t* b, uint32_t parity) { while (!barrier_try(b, parity)) {} emulator::self->reading = true; }
 inline uint64_t evict_first() { return 0; }
 inline uint64_t evict_last() { return 0; }
 inline void before_copies() {}
-inline void before_overwriting() {}  // of .ci/sanitize_edits.py: bulk copies are no other proxy here
+inline void before_overwriting() { emulator::self->reading = false; }
 inline uint32_t count_one(uint32_t* p) { emulator::check_shared(p, 4, 4); return (*p)++; }
 inline void bulk_copy(void* to, const void* from, int bytes, uint64_t* barrier, uint64_t) {
   emulator::check_shared(to, bytes, 16);

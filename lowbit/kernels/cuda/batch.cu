@@ -297,6 +297,7 @@ template <int K, bool READY, int EPILOGUE> __global__ void __launch_bounds__(THR
     if constexpr (ROW_SCALED) scale = __ldg(op.row_scale + (t0 + tile) * 16 + lane / 2);  // on its way while the stage is multiplied
     barrier_wait(s.full + at.slot, at.parity);
     batch_product<KU>(s.ring + at.slot * STAGE_BYTES, s.x + chunk * KU * 2 * BATCH, groups + chunk * (KU / SUM_COLUMNS) * COLUMNS, r);
+    before_overwriting();
     __syncwarp();
     if (lane == 0) barrier_arrive(s.empty + at.slot);
     if (quarter < OWN) {

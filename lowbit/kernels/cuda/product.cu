@@ -236,6 +236,7 @@ template <int K, bool NORM, int EPILOGUE> __device__ __forceinline__ void consum
       float r0, r1;
       barrier_wait(s.full + at.slot, at.parity);
       stage_product<K>(s.ring + at.slot * STAGE_BYTES, s, i % CHUNKS, r0, r1);
+      before_overwriting();
       __syncwarp();
       if (lane == 0) barrier_arrive(s.empty + at.slot);
       at.next(op.ring);

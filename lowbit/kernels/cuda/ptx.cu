@@ -29,6 +29,9 @@ __device__ __forceinline__ uint32_t count_one(uint32_t* p) { uint32_t v; asm vol
 __device__ __forceinline__ uint64_t evict_last() { uint64_t p; asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(p)); return p; }
 // What other kernels stored is to be seen by the copy engine, which is a proxy of its own
 __device__ __forceinline__ void before_copies() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+// The same of shared memory, by every lane: what it has read of a stage has arrived before the copy that overwrites the stage.
+// Nothing else says so: ptxas issues all reads before the release, but moves the mma that wait for them behind it.
+__device__ __forceinline__ void before_overwriting() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes, uint64_t* barrier, uint64_t policy) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
                ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy) : "memory");
@@ -45,8 +48,8 @@ __device__ __forceinline__ uint32_t clock_now() { uint32_t v; asm volatile("mov.
 __device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 template <int THREADS_> __device__ __forceinline__ void sync_some() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS_) : "memory"); }
-// Volatile: the release of a stage that follows must not be issued before its weights are in registers, or the copy
-// engine overwrites them (seen: wrong sums).
+// Volatile: their loads must not be moved behind the release of a stage that follows, or the copy engine overwrites what
+// they read (seen: wrong sums).
 #define MMA(NAME, TYPE)                                                                                                    \
   __device__ __forceinline__ void NAME(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) { \
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};" \
