@@ -150,7 +150,8 @@ class Lab(Loaded):
                 record.info["cudagraph_skips"] = skips
             if skips:
                 notes.append(f"{case.name}: Inductor gave up its CUDA graphs, {skips} times")
-            record.info["notes"] = [*record.info.get("notes", ()), *notes]
+            if notes:
+                record.info["notes"] = [*record.info.get("notes", ()), *notes]
         self.vram.release()
         m.vram_end_mib = self.vram.process_mib()
         if case.kind == "decode":
