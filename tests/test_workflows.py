@@ -19,7 +19,7 @@ from lowbit import trend
 ROOT = Path(__file__).parents[1]
 CI = ROOT / ".ci"
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
-SCRIPTS = sorted(path for path in CI.iterdir() if path.read_bytes().startswith(b"#!"))
+SCRIPTS = sorted(path for path in CI.iterdir() if path.is_file() and path.read_bytes().startswith(b"#!"))
 
 
 def tool(name: str) -> str:
