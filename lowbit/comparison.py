@@ -138,12 +138,13 @@ def compare(old: Side, new: Side) -> Comparison:
 
 
 def _colder(record: Record, row: Row) -> bool:
-    """Whether NEW compiled more graphs anew, where OLD's came from Inductor's cache: its seconds are another figure.
+    """Whether NEW compiled graphs anew where OLD's all came from Inductor's cache, or OLD has no count: its seconds are
+    another figure.
 
     A session would measure the case again in a fresh process, which finds the cache filled; here NEW is all there is.
     """
     old = row.metrics.get("compiled_anew")
-    return record.metrics.get("compiled_anew", 0.0) > (old.median if old else 0.0)
+    return record.metrics.get("compiled_anew", 0.0) > 0 and (old is None or old.median == 0)
 
 
 def _skip_in(side: Side, case: str) -> str | None:

@@ -8,7 +8,7 @@ identity. So each layer is called with a cache of one layer, whose tensors are u
 
 The head is one product. In 16 bits it is the same cuBLAS call either way, and stays eager. A quantized one dequantizes
 its whole weight first in many libraries' eager path: torchao's int8 head of 128256 x 4096 cost an H200 1.4 ms a token
-more than the 16-bit one (a16w4_g128_head8-recipe 200.3 tok/s, a16w4_g128-torchao 275.4: docs/runs, 22 November 2026).
+more than the 16-bit one (a16w4_g128_head8-recipe 200.3 tok/s, a16w4_g128-torchao 275.5: docs/runs, 22 November 2026).
 So it is a region of its own, compiled with the layers' options: what it is in a step compiled whole. One on a kernel of
 its library's (gemlite, bitsandbytes, lowbit) is compiled too: an opaque call of the same kernel, and no list of
 libraries to keep true.

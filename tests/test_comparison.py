@@ -157,6 +157,7 @@ def compiled(seconds: float, anew: float | None) -> Record:
         (compiled(5.0, None), compiled(40.0, 3.0), False),  # an older lowbit's
         (compiled(5.0, 0.0), compiled(40.0, 0.0), True),
         (compiled(5.0, 3.0), compiled(40.0, 3.0), True),
+        (compiled(5.0, 1.0), compiled(160.0, 33.0), True),  # a compile per layer
         (compiled(5.0, None), compiled(40.0, None), True),
     ],
 )

@@ -16,8 +16,8 @@ second was above it in 0.6 % of cases, over 34 formats and mixes of the embedded
 class Ask:
     """The limit on KL in nats, about how many seconds a search may take, and the folder of the recipes found.
 
-    ``max_kld`` is to hold on any text; so on the calibration text a choice, mix or single format, stays within
-    ``kld_limit``.
+    ``max_kld`` is to hold on other text of the kind too; so on the calibration text a choice, mix or single format,
+    stays within ``kld_limit``.
     """
 
     max_kld: float

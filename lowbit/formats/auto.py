@@ -50,7 +50,7 @@ ROWS: tuple[Format, ...] = (
         keywords=("search",),
         suite="full",
         modes=EVERY_MODE,
-        note="the fastest formats within --max-kld on the calibration text, part by part, as measured on this device",
+        note="the fastest formats within --max-kld / 1.2 on a calibration text, part by part, as measured here",
     ),
 )
 
