@@ -141,7 +141,8 @@ class Lab(Loaded):
             take(case, made, ids, m, rounds)
             m.vram_peak_mib = self.vram.case_peak_mib()
             m.vram_alloc_peak_mib = self.vram.alloc_peak_mib()
-            m.graph_breaks, m.recompiles, m.compiled_anew = process_state.counters()
+            m.graph_breaks, m.recompiles = process_state.counters()
+            m.compiled_anew = process_state.compiled_anew()
             if m.attention:
                 record.info["attention"] = m.attention
             notes = [f"{case.name}: lm_head stays eager, {m.eager_head}"] if m.eager_head else []

@@ -120,12 +120,10 @@ def _restore_config(config: Any, saved: Mapping[str, Any]) -> None:
 
 
 class Counters(NamedTuple):
-    """Since the last reset. ``recompiles`` counts compiles of code that had been compiled before, ``compiled_anew``
-    the graphs that Inductor did not find in its cache on disk."""
+    """Since the last reset. ``recompiles`` counts compiles of code that had been compiled before."""
 
     graph_breaks: int
     recompiles: int
-    compiled_anew: int
 
 
 def reset_counters() -> None:
@@ -138,13 +136,11 @@ def reset_counters() -> None:
 
 
 def counters() -> Counters:
-    """What was counted since ``reset_counters`` (or the start of ``preserved_state``)."""
+    """Graph breaks and recompiles since ``reset_counters`` (or the start of ``preserved_state``)."""
     import torch._dynamo.utils as dynamo
 
     recompiles = sum(1 for compiled in dynamo.get_compilation_metrics() if compiled.recompile_reason)
-    inductor = dynamo.counters["inductor"]
-    anew = inductor["fxgraph_cache_miss"] + inductor["fxgraph_cache_bypass"]
-    return Counters(sum(dynamo.counters["graph_break"].values()), recompiles, int(anew))
+    return Counters(sum(dynamo.counters["graph_break"].values()), recompiles)
 
 
 def cudagraph_skips() -> int:
@@ -160,3 +156,11 @@ def compiled_graphs() -> int:
     import torch._dynamo.utils as dynamo
 
     return int(dynamo.counters["stats"]["unique_graphs"])
+
+
+def compiled_anew() -> int:
+    """How many graphs Inductor has compiled since the last reset, for they were not in its cache on disk."""
+    import torch._dynamo.utils as dynamo
+
+    counted = dynamo.counters["inductor"]
+    return int(counted["fxgraph_cache_miss"] + counted["fxgraph_cache_bypass"])

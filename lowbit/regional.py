@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar, cast
 
 import torch
@@ -59,10 +59,8 @@ class _LayerCaches:
         return view
 
 
-@contextmanager
-def _patched(layers: Sequence[Any], compiled: Callable[..., Any], caches: _LayerCaches) -> Iterator[None]:
-    """Route every layer's call through ``compiled`` while inside, as layer 0 of a cache of its own."""
-    indices = [layer.self_attn.layer_idx for layer in layers]
+def _routes(layers: Sequence[Any], compiled: Callable[..., Any], caches: _LayerCaches) -> dict[nn.Module, Any]:
+    """Each layer's ``forward`` through ``compiled``, as layer 0 of a cache of its own."""
 
     def route(layer: nn.Module, index: int) -> Callable[..., Any]:
         def forward(hidden_states: Tensor, past_key_values: Any = None, **kwargs: Any) -> Any:
@@ -71,29 +69,28 @@ def _patched(layers: Sequence[Any], compiled: Callable[..., Any], caches: _Layer
 
         return forward
 
+    return {layer: route(layer, layer.self_attn.layer_idx) for layer in layers}
+
+
+@contextmanager
+def _patched(layers: Sequence[Any], forwards: Mapping[nn.Module, Any]) -> Iterator[None]:
+    """Modules with these ``forward`` while inside, and every layer as layer 0. A module may keep a ``forward`` of its
+    own on the instance, as gemlite's do."""
+    indices = [layer.self_attn.layer_idx for layer in layers]
+    kept = {module: vars(module).get("forward") for module in forwards}
     try:
-        for layer, index in zip(layers, indices, strict=True):
+        for layer in layers:
             layer.self_attn.layer_idx = 0
-            layer.forward = route(layer, index)
+        for module, forward in forwards.items():
+            vars(module)["forward"] = forward
         yield
     finally:
         for layer, index in zip(layers, indices, strict=True):
             layer.self_attn.layer_idx = index
-            layer.__dict__.pop("forward", None)
-
-
-@contextmanager
-def _called_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """``module`` with another ``forward`` while inside. A module may keep its own on the instance, as gemlite's do."""
-    members = vars(module)
-    own = members.get("forward")
-    members["forward"] = forward
-    try:
-        yield
-    finally:
-        members.pop("forward")
-        if own is not None:
-            members["forward"] = own
+        for module, own in kept.items():
+            vars(module).pop("forward", None)
+            if own is not None:
+                vars(module)["forward"] = own
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -119,14 +116,12 @@ def compile_layers(
         raise LowbitError(
             f"compile mode 'regional' expects layers of one class, got {sorted(k.__name__ for k in kinds)}"
         )
-    compiled, caches = _compile(_run_layer, options), _LayerCaches()
-    compiled_head = None if head is None or _is_plain(head) else _compile(head.forward, options)
+    forwards = _routes(layers, _compile(_run_layer, options), _LayerCaches())
+    if head is not None and not _is_plain(head):
+        forwards[head] = _compile(head.forward, options)
 
     def step(*args: Any) -> Any:
-        with ExitStack() as stack:
-            stack.enter_context(_patched(layers, compiled, caches))
-            if head is not None and compiled_head is not None:
-                stack.enter_context(_called_as(head, compiled_head))
+        with _patched(layers, forwards):
             return fn(*args)
 
     return cast(Fn, GraphedCall(step) if graph else step)

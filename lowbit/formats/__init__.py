@@ -49,10 +49,9 @@ def rows_of(fmt: Format) -> list[Format]:
 
 def head_row(fmt: Format) -> Format | None:
     """The row of lm_head: a recipe's part, another row itself if it names the head; None where it stays as it is."""
-    if fmt.parts:
-        part = recipes.part_of(fmt, "lm_head", 0)
-        return None if part is None else find(part)
-    return fmt if "lm_head" in fmt.targets else None
+    named = {name: part for _, name, part in recipes.assignment(fmt, 0)}
+    part = named.get("lm_head")
+    return None if part is None else fmt if part == fmt.id else find(part)
 
 
 def register(row: Format) -> Format:

@@ -50,7 +50,7 @@ ROWS: tuple[Format, ...] = (
         keywords=("search",),
         suite="full",
         modes=EVERY_MODE,
-        note="the fastest formats within --max-kld / 1.2 on a calibration text, part by part, as measured here",
+        note="the fastest formats within --max-kld, less a reserve, on a calibration text, part by part",
     ),
 )
 
