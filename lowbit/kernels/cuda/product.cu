@@ -226,9 +226,10 @@ template <int K, bool NORM, int EPILOGUE> __device__ __forceinline__ void consum
   uint64_t best = 0;
   Place at{(uint32_t)warp, 0, warp};
   uint32_t first = 0;
-  for (int base = t0; base < t1; base += op.batch) {  // one batch for all but the head
-    Ahead next;
-    if (base + op.batch < t1) load_row_scales<EPILOGUE>(op, next, base + op.batch, min(t1 - base - op.batch, op.batch));
+  for (int base = t0; base < t1; base += op.batch) {  // several for the head, and for gate_up of wide models
+    Ahead next;  // SILU_MUL asks for its scales behind the epilogue: two more beside these cost up to 8 registers
+    if (EPILOGUE != SILU_MUL && base + op.batch < t1)
+      load_row_scales<EPILOGUE>(op, next, base + op.batch, min(t1 - base - op.batch, op.batch));
     const int tiles = min(op.batch, t1 - base);
     const uint32_t end = first + tiles * CHUNKS;
     while ((int)(at.stage - end) < 0) {
@@ -268,7 +269,12 @@ template <int K, bool NORM, int EPILOGUE> __device__ __forceinline__ void consum
         best = key > best ? key : best;
       }
     }
-    if (base + op.batch < t1) { ahead.scale0 = next.scale0; sync_consumers(); }
+    if (base + op.batch < t1) {
+      if (EPILOGUE == SILU_MUL)
+        load_row_scales<EPILOGUE>(op, ahead, base + op.batch, min(t1 - base - op.batch, op.batch));
+      else ahead.scale0 = next.scale0;
+      sync_consumers();
+    }
   }
   if (EPILOGUE == TO_LOGITS) {
 #pragma unroll
