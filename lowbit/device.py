@@ -23,6 +23,8 @@ from lowbit.formats import Format
 
 MIB = 1024 * 1024
 SOURCE = Path(__file__).parent
+CODE = (".py", ".cu")
+"""What of the package decides what runs; CUDA sources are compiled at first use."""
 BF16_CAPABILITY = (8, 0)
 """First CUDA capability with bf16 arithmetic (Ampere; CUDA C++ Programming Guide). Below, torch only emulates it."""
 
@@ -221,9 +223,12 @@ def _version(distributions: tuple[str, ...]) -> str:
 
 
 def source_hash(root: Path = SOURCE) -> str:
-    """12 hex digits over the names and contents of every Python file of the package."""
+    """12 hex digits over the names and contents of every Python file and CUDA source of the package.
+
+    Not of its data (the embedded model and its text), nor of the report's page.
+    """
     digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted(path for path in root.rglob("*") if path.suffix in CODE):
         content = path.read_bytes()
         digest.update(f"{path.relative_to(root).as_posix()} {len(content)}\n".encode())
         digest.update(content)

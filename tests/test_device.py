@@ -196,15 +196,17 @@ def test_environment_of_a_cpu_and_of_what_is_absent(monkeypatch):
     assert (told["cuda"], told["driver"]) == ("none", "none")
 
 
-def test_edited_code_is_another_environment(tmp_path):
-    (tmp_path / "backends").mkdir()
-    (tmp_path / "lab.py").write_text("a = 1\n")
-    (tmp_path / "backends" / "torch.py").write_text("b = 1\n")
-    (tmp_path / "notes.txt").write_text("no code")
+@pytest.mark.parametrize("edited", ["backends/torch.py", "kernels/cuda/product.cu"])
+def test_edited_code_is_another_environment(tmp_path, edited):
+    """Kernels are compiled at first use: their source is code, as Python is; weights and the report's page are not."""
+    for name in ("lab.py", edited, "notes.txt", "embedded/model.safetensors", "report/page/vendor/charts.js"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("a = 1\n")
     before = device.source_hash(tmp_path)
-    (tmp_path / "notes.txt").write_text("still no code")
+    for name in ("notes.txt", "embedded/model.safetensors", "report/page/vendor/charts.js"):
+        (tmp_path / name).write_text("a = 2\n")
     assert device.source_hash(tmp_path) == before
-    (tmp_path / "backends" / "torch.py").write_text("b = 2\n")
+    (tmp_path / edited).write_text("a = 2\n")
     assert device.source_hash(tmp_path) != before
     assert environment(CPU)["lowbit_source"] == device.source_hash()
 
