@@ -126,6 +126,12 @@ def test_a_compiled_source_is_kept_by_its_hash_and_compiled_again_if_half_writte
     assert not [path for path in tmp_path.iterdir() if path.suffix not in (".cubin", ".json")]  # no partial files
 
 
+def test_a_reduction_is_the_whole_warps():
+    """One with a mask of its own for each half has a warp run as two halves (SASS: WARPSYNC.EXCLUSIVE)."""
+    found = re.findall(r"redux\.sync\.\S+ %0, %1, (\S+);", nvrtc.read_sources("ptx", "common", "decode", "product"))
+    assert found == ["-1", "-1"]
+
+
 def test_a_compile_error_is_told_in_the_compilers_words():
     with pytest.raises(LowbitError, match=r"could not compile[\s\S]*undefined_thing"):
         nvrtc.compile_source("__global__ void k() { undefined_thing(); }", ("k",), {}, "sm_90a")

@@ -366,18 +366,17 @@ inline void mma_bytes(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32
 }
 inline void mma_u8(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) { mma_bytes<uint8_t>(c, a0, a1, a2, a3, b0, b1); }
 inline void mma_s8(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) { mma_bytes<int8_t>(c, a0, a1, a2, a3, b0, b1); }
-template <class T, class Join> inline T over_half_warp(T v, Join join) {
+template <class T, class Join> inline T over_warp(T v, Join join) {
   auto& slots = emulator::exchange(&v, sizeof v);
-  const int from = emulator::lane() & 16;
-  for (int i = 0; i < 16; i++) {
+  for (int i = 0; i < 32; i++) {
     T other;
-    std::memcpy(&other, slots[from + i], sizeof other);
+    std::memcpy(&other, slots[i], sizeof other);
     v = i ? join(v, other) : other;
   }
   return v;
 }
-inline uint32_t half_warp_max(uint32_t v) { return over_half_warp(v, [](uint32_t a, uint32_t b) { return max(a, b); }); }
-inline int half_warp_sum(int v) { return over_half_warp(v, [](int a, int b) { return a + b; }); }
+inline uint32_t warp_max(uint32_t v) { return over_warp(v, [](uint32_t a, uint32_t b) { return max(a, b); }); }
+inline int warp_sum(int v) { return over_warp(v, [](int a, int b) { return a + b; }); }
 inline uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t pick) {
   uint32_t r = 0;
   for (int i = 0; i < 4; i++) {

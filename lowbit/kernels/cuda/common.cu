@@ -85,6 +85,24 @@ __device__ __forceinline__ float2 from16x2(uint32_t v) { return make_float2(from
 // ---------------------------------------------------------------------------------------------- x in two digits
 constexpr float MAGIC = 12582912.f;  // 1.5 * 2^23: float MAGIC + i has i in its low bits, for |i| < 2^22
 constexpr int MAGIC_BITS = 0x4b400000;
+// Over the half of a warp that a lane is in, by all 32 lanes: a redux.sync with a mask for each half makes a warp run as two halves, one
+// after the other, from the first of them to the last (SASS: WARPSYNC.EXCLUSIVE). Of several sequences two redux are faster, of one shuffles.
+template <typename T, typename Join, typename Whole> __device__ __forceinline__ T over_half_warp(T v, Join&& join, Whole&& whole) {
+  if constexpr (BATCH > 1) {
+    const bool upper = threadIdx.x & 16;
+    const T of_lower = whole(upper ? T(0) : v), of_upper = whole(upper ? v : T(0));
+    return upper ? of_upper : of_lower;
+  }
+#pragma unroll
+  for (int d = 8; d >= 1; d >>= 1) v = join(v, __shfl_xor_sync(~0u, v, d));
+  return v;
+}
+__device__ __forceinline__ uint32_t half_warp_max(uint32_t v) {
+  return over_half_warp(v, [](uint32_t a, uint32_t b) { return max(a, b); }, [](uint32_t a) { return warp_max(a); });
+}
+__device__ __forceinline__ int half_warp_sum(int v) {
+  return over_half_warp(v, [](int a, int b) { return a + b; }, [](int a) { return warp_sum(a); });
+}
 // 8 consecutive values of x in each of 32 lanes, of which 16 neighbours hold a group -> two digits each, the group's
 // scale, the lane's sum.
 __device__ __forceinline__ void to_digits(const float (&v)[8], uint32_t (&high)[2], uint32_t (&low)[2], float& scale, int& sum) {

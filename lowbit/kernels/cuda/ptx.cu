@@ -67,9 +67,8 @@ MMA(mma_bf16, "bf16")
 MMA(mma_u8, "u8")
 MMA(mma_s8, "s8")
 #undef MMA
-// Over the half of a warp that a lane is in
-__device__ __forceinline__ uint32_t half_warp_max(uint32_t v) { uint32_t r; asm volatile("redux.sync.max.u32 %0, %1, %2;" : "=r"(r) : "r"(v), "r"(threadIdx.x & 16 ? 0xffff0000u : 0xffffu)); return r; }
-__device__ __forceinline__ int half_warp_sum(int v) { int r; asm volatile("redux.sync.add.s32 %0, %1, %2;" : "=r"(r) : "r"(v), "r"(threadIdx.x & 16 ? 0xffff0000u : 0xffffu)); return r; }
+__device__ __forceinline__ uint32_t warp_max(uint32_t v) { uint32_t r; asm volatile("redux.sync.max.u32 %0, %1, -1;" : "=r"(r) : "r"(v)); return r; }
+__device__ __forceinline__ int warp_sum(int v) { int r; asm volatile("redux.sync.add.s32 %0, %1, -1;" : "=r"(r) : "r"(v)); return r; }
 __device__ __forceinline__ uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t pick) {  // bytes 0 to 3 are a's, 4 to 7 b's; + 8: of that byte the sign, eight times
   uint32_t r;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(pick));
