@@ -49,6 +49,19 @@ def test_what_it_can_not_run_is_said_with_the_requirement(changes, name, capabil
     assert words in reason
 
 
+def test_o_and_down_have_one_batch_of_row_tiles_per_block_in_the_widest_model():
+    widest = Geometry("int8", geometry.MOST_HIDDEN, 1024, 8, 8, 128, 1e-5)
+    blocks, tiles = geometry.BLOCKS, widest.hidden // 16
+    assert -(-tiles // blocks) == widest.shared(widest.inter, tiles)[1] < -(-(tiles + 1) // blocks)
+    assert geometry.unmet(config(hidden_size=widest.hidden, head_dim=128), "int8", H200) is None
+    wider = config(hidden_size=widest.hidden + 256, head_dim=128)
+    kind, told = geometry.unmet(wider, "int8", H200)
+    assert kind == "shape"
+    assert told.startswith("hidden may be at most 28,672 (14 row tiles of o and down per block with one sequence), ")
+    assert told.endswith("this model has 28,928")
+    assert geometry.unmet(wider, "int8", H200, 2) is None  # several sequences add their slices' sums in the norm after
+
+
 def test_caches_of_8_bits_can_run_and_others_are_told_from_them():
     for kv in ("", "int8", "fp8"):
         assert geometry.unmet(config(), "int4_g128", H200, kv=kv) is None

@@ -18,6 +18,9 @@ NEEDED_SM = (9, 0)
 BLOCKS = 128
 """Thread blocks of a product: divides the row tiles of Llama-3's matrices; an H200 has 132 multiprocessors."""
 BATCH_TILES = 14
+"""Row tiles whose sums a block of a product keeps at a time."""
+MOST_HIDDEN = BLOCKS * BATCH_TILES * TILE
+"""Rows of o and down with one sequence: a block reads its part of the residual once, for one batch of row tiles."""
 BATCH_WARPS = 14
 """Consumer warps of a product of several sequences at most: 16 would leave their sums too few registers."""
 RING_BYTES = 220 * 1024
@@ -207,4 +210,7 @@ def unmet(config: Any, format: str, capability: tuple[int, int] | None, batch: i
         return "shape", "the decode kernels add no bias"
     if shape.inter % 8 or shape.hidden % TILE or (shape.heads + 2 * shape.kv_heads) * shape.head_dim % TILE:
         return "shape", f"rows must come in tiles of {TILE}"
+    if batch == 1 and shape.hidden > MOST_HIDDEN:
+        few = f"{BATCH_TILES} row tiles of o and down per block with one sequence"
+        return "shape", f"hidden may be at most {MOST_HIDDEN:,} ({few}), this model has {shape.hidden:,}"
     return None
