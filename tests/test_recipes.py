@@ -103,8 +103,18 @@ def test_a_row_follows_from_its_formats():
     assert fmt.inductor == {"coordinate_descent_tuning": True, "force_fuse_int_mm_with_mul": True}
     assert fmt.options == {"compiled_min_rows": 17}
     assert of({"*": "a16w8-gemlite"}).devices == ("cuda",)
-    waits = of({"*.mlp.*": "a8w8_llmint8-bitsandbytes"})
-    assert "outlier" in waits.options["waits_for_host"]
+
+
+@pytest.mark.parametrize(
+    ("row", "limit"),
+    [
+        ("a8w8-torchao", "compiled_min_rows"),
+        ("a8w8_llmint8-bitsandbytes", "waits_for_host"),
+        ("a8w8_mxfp8_emulated-torchao", "cpu_compiler_lacks"),
+    ],
+)
+def test_what_one_part_can_not_be_compiled_for_is_the_whole_models(row, limit):
+    assert of({"*.mlp.*": row, "lm_head": INT8}).options == {limit: FORMATS[row].options[limit]}
 
 
 @pytest.mark.parametrize(

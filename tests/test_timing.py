@@ -134,7 +134,6 @@ EMULATED_HEAD = {"lm_head": "a8w8_mxfp8_emulated-torchao", "layers.*": "a16w8-to
         (INT8_DYNAMIC_HEAD, CARD, "prefill", 1, "shape: its compiled product needs 17 tokens per forward pass, "),
         (INT8_DYNAMIC_HEAD, CARD, "prefill", 32, ""),
         (INT8_DYNAMIC_HEAD, CARD, "decode", 32, ""),
-        (EMULATED_HEAD, CPU, "decode", 1, "capability: regional needs cuda: on a CPU torch.compile lacks "),
         (EMULATED_HEAD, CARD, "decode", 1, ""),
         ({"lm_head": "a16w8-torchao", "layers.*": "bf16-torch"}, CARD, "prefill", 1, ""),
         ({"layers.*": "a8w8-torchao"}, CARD, "prefill", 1, ""),

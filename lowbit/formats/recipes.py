@@ -208,8 +208,9 @@ def _limits(members: Iterable[Format]) -> dict[str, Any]:
     # what compilers.unmet reads of a row: one part's limit is the whole model's
     options: dict[str, Any] = {}
     for member in members:
-        if waits := member.options.get("waits_for_host"):
-            options.setdefault("waits_for_host", waits)
+        for name in ("waits_for_host", "cpu_compiler_lacks"):
+            if name in member.options:
+                options.setdefault(name, member.options[name])
         if least := member.options.get("compiled_min_rows"):
             options["compiled_min_rows"] = max(least, options.get("compiled_min_rows", 0))
     return options
