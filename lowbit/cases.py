@@ -52,6 +52,11 @@ class Case:
         return self.workload.batch * (self.workload.prompt_tokens if self.kind == "prefill" else 1)
 
     @property
+    def head_rows(self) -> int | None:
+        """Those of them that lm_head sees: of a prompt the last. None for quality."""
+        return None if self.workload is None else self.workload.batch
+
+    @property
     def name(self) -> str:
         """The case as messages word it: ``decode[a16w4_g128-torchao-reduce-overhead-b1_c0]``."""
         return f"{self.kind}[{self.id}]"

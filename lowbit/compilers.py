@@ -16,7 +16,7 @@ from torch import nn
 from lowbit import process_state
 from lowbit.backends import native
 from lowbit.errors import LowbitError, unknown
-from lowbit.formats import Format, Unmet, rows_of
+from lowbit.formats import Format, Unmet, head_row, rows_of
 from lowbit.quiet import quiet_import
 
 if TYPE_CHECKING:
@@ -63,8 +63,11 @@ def find(mode: str) -> Mode:
         raise unknown("compile mode", mode, MODES) from None
 
 
-def unmet(mode: str, device: Device, fmt: Format, rows: int | None = None) -> Unmet | None:
-    """Why this mode can't run on this device with this format, at ``rows`` tokens per forward pass, or None."""
+def unmet(
+    mode: str, device: Device, fmt: Format, rows: int | None = None, head_rows: int | None = None
+) -> Unmet | None:
+    """Why this mode can't run on this device with this format, or None: at ``rows`` tokens per forward pass, of which
+    lm_head sees ``head_rows``."""
     row = find(mode)
     if row.name == "native" and device.kind != "cuda":
         return Unmet("capability", f"needs cuda (lowbit's own kernels), this is {device.kind}")
@@ -78,9 +81,8 @@ def unmet(mode: str, device: Device, fmt: Format, rows: int | None = None) -> Un
         if row.cuda_graph and waits:
             # Inductor would leave its CUDA graphs out with a log line, and measure the default mode under this name
             return Unmet("capability", f"{mode} needs CUDA graphs, which can't hold {waits}: it waits for the host")
-        least = fmt.options.get("compiled_min_rows", 0)
-        if rows is not None and rows < least:
-            return Unmet("shape", f"its compiled product needs {least} tokens per forward pass, this case has {rows}")
+        if reason := _too_few(fmt, rows, head_rows):
+            return Unmet("shape", reason)
         if device.capability is not None and device.capability < (7, 5):
             return Unmet("capability", f"torch.compile needs SM75 (Triton), this is {device.sm}")
         return None
@@ -89,6 +91,18 @@ def unmet(mode: str, device: Device, fmt: Format, rows: int | None = None) -> Un
     if os.environ.get("CXX") or any(shutil.which(name) for name in ("g++", "clang++", "c++", "cl")):
         return None
     return Unmet("package", "torch.compile on a CPU needs a C++ compiler; install g++ or set CXX")
+
+
+def _too_few(fmt: Format, rows: int | None, head_rows: int | None) -> str | None:
+    """Why a compiled product can't take so few tokens, or None. That of ``regional``'s head neither: torchao's int8
+    product waits for the host where it is eager, and the CUDA graph of the step can't hold that (docs/findings.md)."""
+    least = fmt.options.get("compiled_min_rows", 0)
+    if rows is not None and rows < least:
+        return f"its compiled product needs {least} tokens per forward pass, this case has {rows}"
+    head = head_row(fmt)
+    if head is not None and head_rows is not None and head_rows < (least := head.options.get("compiled_min_rows", 0)):
+        return f"its compiled lm_head ({head.id}) needs {least} tokens per forward pass, this case gives it {head_rows}"
+    return None
 
 
 def _uncompiled(mode: str, device: Device, fmt: Format) -> str | None:

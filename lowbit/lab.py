@@ -145,14 +145,14 @@ class Lab(Loaded):
             m.compiled_anew = process_state.compiled_anew()
             if m.attention:
                 record.info["attention"] = m.attention
-            notes = [f"{case.name}: lm_head stays eager, {m.eager_head}"] if m.eager_head else []
             skips = cudagraph_skips(case, self.device)
             if skips is not None:
                 record.info["cudagraph_skips"] = skips
             if skips:
-                notes.append(f"{case.name}: Inductor gave up its CUDA graphs, {skips} times")
-            if notes:
-                record.info["notes"] = [*record.info.get("notes", ()), *notes]
+                record.info["notes"] = [
+                    *record.info.get("notes", ()),
+                    f"{case.name}: Inductor gave up its CUDA graphs, {skips} times",
+                ]
         self.vram.release()
         m.vram_end_mib = self.vram.process_mib()
         if case.kind == "decode":

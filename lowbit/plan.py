@@ -212,7 +212,9 @@ def _skips(here: Device, config: Any) -> Callable[[Case], bool]:
     def skips(case: Case) -> bool:
         if rows[case.format.id] is not None:
             return True
-        return case.mode is not None and compilers.unmet(case.mode, here, case.format, case.rows) is not None
+        if case.mode is None:
+            return False
+        return compilers.unmet(case.mode, here, case.format, case.rows, case.head_rows) is not None
 
     return skips
 

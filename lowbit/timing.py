@@ -12,7 +12,6 @@ import torch
 from lowbit import compilers, energy, generate, kvcache, measure, process_state
 from lowbit.cases import Case
 from lowbit.device import Device
-from lowbit.formats import head_row
 from lowbit.generate import native
 from lowbit.metrics import Measurement
 from lowbit.nvml import Nvml, NvmlUnavailable
@@ -56,7 +55,7 @@ class Stopwatch:
                 native_s = self._time_once(lambda: decoder.run_natively(ids, case.name, self.progress))
                 m.attention = decoder.native.attention if decoder.native is not None else ""
             else:
-                decoder.compile(self._compiler(case, quantized, m))
+                decoder.compile(self._compiler(case, quantized))
             m.compile_s = native_s + self._warm_up(lambda: decoder.generate(ids, WARM_STEPS), case)
             decoder.prefill(ids)
             probed = min(m.new_tokens, PROBE_STEPS)
@@ -107,7 +106,7 @@ class Stopwatch:
             if own and native.takes(quantized.model, ids.shape[0]):
                 native_s = self._time_once(lambda: decoder.run_natively(ids, case.name, self.progress))
             else:
-                decoder.compile_prefill(self._compiler(case, quantized, m))
+                decoder.compile_prefill(self._compiler(case, quantized))
             m.compile_s = native_s + self._warm_up(lambda: decoder.prefill(ids), case)
             estimate = self._time_once(lambda: decoder.prefill(ids))
 
@@ -139,22 +138,13 @@ class Stopwatch:
             decoder.check_finite(ids, case.name)
         return decoder
 
-    def _compiler(self, case: Case, quantized: Quantized, m: Measurement) -> Callable[[Any], Any]:
+    def _compiler(self, case: Case, quantized: Quantized) -> Callable[[Any], Any]:
         mode, model = case.mode or "eager", quantized.model
         flags = dict(case.format.inductor)
         if self.device.kind == "cuda" and case.rows != 1:
             flags |= case.format.cuda_matmul_inductor
-        m.eager_head = self._eager_head(case)
-        head = None if m.eager_head else model.lm_head
-        return lambda call: compilers.compile_call(call, mode, self.device, flags, list(model.model.layers), head)
-
-    def _eager_head(self, case: Case) -> str:
-        """Why the head's own format can't be compiled beside the layers of a ``regional`` case, "" where it can: the
-        head of a prefill sees one token of each sequence, and a recipe's head may lack what its layers have."""
-        row = head_row(case.format)
-        if row is None or case.workload is None or case.mode is None or not compilers.find(case.mode).regional:
-            return ""
-        return str(compilers.unmet(case.mode, self.device, row, case.workload.batch) or "")
+        layers = list(model.model.layers)
+        return lambda call: compilers.compile_call(call, mode, self.device, flags, layers, model.lm_head)
 
     def _time_once(self, call: Callable[[], object]) -> float:
         measure.synchronize(self.device)

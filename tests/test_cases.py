@@ -58,6 +58,13 @@ def test_rows_of_a_products_activations():
     assert Case("quality", FORMATS["bf16-torch"]).rows is None
 
 
+def test_lm_head_sees_one_token_of_each_sequence():
+    every = [case for kind in ("prefill", "decode") for case in cases.enumerate_cases(kind, "nightly", LARGE)]
+    seen = {case.workload.id: case.head_rows for case in every}
+    assert seen == {"p512": 1, "p2048": 1, "b1_c0": 1, "b1_c2048": 1, "b8_c0": 8}
+    assert Case("quality", FORMATS["bf16-torch"]).head_rows is None
+
+
 def test_one_format_is_alive_at_a_time():
     every = [case for kind in cases.KINDS for case in cases.enumerate_cases(kind, "nightly", LARGE)]
     order = [case.format.id for case in sorted(every, key=cases.run_order)]

@@ -10,11 +10,13 @@ from tiny import CPU, gpu, model
 from lowbit import backends, compilers, process_state
 from lowbit.device import Device
 from lowbit.errors import LowbitError
-from lowbit.formats import FORMATS
+from lowbit.formats import FORMATS, recipes
 from lowbit.quiet import quiet_import
 
 BF16 = FORMATS["bf16-torch"]
 LLM_INT8 = FORMATS["a8w8_llmint8-bitsandbytes"]
+INT8_DYNAMIC_HEAD = {"lm_head": "a8w8-torchao", "layers.*": "a16w8-torchao"}
+COMPILED = [mode for mode in compilers.MODES if mode not in ("eager", "native")]
 
 
 def double(x):
@@ -191,3 +193,25 @@ def test_a_product_that_needs_more_rows_is_not_compiled_for_fewer():
     assert str(unmet) == "shape: its compiled product needs 17 tokens per forward pass, this case has 1"
     assert compilers.unmet("reduce-overhead", card, int8_dynamic, 512) is None
     assert compilers.unmet("eager", card, int8_dynamic, 1) is None
+
+
+@pytest.mark.parametrize(
+    ("parts", "rows", "head_rows", "reason"),
+    [
+        (INT8_DYNAMIC_HEAD, 512, 1, "its compiled lm_head (a8w8-torchao) needs 17 tokens per forward pass, this"),
+        (INT8_DYNAMIC_HEAD, 1, 1, "its compiled product needs 17 tokens per forward pass, this case has 1"),
+        (INT8_DYNAMIC_HEAD, 17 * 512, 17, ""),
+        ({"*": "a8w8-torchao"}, 512, 1, "its compiled lm_head (a8w8-torchao) needs 17 tokens per forward pass, this"),
+        ({"layers.*": "a8w8-torchao"}, 512, 1, ""),
+        ({"lm_head": "a16w8-torchao", "layers.*": "a8w8-torchao"}, 512, 1, ""),
+    ],
+)
+@pytest.mark.parametrize("mode", COMPILED)
+def test_a_head_that_needs_more_rows_than_it_sees_is_not_compiled(mode, parts, rows, head_rows, reason):
+    fmt = recipes.make(recipes.Recipe("mine", parts), FORMATS)
+    unmet = compilers.unmet(mode, gpu(9, 0), fmt, rows, head_rows)
+    assert (unmet is not None) == bool(reason)
+    assert reason in str(unmet)
+    assert unmet is None or unmet.kind == "shape"
+    assert compilers.unmet("eager", gpu(9, 0), fmt, rows, head_rows) is None
+    assert compilers.unmet(mode, CPU, fmt, rows, head_rows) is None

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_lab import CPU, CPU_FORMATS, DECODE, PREFILL, decode, make_lab, run_rounds, take
 
-from lowbit import lab, measure, metrics, models, process_state, quantized, scoring, texts, timing
+from lowbit import lab, measure, metrics, models, process_state, quantized, scoring, texts
 from lowbit.backends import coverage
 from lowbit.backends.torchao import unpacking
 from lowbit.cases import Case
@@ -117,13 +117,6 @@ def test_cuda_graphs_given_up_are_noted(tiny_bench, monkeypatch):
     record = take(tiny_bench, decode())
     assert record.info["cudagraph_skips"] == 2
     assert record.info["notes"] == ["decode[bf16-torch-eager-b2_c0]: Inductor gave up its CUDA graphs, 2 times"]
-
-
-def test_a_head_left_eager_is_noted(tiny_bench, monkeypatch):
-    monkeypatch.setattr(timing.Stopwatch, "_eager_head", lambda self, case: "shape: it needs 17 tokens")
-    assert take(tiny_bench, decode()).info["notes"] == [
-        "decode[bf16-torch-eager-b2_c0]: lm_head stays eager, shape: it needs 17 tokens"
-    ]
 
 
 def test_the_runs_own_processes_do_not_disturb(tiny_folder, story, monkeypatch):

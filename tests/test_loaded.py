@@ -7,11 +7,12 @@ import gc
 
 import pytest
 import torch
-from tiny_lab import CPU, CPU_FORMATS, decode, make_lab
+from tiny_lab import CPU, CPU_FORMATS, PREFILL, decode, make_lab
 from torch._subclasses.fake_tensor import FakeTensor
 
+from lowbit.cases import Case
 from lowbit.errors import LowbitError
-from lowbit.formats import FORMATS
+from lowbit.formats import FORMATS, recipes
 from lowbit.workloads import Workload
 
 
@@ -62,6 +63,16 @@ def test_one_format_is_alive_at_a_time(tiny_bench):
 def test_a_context_beyond_the_models_is_unmet(tiny_bench):
     unmet = tiny_bench.unmet(decode(workload=Workload("b1_c300", "decode", 1, 300, 8, "small")))
     assert (unmet.kind, unmet.reason) == ("shape", "b1_c300 needs 308 positions, the model has 256")
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "regional"])
+def test_a_prefill_whose_head_can_not_be_compiled_for_its_last_token_is_unmet(tiny_bench, monkeypatch, mode):
+    monkeypatch.setattr(tiny_bench, "device", dataclasses.replace(CPU, kind="cuda", capability=(9, 0)))
+    parts = {"lm_head": "a8w8-torchao", "layers.*": "a16w8-torchao"}
+    unmet = tiny_bench.unmet(Case("prefill", recipes.make(recipes.Recipe("mine", parts), FORMATS), mode, PREFILL))
+    assert str(unmet) == (
+        "shape: its compiled lm_head (a8w8-torchao) needs 17 tokens per forward pass, this case gives it 1"
+    )
 
 
 def test_the_native_mode_says_what_it_needs(tiny_bench):

@@ -11,7 +11,7 @@ from tiny import model
 from lowbit import compilers, process_state, timing
 from lowbit.cases import Case
 from lowbit.device import Device
-from lowbit.formats import FORMATS, recipes
+from lowbit.formats import FORMATS
 from lowbit.metrics import Measurement
 from lowbit.spent import Spent
 from lowbit.workloads import WORKLOADS, Workload
@@ -124,34 +124,13 @@ def test_the_process_is_settled_once_a_case_when_its_graphs_are_there_and_before
     assert log.count("settled") == 1
 
 
-INT8_DYNAMIC_HEAD = {"lm_head": "a8w8-torchao", "layers.*": "a16w8-torchao"}
-EMULATED_HEAD = {"lm_head": "a8w8_mxfp8_emulated-torchao", "layers.*": "a16w8-torchao"}
-
-
-@pytest.mark.parametrize(
-    ("parts", "device", "kind", "batch", "reason"),
-    [
-        (INT8_DYNAMIC_HEAD, CARD, "prefill", 1, "shape: its compiled product needs 17 tokens per forward pass, "),
-        (INT8_DYNAMIC_HEAD, CARD, "prefill", 32, ""),
-        (INT8_DYNAMIC_HEAD, CARD, "decode", 32, ""),
-        (EMULATED_HEAD, CARD, "decode", 1, ""),
-        ({"lm_head": "a16w8-torchao", "layers.*": "bf16-torch"}, CARD, "prefill", 1, ""),
-        ({"layers.*": "a8w8-torchao"}, CARD, "prefill", 1, ""),
-    ],
-)
-def test_a_head_that_can_not_be_compiled_beside_its_layers_stays_eager_and_says_so(
-    monkeypatch, parts, device, kind, batch, reason
-):
+@pytest.mark.parametrize("kind", ["decode", "prefill"])
+def test_layers_and_head_of_the_model_are_handed_to_the_compiler(monkeypatch, kind):
     handed = []
     monkeypatch.setattr(compilers, "compile_call", lambda call, mode, *args: handed.append(args))
-    fmt = recipes.make(recipes.Recipe("mine", parts), FORMATS)
-    case = Case(kind, fmt, "regional", Workload("w", kind, batch, 512, 4 if kind == "decode" else 0, "small"))
-    assert compilers.unmet("regional", device, fmt, case.rows) is None
-    watch, found = timing.Stopwatch(device, None, Vram(), Spent(), lambda text: None), Measurement(kind)
-    made = model(num_hidden_layers=1)
-    watch._compiler(case, SimpleNamespace(model=made), found)(print)
+    case = Case(kind, FORMATS["a16w8-torchao"], "regional", Workload("w", kind, 1, 8, 4, "small"))
+    watch, made = timing.Stopwatch(CPU, None, Vram(), Spent(), lambda text: None), model()
+    watch._compiler(case, SimpleNamespace(model=made))(print)
     ((*_, layers, head),) = handed
     assert layers == list(made.model.layers)
-    assert head is (None if reason else made.lm_head)
-    assert found.eager_head.startswith(reason)
-    assert bool(found.eager_head) == bool(reason)
+    assert head is made.lm_head

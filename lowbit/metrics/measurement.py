@@ -45,7 +45,7 @@ class Measurement:
     ``prefill_s`` and ``decode_s`` hold one entry per round, ``step_s`` one per decoded step over all rounds,
     ``yardstick_s`` one per round: fixed host work timed just before that round, which a CPU's drift is divided by;
     ``issue_s`` one per round on a GPU: until its last step was issued. ``attention`` says how lowbit's own read which
-    cache, ``eager_head`` why ``regional`` did not compile a quantized lm_head; "" where they, or it, did not so.
+    cache, "" where it did not.
     """
 
     kind: str
@@ -58,7 +58,6 @@ class Measurement:
     yardstick_s: list[float] = field(default_factory=list)
     issue_s: list[float] = field(default_factory=list)
     attention: str = ""
-    eager_head: str = ""
     streamed_bytes_per_step: float | None = None
     kv_bytes_per_token: float | None = None
     prefill_flop: float | None = None
