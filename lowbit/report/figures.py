@@ -90,21 +90,17 @@ class Place:
         found = (record.metrics.get(name) for record in self.records.get(fmt, ()))
         return next((value for value in found if value is not None), None)
 
-    def outcome(self, fmt: str, kind: str) -> str:
-        """What became of its cases of this kind, of which none was measured: ``skipped`` or ``failed``, as ``reason``
-        has it; "" where nothing is known."""
-        found = [record for record in self.records.get(fmt, ()) if record.kind == kind]
-        if any(record.unmet is not None for record in found):
-            return "skipped"
-        return "failed" if any((record.error or "").strip() for record in found) else ""
-
-    def reason(self, fmt: str, kind: str) -> str:
-        """Why no case of this kind was measured: a skip's reason, a failure's first line; "" where nothing is known."""
+    def fate(self, fmt: str, kind: str) -> tuple[str, str]:
+        """What became of its cases of this kind, of which none was measured, and why: ``skipped`` with a skip's reason,
+        else ``failed`` with a failure's first line; two times "" where nothing is known."""
         found = [record for record in self.records.get(fmt, ()) if record.kind == kind]
         for record in found:
             if record.unmet is not None:
-                return str(record.unmet.reason)
-        return next((f"failed: {line}" for r in found if (line := (r.error or "").strip().partition("\n")[0])), "")
+                return "skipped", record.unmet.reason
+        for record in found:
+            if lines := (record.error or "").strip().splitlines():
+                return "failed", f"failed: {lines[0]}"
+        return "", ""
 
 
 def read(paths: Iterable[Path], left_out: Callable[[LowbitError], object] | None = None) -> list[Source]:

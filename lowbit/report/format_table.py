@@ -112,7 +112,7 @@ def _coverage(formats: Sequence[Format], gpu: Place, needs: Mapping[str, str]) -
     able = [fmt for fmt in formats if "cuda" in fmt.devices]
     rest = [fmt for fmt in able if gpu.decode(fmt.id) is None]
     later = [fmt for fmt in rest if _too_old(gpu, needs[fmt.id])]
-    outcomes = [gpu.outcome(fmt.id, "decode") for fmt in rest if fmt not in later]
+    outcomes = [gpu.fate(fmt.id, "decode")[0] for fmt in rest if fmt not in later]
     fates = {
         "need a later GPU": len(later),
         "were skipped, for the reason in the remarks": outcomes.count("skipped"),
@@ -261,7 +261,7 @@ def _remarks(fmt: Format, found: Sequence[Place]) -> str:
             why = _why_slower(fmt, place)
             why = f": {text(why)}" if why else ""
             told.append(f"**slower than bf16** on {'the' if place.slug == CPU else 'an'} {_short(place)}{why}")
-        reason = place.reason(fmt.id, "quality" if place.slug == CPU else "decode")
+        _, reason = place.fate(fmt.id, "quality" if place.slug == CPU else "decode")
         known = place.decode(fmt.id) if place.slug != CPU else place.quality(fmt.id, "ppl")
         can_be = ("cpu" if place.slug == CPU else "cuda") in fmt.devices  # else "needs" says it
         if known is None and reason and can_be:
