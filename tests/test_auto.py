@@ -808,7 +808,7 @@ def test_a_search_on_a_gpu_of_the_decode_kernels_chooses_measures_and_replays_na
     monkeypatch.setattr(bench_module, "WINDOWS", 1)
     monkeypatch.setattr(bench_module, "MODES", ("native", "eager"))
     monkeypatch.setattr(geometry, "unmet", lambda *asked: None)
-    monkeypatch.setattr(compilers, "unmet", lambda mode, device, fmt, rows: None)
+    monkeypatch.setattr(compilers, "unmet", lambda *asked: None)
     fake_kernels(monkeypatch, FakeStep)
     monkeypatch.setattr(native_times, "operations", lambda step, model: {})
     every = (*LINEARS, "lm_head")
