@@ -100,7 +100,10 @@ def _too_few(fmt: Format, rows: int | None, head_rows: int | None) -> str | None
     if rows is not None and rows < least:
         return f"its compiled product needs {least} tokens per forward pass, this case has {rows}"
     head = head_row(fmt)
-    if head is not None and head_rows is not None and head_rows < (least := head.options.get("compiled_min_rows", 0)):
+    if head is None or head_rows is None:
+        return None
+    least = head.options.get("compiled_min_rows", 0)
+    if head_rows < least:
         return f"its compiled lm_head ({head.id}) needs {least} tokens per forward pass, this case gives it {head_rows}"
     return None
 

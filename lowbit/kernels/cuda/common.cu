@@ -85,23 +85,19 @@ __device__ __forceinline__ float2 from16x2(uint32_t v) { return make_float2(from
 // ---------------------------------------------------------------------------------------------- x in two digits
 constexpr float MAGIC = 12582912.f;  // 1.5 * 2^23: float MAGIC + i has i in its low bits, for |i| < 2^22
 constexpr int MAGIC_BITS = 0x4b400000;
-// Over the half of a warp that a lane is in, by all 32 lanes: a redux.sync with a mask for each half makes a warp run as two halves, one
-// after the other, from the first of them to the last (SASS: WARPSYNC.EXCLUSIVE). Of several sequences two redux are faster, of one shuffles.
-template <typename T, typename Join, typename Whole> __device__ __forceinline__ T over_half_warp(T v, Join&& join, Whole&& whole) {
-  if constexpr (BATCH > 1) {
+// Over LANES neighbours, by shuffles; the halves of a warp, of several sequences, by two redux of all 32 lanes (`whole`), which are faster
+// there. A redux.sync with a mask for each half would make a warp run as two halves, one after the other, from the first of them to the
+// last (SASS: WARPSYNC.EXCLUSIVE).
+template <int LANES, typename T, typename Join, typename Whole> __device__ __forceinline__ T over_lanes(T v, Join&& join, Whole&& whole) {
+  if constexpr (BATCH > 1 && LANES == 16) {
     const bool upper = threadIdx.x & 16;
     const T of_lower = whole(upper ? T(0) : v), of_upper = whole(upper ? v : T(0));
     return upper ? of_upper : of_lower;
-  }
+  } else {
 #pragma unroll
-  for (int d = 8; d >= 1; d >>= 1) v = join(v, __shfl_xor_sync(~0u, v, d));
-  return v;
-}
-__device__ __forceinline__ uint32_t half_warp_max(uint32_t v) {
-  return over_half_warp(v, [](uint32_t a, uint32_t b) { return max(a, b); }, [](uint32_t a) { return warp_max(a); });
-}
-__device__ __forceinline__ int half_warp_sum(int v) {
-  return over_half_warp(v, [](int a, int b) { return a + b; }, [](int a) { return warp_sum(a); });
+    for (int d = LANES / 2; d >= 1; d >>= 1) v = join(v, __shfl_xor_sync(~0u, v, d));
+    return v;
+  }
 }
 // 8 consecutive values of x in each of 32 lanes, of which 16 neighbours hold a group -> two digits each, the group's
 // scale, the lane's sum.
@@ -110,7 +106,8 @@ __device__ __forceinline__ void to_digits(const float (&v)[8], uint32_t (&high)[
   uint32_t most = 0;
 #pragma unroll
   for (int i = 0; i < 8; i++) most = max(most, __float_as_uint(v[i]) & 0x7fffffffu);  // bits order as values do, NaN last
-  const float largest = __uint_as_float(half_warp_max(most));
+  most = over_lanes<16>(most, [](uint32_t a, uint32_t b) { return max(a, b); }, warp_max);
+  const float largest = __uint_as_float(most);
   const bool tiny = largest < 1e-30f;
   scale = tiny ? 0.f : largest * (1.f / LARGEST);
   const float times = tiny ? 0.f : __fdividef(LARGEST, largest);

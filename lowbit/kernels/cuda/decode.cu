@@ -19,12 +19,7 @@ __device__ __forceinline__ uint32_t word_of(const uint4& v, int i) { return i ==
 __device__ __forceinline__ constexpr int place_of(int k) { return SPLIT ? (k & ~63) | (k >> 3 & 3) << 4 | (k >> 5 & 1) << 3 : k; }  // k in whole eights
 // Over SUM_COLUMNS columns, of which 32 lanes hold 8 each, one after the other
 __device__ __forceinline__ int sum_of_columns(int sum) {
-  if constexpr (SUM_COLUMNS == GROUP) return half_warp_sum(sum);
-  else {
-#pragma unroll
-    for (int d = 1; d < SUM_COLUMNS / 8; d <<= 1) sum += __shfl_xor_sync(~0u, sum, d);
-    return sum;
-  }
+  return over_lanes<SUM_COLUMNS / 8>(sum, [](int a, int b) { return a + b; }, warp_sum);
 }
 // The lane's words of the first or second 64 columns of a group of 128; `lane_words` is the stage plus the lane.
 template <int KU> __device__ __forceinline__ Words words_at(const uint4* lane_words, int group, int half) {
