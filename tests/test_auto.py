@@ -755,7 +755,7 @@ class FakeStep:
         self.history, self.pick = torch.zeros(512, dtype=torch.int64), None
         self.shape = SimpleNamespace(dtype=torch.float16)
         self.attention = "a fake's"
-        names = (*runner.PRODUCTS.values(), "embed_kernel", "attention_kernel<1>")
+        names = (*runner.PRODUCTS.values(), "embed_kernel", "attention_kernel<1, 8>")
         self.plan = [SimpleNamespace(kernel=name, launch=None) for name in names]
 
     def launch(self):

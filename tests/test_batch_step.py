@@ -120,7 +120,7 @@ def test_a_step_is_7_kernels_per_layer_in_order_with_the_models_own_memory(modul
     step.launch()
     parts, of = batch.PRODUCTS, batch.NORMALIZE.format
     slices = {k: batch.slices(name, k) for k in (256, 768)}
-    layer = [parts["qkv"], "attention_kernel<1>", parts["o"], of(slices[256]), parts["gate_up"], parts["down"]]
+    layer = [parts["qkv"], "attention_kernel<1, 8>", parts["o"], of(slices[256]), parts["gate_up"], parts["down"]]
     want = ["embed_kernel", of(0), *layer, of(slices[768]), *layer, of(slices[768]), parts["head"]]
     assert [kernel for kernel, *_ in module.launched] == want
     assert [overlap for *_, overlap in module.launched] == [False] + [True] * (len(want) - 1)

@@ -18,7 +18,7 @@ from lowbit.errors import LowbitError
 from lowbit.kernels import batch, prefill, runner, stream, stream_modules, weights
 from lowbit.kernels.arguments import Attention, Batch, Normalize, fill
 from lowbit.kernels.batch_step import BatchStep
-from lowbit.kernels.geometry import ATTENTION_WARPS, Geometry
+from lowbit.kernels.geometry import Geometry
 from lowbit.kernels.quantizer import quantize
 from lowbit.sampling import Sampler, Sampling
 
@@ -274,7 +274,7 @@ def test_attention_takes_every_sequence_from_its_own_cache(kernels_folder):
     module.launch(
         plan.kernel,
         grid,
-        ATTENTION_WARPS * 32,
+        plan.warps * 32,
         fill(Attention, **named),
         shared_bytes=plan.shared_bytes,
         cluster=plan.splits,

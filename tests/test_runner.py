@@ -148,7 +148,7 @@ def test_a_step_is_5_kernels_per_layer_in_order_with_the_models_own_memory(modul
     kernels = [kernel for kernel, *_ in module.launched]
     layer = [
         runner.PRODUCTS["qkv"],
-        "attention_kernel<1>",
+        "attention_kernel<1, 8>",
         runner.PRODUCTS["o"],
         runner.PRODUCTS["gate_up"],
         runner.PRODUCTS["down"],
@@ -182,11 +182,34 @@ def test_attention_over_a_short_cache_leaves_room_for_a_product(module, length, 
     assert step.attention == f"KV cache in float16, {step.shape.attention(length)}"
     step.launch()
     kernel, grid, threads, _, shared_bytes, _ = module.launched[2]
-    assert (kernel, grid, threads) == (f"attention_kernel<{stages}>", (2, geometry.SPLITS), 256)
+    assert (kernel, grid, threads) == (f"attention_kernel<{stages}, 8>", (2, geometry.SPLITS), 256)
     assert shared_bytes == step.shape.attention(length).shared_bytes
     beside = module.launched[1][4] + shared_bytes + 2 * geometry.RESERVED_BYTES
     assert (step.shape.beside_attention(length) == geometry.RING_BYTES) == (length > 1024)
     assert length > 1024 or beside <= geometry.SHARED_BYTES
+
+
+def test_8bs_attention_has_half_the_warps_where_8_would_shorten_a_products_ring_beside_it():
+    def rings(shape, room):
+        return [shape.shared(4096, tiles, room)[0] for tiles in (384, 256)]  # qkv, o
+
+    names = set()
+    for name in LAYOUTS:
+        shape = Geometry(name, 4096, 14336, 32, 8, 128, 1e-5)
+        few, short = shape.attention(512), shape.attention(528)
+        assert (few.kernel[-2:-1], short.kernel) == (str(few.warps), "attention_kernel<1, 8>")
+        left = geometry.SHARED_BYTES - 2 * geometry.RESERVED_BYTES - short.shared_bytes
+        shortened = rings(shape, left) < rings(shape, geometry.RING_BYTES)
+        assert (few.warps == geometry.SHORT_WARPS) == shortened
+        assert set(shape.attentions) == {few.kernel, short.kernel, shape.attention(1040).kernel}
+        names |= {name} if shortened else set()
+        if LAYOUTS[name].bits > 4:  # the whole ring is what they have
+            _, _, whole = shape.shared(4096, 384, shape.beside_attention(512))
+            assert whole + few.shared_bytes + 2 * geometry.RESERVED_BYTES <= geometry.SHARED_BYTES
+    assert names >= {"bf16", "int8", "fp8_e4m3", "int4_g128", "nvfp4", "ternary"}
+    assert not names & {"int2_g128", "int3_g128", "binary", "int4_g32"}
+    several = Geometry("int8", 4096, 14336, 32, 8, 128, 1e-5, batch=2)
+    assert several.attention(512).warps == geometry.ATTENTION_WARPS
 
 
 @pytest.mark.parametrize("kv", geometry.KV_CODES)

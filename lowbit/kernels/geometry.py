@@ -34,6 +34,9 @@ ATTENTION_WARPS, CHUNK = 8, 16
 SPLITS = 8
 """Blocks of a cluster of attention, which is one KV head's: as many as every device allows (cuda/attention.cu says the
 same). An H200 does not hold all of 8 larger clusters at once (docs/kernels.md). Several sequences have smaller ones."""
+SHORT_WARPS = 4
+"""Warps of a block of attention over at most SPLITS * SHORT_WARPS * CHUNK positions, where twice as many would shorten
+a product's ring beside it."""
 SHORT_CACHE = SPLITS * ATTENTION_WARPS * CHUNK
 """Up to this length of the cache every warp of SPLITS blocks has one chunk, and a block fits beside a product's."""
 CLUSTERED = 16
@@ -51,16 +54,17 @@ Unmet = tuple[Literal["capability", "shape"], str]
 
 
 class AttentionPlan(NamedTuple):
-    """How attention is launched: chunks per warp on their way, shared memory of each of its blocks in bytes, and
-    how many blocks a cluster has."""
+    """How attention is launched: chunks per warp on their way, shared memory of each of its blocks in bytes, how many
+    blocks a cluster has and how many warps a block."""
 
     stages: int
     shared_bytes: int
     splits: int = SPLITS
+    warps: int = ATTENTION_WARPS
 
     @property
     def kernel(self) -> str:
-        return f"attention_kernel<{self.stages}>"
+        return f"attention_kernel<{self.stages}, {self.warps}>"
 
     def __str__(self) -> str:
         return f"{self.splits} blocks per KV head, {self.stages} chunk{'s' * (self.stages > 1)} ahead"
@@ -154,12 +158,27 @@ class Geometry:
         number = 1 if self.kv else 2
         chunk = 2 * CHUNK * (self.head_dim * number + 16) + (2 * CHUNK * 2 if self.kv else 0)  # padded rows, scales
         letters = 4 * queries * (self.head_dim + 2 * self.splits)
-        return AttentionPlan(stages, ATTENTION_WARPS * stages * chunk + letters, self.splits)
+
+        def plan(warps: int) -> AttentionPlan:
+            return AttentionPlan(stages, warps * stages * chunk + letters, self.splits, warps)
+
+        few = length <= SPLITS * SHORT_WARPS * CHUNK and queries * self.head_dim <= SPLITS * SHORT_WARPS * 32
+        most = plan(ATTENTION_WARPS)
+        if self.batch == 1 and few and self._rings(_beside(most)) < self._rings(RING_BYTES):
+            return plan(SHORT_WARPS)
+        return most
+
+    def _rings(self, room: int) -> tuple[int, int]:
+        """Stages in the rings of the products before and after attention, qkv and o."""
+        projected = (self.heads + 2 * self.kv_heads) * self.head_dim
+        after = self.heads * self.head_dim
+        return self._ring(self.hidden, projected // TILE, room)[0], self._ring(after, self.hidden // TILE, room)[0]
 
     @property
     def attentions(self) -> tuple[str, ...]:
         """The kernels of every length."""
-        return self.attention(1).kernel, self.attention(SHORT_CACHE + 1).kernel
+        lengths = (1, SPLITS * SHORT_WARPS * CHUNK + 1, SHORT_CACHE + 1)
+        return tuple(dict.fromkeys(self.attention(length).kernel for length in lengths))
 
     def beside_attention(self, length: int) -> int:
         """Shared memory for a product that is to start while attention still runs, or the reverse.
@@ -168,21 +187,30 @@ class Geometry:
         """
         if LAYOUTS[self.format].bits > 4 or length > SHORT_CACHE:
             return RING_BYTES
-        return min(RING_BYTES, SHARED_BYTES - 2 * RESERVED_BYTES - self.attention(length).shared_bytes)
+        return _beside(self.attention(length))
 
     def shared(self, k: int, tiles: int, room: int = RING_BYTES) -> tuple[int, int, int]:
         """Stages in the ring, row tiles per batch, bytes of shared memory for a product of ``tiles`` row tiles."""
-        blocks = min(BLOCKS, tiles)
-        batch = min(BATCH_TILES, -(-tiles // blocks))
+        ring, batch, stage, fixed = self._ring(k, tiles, room)
+        if not ring:
+            raise LowbitError(f"a ring of {self.warps} stages of {stage} bytes and x of K={k} exceed {room} bytes")
+        return ring, batch, ring * stage + fixed
+
+    def _ring(self, k: int, tiles: int, room: int) -> tuple[int, int, int, int]:
+        """Stages in the ring, row tiles per batch, bytes of a stage, bytes of shared memory beside the ring."""
+        batch = min(BATCH_TILES, -(-tiles // min(BLOCKS, tiles)))
         ku = stage_columns(self.format, k)
         layout = LAYOUTS[self.format]
         stage = layout.stage_bytes(ku)
         digits = 2 * PLANE_GAP + ku if layout.integer else 0
         fixed = k * 2 + digits + k // layout.sum_columns() * 8 + batch * (k // ku) * 64 + 128 + 16 * MAX_RING
         ring = min(MAX_RING, (room - fixed) // stage) // self.warps * self.warps
-        if not ring:
-            raise LowbitError(f"a ring of {self.warps} stages of {stage} bytes and x of K={k} exceed {room} bytes")
-        return ring, batch, ring * stage + fixed
+        return ring, batch, stage, fixed
+
+
+def _beside(plan: AttentionPlan) -> int:
+    """Shared memory that a block of attention leaves to a product's."""
+    return min(RING_BYTES, SHARED_BYTES - 2 * RESERVED_BYTES - plan.shared_bytes)
 
 
 def unmet(config: Any, format: str, capability: tuple[int, int] | None, batch: int = 1, kv: str = "") -> Unmet | None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lowbit.errors import LowbitError
 from lowbit.kernels import attention_plan, batch
 from lowbit.kernels.arguments import Attention, Embed, Product, fill
-from lowbit.kernels.geometry import ATTENTION_WARPS, BLOCKS, RING_BYTES, Geometry
+from lowbit.kernels.geometry import BLOCKS, RING_BYTES, Geometry
 from lowbit.kernels.launch import Module, compile_module
 from lowbit.kernels.modules import NativeEmbedding, NativeLinear
 from lowbit.kernels.stream import Stream
@@ -254,7 +254,7 @@ class NativeStep:
         argument = fill(Attention, **held, **own, length=self.length)
         plan, module = self.shape.attention(self.length), self._module(self.shape.format)
         grid = self.shape.batch * self.shape.kv_heads, plan.splits
-        return Launch(module, plan.kernel, grid, ATTENTION_WARPS * 32, argument, plan.shared_bytes, cluster=plan.splits)
+        return Launch(module, plan.kernel, grid, plan.warps * 32, argument, plan.shared_bytes, cluster=plan.splits)
 
     def launch(self) -> None:
         """The step's kernels, one by one, on the current stream; then ``pick``, if it is not greedy."""

@@ -32,7 +32,7 @@ struct Attention {
   int length;
 };
 // SPLITS, blocks of a cluster, is a macro: 8, and fewer where several sequences fill the GPU
-constexpr int ATTENTION_WARPS = 8, CHUNK = 16;              // warps of a block, positions of a chunk
+constexpr int CHUNK = 16;                                   // positions
 constexpr int QUERIES = HEADS / KV_HEADS, HALF_DIM = HEAD_DIM / 2, K_TILES = HEAD_DIM / 16;
 constexpr int MATRICES = NARROW ? K_TILES / 2 : K_TILES;    // that ldmatrix hands out per chunk, of keys and of values
 constexpr int MATRIX = HEAD_DIM / MATRICES;                 // dimensions of one
@@ -95,8 +95,9 @@ __device__ __forceinline__ uint16_t to_codes(uint32_t& low, uint32_t& high) {
   low = pair(x.x, x.y), high = pair(y.x, y.y);
   return scale;
 }
-// STAGES chunks per warp on their way: 1 leaves room for a product's block beside this one, more keep memory busy.
-template <int STAGES> __global__ void __maxnreg__(STAGES > 1 ? 128 : NARROW ? 104 : 96) attention_kernel(const __grid_constant__ Attention a) {
+// STAGES chunks per warp on their way: 1 leaves room for a product's block beside this one, more keep memory busy. ATTENTION_WARPS: of a
+// block; half as many leave room for a product's whole ring.
+template <int STAGES, int ATTENTION_WARPS> __global__ void __maxnreg__(STAGES > 1 ? 128 : NARROW ? 104 : 96) attention_kernel(const __grid_constant__ Attention a) {
   static_assert(OUTPUTS % SPLITS == 0 && SHARE <= ATTENTION_WARPS * 32 && SPLITS <= HEAD_DIM, "each block finishes its share");
   constexpr int AT_ONCE = STAGES > 1 ? 4 : NARROW ? 1 : 2;  // matrices in registers
   SHARED_MEMORY(memory);
