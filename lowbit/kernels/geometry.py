@@ -36,7 +36,7 @@ SPLITS = 8
 same). An H200 does not hold all of 8 larger clusters at once (docs/kernels.md). Several sequences have smaller ones."""
 SHORT_WARPS = 4
 """Warps of a block of attention over at most SPLITS * SHORT_WARPS * CHUNK positions, where twice as many would shorten
-a product's ring beside it."""
+a product's ring beside it; not for 16-bit weights, which are slower then (docs/kernels.md)."""
 SHORT_CACHE = SPLITS * ATTENTION_WARPS * CHUNK
 """Up to this length of the cache every warp of SPLITS blocks has one chunk, and a block fits beside a product's."""
 CLUSTERED = 16
@@ -164,9 +164,9 @@ class Geometry:
 
         few = length <= SPLITS * SHORT_WARPS * CHUNK and queries * self.head_dim <= SPLITS * SHORT_WARPS * 32
         most = plan(ATTENTION_WARPS)
-        if self.batch == 1 and few and self._rings(_beside(most)) < self._rings(RING_BYTES):
-            return plan(SHORT_WARPS)
-        return most
+        if self.batch > 1 or not few or LAYOUTS[self.format].bits > 8:
+            return most
+        return plan(SHORT_WARPS) if self._rings(_beside(most)) < self._rings(RING_BYTES) else most
 
     def _rings(self, room: int) -> tuple[int, int]:
         """Stages in the rings of the products before and after attention, qkv and o."""
