@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from importlib import metadata
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from tiny import CPU, config, gpu, model
 from torch import nn
 
 from lowbit import backends
-from lowbit.backends import NoTruth
+from lowbit.backends import NoTruth, hqq
 from lowbit.backends import gemlite as backend
 from lowbit.backends.gemlite import _values as values
 from lowbit.errors import LowbitError
@@ -127,6 +128,40 @@ def test_before_blackwell_fp4_is_packed_without_blackwells_instruction(monkeypat
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     backend._leave_blackwells_instructions_alone(torch.device("cuda", 0))
     assert said == calls
+
+
+@pytest.fixture
+def switched(monkeypatch):
+    """What gemlite's switch was asked for: (candidates, use_cuda_graph), with a warning as Triton's."""
+    asked = []
+
+    def set_autotune(config, use_cuda_graph):
+        warnings.warn("use_cuda_graph parameters are deprecated", DeprecationWarning, stacklevel=1)
+        asked.append((config, use_cuda_graph))
+
+    monkeypatch.setitem(sys.modules, "gemlite.triton_kernels.config", SimpleNamespace(set_autotune=set_autotune))
+    backend._tune_by_graphs.cache_clear()
+    yield asked
+    backend._tune_by_graphs.cache_clear()
+
+
+def test_on_a_gpu_kernels_tune_themselves_on_cuda_graphs_once_per_process_and_without_a_warning(switched, recwarn):
+    backend.tune_by_graphs(torch.device("cpu"))
+    assert switched == []
+    for _ in range(2):
+        backend.tune_by_graphs(torch.device("cuda", 0))
+    assert switched == [({}, True)]
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("name", ["a16w8-gemlite", "a16w4_gemlite_g64-hqq"])
+def test_gemlites_kernels_are_asked_to_by_every_row_that_runs_on_them(monkeypatch, gemlite_helper, name):
+    asked = []
+    monkeypatch.setattr(backend, "tune_by_graphs", asked.append)
+    row = FORMATS[name]
+    monkeypatch.setattr(hqq, "_convert", lambda target, *_: GemLiteLinearTriton(target.linear, None))
+    backends.get(row.backend).quantize(model(torch.float16).model.layers[0], row, torch.float16)
+    assert set(asked) == {torch.device("cpu")}
 
 
 # -- what packed modules stand for -------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.backends import Target, indivisible, minimum_sm, targets
+from lowbit.backends import Target, gemlite, indivisible, minimum_sm, targets
 from lowbit.errors import LowbitError, unknown
 from lowbit.formats import Format, Unmet
 from lowbit.quiet import captured_output, quiet_import
@@ -82,6 +82,8 @@ def quantize(module: nn.Module, fmt: Format, dtype: torch.dtype) -> None:
     if fmt.scheme not in OWN.keys() | CONVERSIONS.keys():
         raise unknown("hqq kernel", fmt.scheme, (*OWN, *CONVERSIONS))
     for target in targets(module, fmt):
+        if fmt.scheme == "gemlite":
+            gemlite.tune_by_graphs(target.linear.weight.device)
         if fmt.scheme in OWN:
             new = _make(_linear_class(fmt.scheme), target, fmt, dtype)
         else:

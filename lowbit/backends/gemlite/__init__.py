@@ -1,12 +1,14 @@
 """gemlite: Triton kernels for packed weights, one module per linear. CUDA only: its import asks for the GPU.
 
-Its kernels tune themselves at the first call for each (tokens, N, K): what is called before a measurement or a graph
-capture must have the same number of tokens. It ships tuned configurations for some GPUs by name (no H200 among them);
-``compilers.configure_caches`` has Triton keep what is found here on disk.
+Its kernels tune themselves at the first call for each (tokens, N, K), here on CUDA graphs: what is called before a
+measurement or a graph capture must have the same number of tokens. It ships tuned configurations for some GPUs by name
+(no H200 among them); ``compilers.configure_caches`` has Triton keep what is found here on disk.
 """
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -115,6 +117,7 @@ def quantize(module: nn.Module, fmt: Format, dtype: torch.dtype) -> None:
     if not hasattr(helper, fmt.scheme):
         raise unknown("gemlite processor", fmt.scheme, [name for name in dir(helper) if name.startswith("A")])
     _leave_blackwells_instructions_alone(found[0].linear.weight.device)
+    tune_by_graphs(found[0].linear.weight.device)
     for target in found:
         weight = target.linear.weight
         if weight.dtype != dtype:
@@ -131,6 +134,25 @@ def _leave_blackwells_instructions_alone(device: torch.device) -> None:
     knows it (core.auto_detect_ptx_fp4_pack), whatever the GPU is; ptxas then refuses the kernel."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (10, 0):
         quiet_import("gemlite.core").set_ptx_fp4_pack(False)
+
+
+def tune_by_graphs(device: torch.device) -> None:
+    """On a GPU, have gemlite's kernels tune themselves on CUDA graphs, by gemlite's own switch.
+
+    It times single launches otherwise, and where the host takes longer for one than the GPU, it is the host that is
+    timed: the same rows decode 197 or 243 tok/s then, by what was chosen (docs/findings.md).
+    """
+    if device.type == "cuda":
+        _tune_by_graphs()
+
+
+@cache
+def _tune_by_graphs() -> None:
+    """Once per process: it loads the kernels' modules anew, which forgets what they have tuned."""
+    config = quiet_import("gemlite.triton_kernels.config")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Triton's, of the argument by which gemlite asks for it
+        config.set_autotune({}, use_cuda_graph=True)  # {}: which candidates there are stays as it is
 
 
 def _pack(processor: Any, linear: nn.Linear, fmt: Format, dtype: torch.dtype) -> Any:
