@@ -44,8 +44,8 @@ TYPICAL_OF_LIBRARY_S = {
 }
 """The same where a library is far from it. Of Llama-3.1-8B on an H200 with cold caches, torch 2.11, 2026-11-21: torchao
 eager 10.6 to 66 s (10 rows, mean 24.8) and reduce-overhead 34 to 87 (4 rows, mean 60), bitsandbytes reduce-overhead 41,
-gemlite and LLM.int8 decode 14 to 19 tok/s in eager mode, 3 times 128 tokens. hqq, references and
-calibrated rows are guessed by what they do.
+gemlite and LLM.int8 decode 10 to 19 tok/s in eager mode, 3 times 128 tokens (LLM.int8 20 s, hqq's
+compiled products 29, GPTQ beside its calibration 19). References and compiled calibrated rows are guessed.
 
 ``regional``: decode of b1_c0 of the same model and torch, 2026-11-22, ``wall_s`` of the journals: one process on one
 H200, and four runs on two, of which the first compiled (cold) and the later ones found its caches (warm). bf16-torch
@@ -71,9 +71,8 @@ gemlite tunes its kernels: two rows took 83 and 89 s, 24 and 28 of them compilin
 ``regional`` 11 rows that had never run on the machine took 72.5 to 136.8 s, mean 98.3: Triton compiles every candidate
 (297 to 325 s of warmup in four processes of 354 to 391 s). It keeps them on disk (compilers.configure_caches): two rows
 whose kernels were there took the 20 s above. Recipes and other libraries' rows on its kernels are taken to be like
-that. GPTQ rounds 851,968 columns of an 8B one by one, 92 us of Python each, measured without a GPU: 78 s before a
-kernel runs. AWQ tries 20 scales on 8,192 tokens, by a kernel that takes 252 ms for 512 of them: 80 s. hqq searches its
-zero points; under ``regional`` that is in its 15 s above.
+that. GPTQ and AWQ calibrate: 165 to 181 s in all in three rows and 118 in one, of which 155 to 165 and 110 quantize
+(docs/runs/h200-rows-2026-11-22d.json). hqq searches its zero points; under ``regional`` that is in its 15 s above.
 """
 
 STARTUP_S = {"cpu": 15.0, "cuda": 40.0}
