@@ -74,6 +74,13 @@ def test_the_checked_kernels_give_the_shipped_ones_bits_and_a_fault_others(monke
     assert bits(*edits.EDITS, fault=fault) != shipped
 
 
+def test_attention_is_checked_by_4_warps_and_by_8(monkeypatch):
+    worker.press(monkeypatch.setattr)
+    kernels = {name: Geometry(name, **SMALL).attention(400).kernel for name in ("int8", "int4_g128", "bf16")}
+    few, most = "attention_kernel<1, 4>", "attention_kernel<1, 8>"
+    assert kernels == {"int8": few, "int4_g128": few, "bf16": most}
+
+
 def test_a_shape_that_uses_no_stage_three_times_is_refused():
     def step(tiles):
         gate_up = SimpleNamespace(

@@ -166,13 +166,17 @@ class Geometry:
         most = plan(ATTENTION_WARPS)
         if self.batch > 1 or not few or LAYOUTS[self.format].bits > 8:
             return most
-        return plan(SHORT_WARPS) if self._rings(_beside(most)) < self._rings(RING_BYTES) else most
+        return plan(SHORT_WARPS) if self._shortens(most) else most
 
-    def _rings(self, room: int) -> tuple[int, int]:
-        """Stages in the rings of the products before and after attention, qkv and o."""
-        projected = (self.heads + 2 * self.kv_heads) * self.head_dim
-        after = self.heads * self.head_dim
-        return self._ring(self.hidden, projected // TILE, room)[0], self._ring(after, self.hidden // TILE, room)[0]
+    def _shortens(self, plan: AttentionPlan) -> bool:
+        """Whether qkv's ring or o's would be longer without this attention beside it."""
+        heads = self.heads * self.head_dim
+        projected = heads + 2 * self.kv_heads * self.head_dim
+
+        def stages(room: int) -> tuple[int, int]:
+            return self._ring(self.hidden, projected // TILE, room)[0], self._ring(heads, self.hidden // TILE, room)[0]
+
+        return stages(_beside(plan)) < stages(RING_BYTES)
 
     @property
     def attentions(self) -> tuple[str, ...]:
