@@ -43,7 +43,7 @@ SPECS = (
     "fp8_e4m3:8 mxfp4:6 nvfp4:8",
     "int2_g128:7 ternary:8 int3_g128:4",
     "binary:8 int4_g64:4 int4_g32:3",
-    "int4_sym_g128:8 int4_g128:1:fp8:1216 int8:4:int8:1216",
+    "int4_sym_g128:8 int4_g128:1:fp8 int4_g128:1:fp8:1216 int8:4:int8:1216",
 )
 """A process each."""
 OPTIONS = {

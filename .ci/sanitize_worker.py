@@ -98,6 +98,12 @@ def reuse(step: Any) -> tuple[int, int]:
     return stages, ring
 
 
+def parsed(spec: str) -> tuple[str, int, str, int]:
+    """Format, sequences, the KV cache's codes, its positions."""
+    name, count, kv, length = (*spec.split(":"), "", "", "")[:4]
+    return name, int(count or 1), kv, int(length or 400)
+
+
 @torch.no_grad()
 def check(spec: str, device: str = "cuda", positions: tuple[int, ...] = (), **changes: Any) -> str:
     """Steps of ``spec`` at 16 and the cache's last position: what was run, with a hash of its logits' bits.
@@ -106,11 +112,10 @@ def check(spec: str, device: str = "cuda", positions: tuple[int, ...] = (), **ch
     """
     from streaming import build
 
-    name, count, kv, length = (*spec.split(":"), "", "", "")[:4]
-    places = int(length or 400)
+    name, count, kv, places = parsed(spec)
     fields = {**SHAPE, "max_position_embeddings": max(512, 2 * places), **changes}
     torch.manual_seed(0)
-    _, _, decoder, step = build(name, places, device, kv=kv, batch=int(count or 1), **fields)
+    _, _, decoder, step = build(name, places, device, kv=kv, batch=count, **fields)
     stages, ring = reuse(step)
     found = hashlib.sha256()
     for place in positions or (16, places - 1):

@@ -28,7 +28,7 @@ GPU_METRICS = (*NVML_METRICS, "host_share", "vram_alloc_peak_mib", "vram_quantiz
 SETTLING_GRAPHS = 8
 """CUDA graphs recorded before a case's rounds; four were enough on an H200, driver 580."""
 SETTLING_KERNELS = 500
-"""Kernels on a second stream then: some hundred had the same effect there."""
+"""Kernels on a second stream then, and before each round: some hundred had the same effect there."""
 
 
 # -- clocks -----------------------------------------------------------------------------------------------------------
@@ -206,10 +206,23 @@ def settle(device: Device) -> None:
             with torch.cuda.graph(graph):
                 x.add_(1)
             graph.replay()
-        torch.cuda.synchronize()
-        with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
-            for _ in range(SETTLING_KERNELS):
-                x.add_(1)
+    synchronize(device)
+    use_second_stream(device)
+
+
+def use_second_stream(device: Device) -> None:
+    """Hundreds of kernels on one more stream: what ends the fast state by itself, in a few ms and without a graph.
+
+    Before each round, for two of nineteen cases on an H200 came back to the fast state between two rounds, within 2 s
+    of another process's end and the next one's start on the host's other card.
+    """
+    if device.kind != "cuda":
+        return
+    x = torch.zeros(8, device=device.torch)
+    synchronize(device)
+    with torch.cuda.device(device.torch), torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+        for _ in range(SETTLING_KERNELS):
+            x.add_(1)
     synchronize(device)
 
 

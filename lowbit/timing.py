@@ -64,6 +64,7 @@ class Stopwatch:
         clock = measure.StepClock(self.device)
 
         def setup() -> None:
+            measure.use_second_stream(self.device)
             m.prefill_s.append(self._time_once(lambda: decoder.prefill(ids)))
             m.yardstick_s.extend(measure.yardsticks(self.device))
 
@@ -111,6 +112,7 @@ class Stopwatch:
             estimate = self._time_once(lambda: decoder.prefill(ids))
 
         def setup() -> None:
+            measure.use_second_stream(self.device)
             m.yardstick_s.extend(measure.yardsticks(self.device))
 
         self.progress(f"{case.name}: measuring")

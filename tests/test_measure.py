@@ -89,6 +89,7 @@ def test_steps_of_a_card_wait_only_at_the_end_and_reuse_events(cuda):
 
 def test_a_cpu_has_no_vram_and_nothing_to_settle(cuda):
     measure.settle(CPU)
+    measure.use_second_stream(CPU)
     meter = VramMeter(CPU, None)
     meter.release()
     meter.reset_peak()

@@ -119,12 +119,13 @@ def module(monkeypatch):
     return found
 
 
-def streamed(name="int4_g128", **changes):
+def streamed(name="int4_g128", head="", **changes):
     dtype = torch.bfloat16 if name == "bf16" else torch.float16
     made = model(dtype, **changes)
 
     def packed(linear):
-        return quantize(linear.weight.detach(), name, search=False) if isinstance(linear, nn.Linear) else None
+        fmt = head if head and linear.out_features == made.config.vocab_size else name
+        return quantize(linear.weight.detach(), fmt, search=False) if isinstance(linear, nn.Linear) else None
 
     assert stream_modules.attach(made, packed) == 2 * 7 + 1
     return made, dtype
@@ -210,6 +211,25 @@ def test_8bs_attention_has_half_the_warps_where_8_would_shorten_a_products_ring_
     assert not names & {"int2_g128", "int3_g128", "binary", "int4_g32"}
     several = Geometry("int8", 4096, 14336, 32, 8, 128, 1e-5, batch=2)
     assert several.attention(512).warps == geometry.ATTENTION_WARPS
+
+
+def test_products_leave_room_to_the_attention_that_is_launched_which_goes_by_the_heads_format(module, monkeypatch):
+    made, dtype = streamed("int4_g128", head="int2_g128")
+    monkeypatch.setattr(Geometry, "_shortens", lambda shape, plan: shape.format == "int4_g128")
+    rooms, shared = [], Geometry.shared
+
+    def recorded(shape, k, tiles, room=geometry.RING_BYTES):
+        rooms.append(room)
+        return shared(shape, k, tiles, room)
+
+    monkeypatch.setattr(Geometry, "shared", recorded)
+    step, _ = step_of(made, dtype)
+    step.launch()
+    attention = step.shape.attention(step.length)
+    assert attention.kernel in {kernel for kernel, *_ in module.launched}
+    beside = [room for room in rooms if room != geometry.RING_BYTES]
+    assert len(beside) == 2 * 2  # qkv and o of two layers
+    assert {room + attention.shared_bytes + 2 * geometry.RESERVED_BYTES for room in beside} == {geometry.SHARED_BYTES}
 
 
 @pytest.mark.parametrize("kv", geometry.KV_CODES)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from emulated import emulate_runner, unmet
+from tiny import config
 
 from lowbit.errors import LowbitError
 from lowbit.kernels import batch, nvrtc, runner
@@ -76,9 +77,12 @@ def test_the_checked_kernels_give_the_shipped_ones_bits_and_a_fault_others(monke
 
 def test_attention_is_checked_by_4_warps_and_by_8(monkeypatch):
     worker.press(monkeypatch.setattr)
-    kernels = {name: Geometry(name, **SMALL).attention(400).kernel for name in ("int8", "int4_g128", "bf16")}
-    few, most = "attention_kernel<1, 4>", "attention_kernel<1, 8>"
-    assert kernels == {"int8": few, "int4_g128": few, "bf16": most}
+    ran = set()
+    for spec in " ".join(sanitize.SPECS).split():
+        name, count, kv, length = worker.parsed(spec)
+        ran.add((Geometry.of(config(**worker.SHAPE), name, kv, count).attention(length).kernel, kv))
+    few, most, long = "attention_kernel<1, 4>", "attention_kernel<1, 8>", "attention_kernel<4, 8>"
+    assert ran >= {(few, ""), (few, "fp8"), (most, ""), (long, "fp8"), (long, "int8")}
 
 
 def test_a_shape_that_uses_no_stage_three_times_is_refused():

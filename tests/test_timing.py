@@ -108,10 +108,11 @@ def test_a_native_decode_says_how_it_reads_which_cache(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
-def test_the_process_is_settled_once_a_case_when_its_graphs_are_there_and_before_its_rounds(monkeypatch, kind):
+def test_the_process_is_settled_when_its_graphs_are_there_and_uses_a_second_stream_before_each_round(monkeypatch, kind):
     log = []
     monkeypatch.setattr(compilers, "compile_call", lambda call, mode, *args: log.append("compiled") or call)
     monkeypatch.setattr(timing.measure, "settle", lambda device: log.append("settled"))
+    monkeypatch.setattr(timing.measure, "use_second_stream", lambda device: log.append("second stream"))
     watch = timing.Stopwatch(CPU, None, Vram(), Spent(), lambda text: None)
     workload = Workload("w", kind, 1, 8, 4 if kind == "decode" else 0, "small")
     case = Case(kind, FORMATS["bf16-torch"], "regional", workload)
@@ -119,9 +120,16 @@ def test_the_process_is_settled_once_a_case_when_its_graphs_are_there_and_before
     found = Measurement(kind, prompt_tokens=8, new_tokens=4)
     take = watch.time_decode if kind == "decode" else watch.time_prefill
     ids = timing.prompt(512, 1, 8, CPU)
-    take(case, quantized, ids, found, lambda timer, setup, rounds: (setup(), log.append("rounds"), timer()))
-    assert list(dict.fromkeys(log)) == ["compiled", "settled", "rounds"]
-    assert log.count("settled") == 1
+
+    def rounds(timer, setup, rounds):
+        for _ in range(2):
+            setup()
+            log.append("round")
+            timer()
+
+    take(case, quantized, ids, found, rounds)
+    assert log[log.index("settled") :] == ["settled", *["second stream", "round"] * 2]
+    assert "compiled" in log[: log.index("settled")]
 
 
 @pytest.mark.parametrize("kind", ["decode", "prefill"])

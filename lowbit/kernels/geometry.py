@@ -30,13 +30,13 @@ SHARED_BYTES, RESERVED_BYTES = 228 * 1024, 1024
 MAX_RING, PLANE_GAP = 48, 64
 """Stages of a ring at most; bytes between the two planes of x's digits (cuda/product.cu)."""
 ATTENTION_WARPS, CHUNK = 8, 16
-"""Attention: warps of a block, positions of a chunk (cuda/attention.cu says the same)."""
+"""Attention: warps of a block, a template's argument; positions of a chunk (cuda/attention.cu says the same)."""
 SPLITS = 8
 """Blocks of a cluster of attention, which is one KV head's: as many as every device allows (cuda/attention.cu says the
 same). An H200 does not hold all of 8 larger clusters at once (docs/kernels.md). Several sequences have smaller ones."""
 SHORT_WARPS = 4
-"""Warps of a block of attention over at most SPLITS * SHORT_WARPS * CHUNK positions, where twice as many would shorten
-a product's ring beside it; not for 16-bit weights, which are slower then (docs/kernels.md)."""
+"""Warps of a block of one sequence's attention over at most SPLITS * SHORT_WARPS * CHUNK positions, where twice as many
+shorten a product's ring beside it; not for 16-bit weights, which are slower then (docs/kernels.md)."""
 SHORT_CACHE = SPLITS * ATTENTION_WARPS * CHUNK
 """Up to this length of the cache every warp of SPLITS blocks has one chunk, and a block fits beside a product's."""
 CLUSTERED = 16
@@ -184,14 +184,15 @@ class Geometry:
         lengths = (1, SPLITS * SHORT_WARPS * CHUNK + 1, SHORT_CACHE + 1)
         return tuple(dict.fromkeys(self.attention(length).kernel for length in lengths))
 
-    def beside_attention(self, length: int) -> int:
-        """Shared memory for a product that is to start while attention still runs, or the reverse.
+    def beside_attention(self, length: int, plan: AttentionPlan | None = None) -> int:
+        """Shared memory for a product that is to start while attention (``plan``: another format's) still runs, or
+        the reverse.
 
         At 8 bits and more memory is what a product waits for, and a longer ring is worth more (docs/kernels.md).
         """
         if LAYOUTS[self.format].bits > 4 or length > SHORT_CACHE:
             return RING_BYTES
-        return _beside(self.attention(length))
+        return _beside(plan or self.attention(length))
 
     def shared(self, k: int, tiles: int, room: int = RING_BYTES) -> tuple[int, int, int]:
         """Stages in the ring, row tiles per batch, bytes of shared memory for a product of ``tiles`` row tiles."""

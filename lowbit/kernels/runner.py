@@ -239,7 +239,8 @@ class NativeStep:
         if weight is not None:
             self._expect(weight.dtype, "norms")
             self._kept.append(weight)
-        room = shape.beside_attention(self.length) if name in ("qkv", "o") else RING_BYTES
+        beside = name in ("qkv", "o")  # of attention as it is launched, which goes by the head's format
+        room = shape.beside_attention(self.length, self.shape.attention(self.length)) if beside else RING_BYTES
         ring, batch, shared = shape.shared(stream.k, stream.tiles, room)
         named = self._multiplying(name, stream, x, out)
         argument = fill(Product, **named, norm=weight, ring=ring, batch=batch)

@@ -1,6 +1,6 @@
 """gemlite: Triton kernels for packed weights, one module per linear. CUDA only: its import asks for the GPU.
 
-Its kernels tune themselves at the first call for each (tokens, N, K), here on CUDA graphs: what is called before a
+Its products tune themselves at the first call for each (tokens, N, K), here on CUDA graphs: what is called before a
 measurement or a graph capture must have the same number of tokens. It ships tuned configurations for some GPUs by name
 (no H200 among them); ``compilers.configure_caches`` has Triton keep what is found here on disk.
 """
@@ -137,7 +137,7 @@ def _leave_blackwells_instructions_alone(device: torch.device) -> None:
 
 
 def tune_by_graphs(device: torch.device) -> None:
-    """On a GPU, have gemlite's kernels tune themselves on CUDA graphs, by gemlite's own switch.
+    """On a GPU, have gemlite's products tune themselves on CUDA graphs, by gemlite's own switch.
 
     It times single launches otherwise, and where the host takes longer for one than the GPU, it is the host that is
     timed: the same rows decode 197 or 243 tok/s then, by what was chosen (docs/findings.md).
@@ -148,7 +148,8 @@ def tune_by_graphs(device: torch.device) -> None:
 
 @cache
 def _tune_by_graphs() -> None:
-    """Once per process: it loads the kernels' modules anew, which forgets what they have tuned."""
+    """Once per process: it loads the products' modules anew, which forgets what they have tuned. They stay so, whatever
+    ``process_state`` makes of gemlite's own flag; its quantizers of activations go on timing launches."""
     config = quiet_import("gemlite.triton_kernels.config")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Triton's, of the argument by which gemlite asks for it

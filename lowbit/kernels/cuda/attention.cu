@@ -96,7 +96,7 @@ __device__ __forceinline__ uint16_t to_codes(uint32_t& low, uint32_t& high) {
   return scale;
 }
 // STAGES chunks per warp on their way: 1 leaves room for a product's block beside this one, more keep memory busy. ATTENTION_WARPS: of a
-// block; half as many leave room for a product's whole ring.
+// block; half as many leave half of the shared memory and of the registers to a product.
 template <int STAGES, int ATTENTION_WARPS> __global__ void __maxnreg__(STAGES > 1 ? 128 : NARROW ? 104 : 96) attention_kernel(const __grid_constant__ Attention a) {
   static_assert(OUTPUTS % SPLITS == 0 && SHARE <= ATTENTION_WARPS * 32 && SPLITS <= HEAD_DIM, "each block finishes its share");
   constexpr int AT_ONCE = STAGES > 1 ? 4 : NARROW ? 1 : 2;  // matrices in registers
