@@ -17,7 +17,8 @@ K = 4.0
 MIN_CASES_TO_TRIM = 5
 HOST_BOUND_SHARE = 0.8
 """A compiled case whose ``host_share`` is above this waits for Python as eager does: on an H200 torchao's compiled rows
-have 0.87 to 0.997 and gave 99 and 230 tok/s in two runs of an hour; gemlite's have up to 0.56, and agree to 0.3 %."""
+have 0.87 to 0.997 and gave 99 and 230 tok/s in two runs of an hour; gemlite's have up to 0.56, and agree to 0.3 % where
+the same kernels were chosen."""
 
 
 class Values(NamedTuple):
