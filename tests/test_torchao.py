@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -346,3 +347,16 @@ def test_a_calibration_that_is_not_finite_is_refused():
 def test_an_unknown_scheme_lists_every_known_one():
     with pytest.raises(LowbitError, match=r"unknown torchao scheme 'int5'; known: fp8_dynamic, .*, uintx_weight_only"):
         torchao.quantize(tiny.model(), Format("a16w5", "torchao", "int5", 16, 5), BF16)
+
+
+@pytest.mark.parametrize("name", ["a8w8_mxfp8_emulated", "a4w4_mxfp4_emulated", "a16w4_nvfp4"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_head_takes_the_last_row_of_a_prompt(name, batch):
+    made = tiny.model()
+    torchao.quantize(made, replace(find(name), targets=("lm_head",)), BF16)
+    ids = torch.arange(batch * 5).view(batch, 5)
+    with torch.no_grad():
+        last = made(input_ids=ids, logits_to_keep=1).logits
+        every = made(input_ids=ids).logits
+    assert last.shape == (batch, 1, made.config.vocab_size)
+    assert torch.equal(last, every[:, -1:])

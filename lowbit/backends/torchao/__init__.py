@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -27,6 +29,9 @@ __all__ = [
 
 PACKAGES: tuple[str, ...] = ("torchao",)
 
+WITHOUT_EXPAND = ("mx_dynamic", "nvfp4_weight_only", "nvfp4_dynamic")
+"""Schemes whose tensors have no ``aten.expand``; torch.matmul asks for it where it can't fold x into a matrix."""
+
 
 def quantize(module: nn.Module, fmt: Format, dtype: torch.dtype) -> None:
     """Swap the weights of the target linears inside ``module``, in place, on the device where they are.
@@ -40,6 +45,14 @@ def quantize(module: nn.Module, fmt: Format, dtype: torch.dtype) -> None:
         )
         if hasattr(target.linear, AMAX):
             delattr(target.linear, AMAX)
+        if fmt.scheme in WITHOUT_EXPAND and target.name == "lm_head":
+            target.linear.register_forward_pre_hook(_with_strides_of_its_own)
+
+
+def _with_strides_of_its_own(linear: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A prompt's last row as lm_head gets it, [B, 1, K] with the strides of [B, tokens, K], as a tensor to be folded.
+    ``contiguous()`` leaves it as it is for B = 1, where no stride but the last says anything."""
+    return args[0].clone(memory_format=torch.contiguous_format), *args[1:]
 
 
 def is_quantized(module: nn.Module) -> bool:
