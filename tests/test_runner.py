@@ -232,6 +232,21 @@ def test_products_leave_room_to_the_attention_that_is_launched_which_goes_by_the
     assert {room + attention.shared_bytes + 2 * geometry.RESERVED_BYTES for room in beside} == {geometry.SHARED_BYTES}
 
 
+@pytest.mark.parametrize("dim", [32, 64, 128])
+@pytest.mark.parametrize("queries", range(1, 9))
+def test_a_block_of_attention_has_a_thread_per_output_that_it_finishes(queries, dim):
+    found = []
+    for batch in range(1, geometry.MOST_SEQUENCES + 1):
+        shape = Geometry("int4_g128", 8 * queries * dim, 14336, 8 * queries, 8, dim, 1e-5, batch=batch)
+        for length in (256, 1024, 9216):
+            plan = shape.attention(length)
+            assert queries * dim // plan.splits <= plan.warps * 32
+        found.append(shape.splits)
+    assert found == sorted(found, reverse=True)
+    assert found[:2] == [8, 8]
+    assert found[-1] == (4 if queries * dim > 512 else 2)
+
+
 @pytest.mark.parametrize("kv", geometry.KV_CODES)
 def test_8bs_attention_fits_a_multiprocessor_and_over_a_short_cache_beside_a_product(kv):
     shape = Geometry("int4_g128", 4096, 14336, 32, 8, 128, 1e-5, kv)

@@ -147,7 +147,7 @@ class Geometry:
     def splits(self) -> int:
         """Blocks of a cluster of attention: a thread per output that a block finishes, and all clusters at once."""
         outputs, found = self.heads // self.kv_heads * self.head_dim, SPLITS
-        while found * self.batch > CLUSTERED and outputs // found < ATTENTION_WARPS * 32:
+        while found * self.batch > CLUSTERED and outputs // (found // 2) <= ATTENTION_WARPS * 32:
             found //= 2
         return found
 
