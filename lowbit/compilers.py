@@ -20,6 +20,7 @@ from lowbit.formats import Format, Unmet, head_row, rows_of
 from lowbit.quiet import quiet_import
 
 if TYPE_CHECKING:
+    from lowbit.cases import Case
     from lowbit.device import Device
 
 Fn = TypeVar("Fn", bound=Callable[..., Any])
@@ -91,6 +92,11 @@ def unmet(
     if os.environ.get("CXX") or any(shutil.which(name) for name in ("g++", "clang++", "c++", "cl")):
         return None
     return Unmet("package", "torch.compile on a CPU needs a C++ compiler; install g++ or set CXX")
+
+
+def case_unmet(case: Case, device: Device) -> Unmet | None:
+    """``unmet`` of the case's mode, if it has one, with what its layers and its head see."""
+    return None if case.mode is None else unmet(case.mode, device, case.format, case.rows, case.head_rows)
 
 
 def _too_few(fmt: Format, rows: int | None, head_rows: int | None) -> str | None:

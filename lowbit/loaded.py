@@ -109,8 +109,8 @@ class Loaded:
         """Why this case can't run here, or None. Needs no weights."""
         config = self.host_config
         reason = backends.unmet(case.format, self.device, config)
-        if reason is None and case.mode is not None:
-            reason = compilers.unmet(case.mode, self.device, case.format, case.rows, case.head_rows)
+        if reason is None:
+            reason = compilers.case_unmet(case, self.device)
         if reason is None and case.mode == "native" and case.workload is not None and case.kind == "decode":
             reason = native.step_unmet(case.format, self.device, config, case.workload.batch)
         if reason is None and case.workload is not None:

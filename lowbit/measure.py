@@ -206,7 +206,6 @@ def settle(device: Device) -> None:
             with torch.cuda.graph(graph):
                 x.add_(1)
             graph.replay()
-    synchronize(device)
     use_second_stream(device)
 
 

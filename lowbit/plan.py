@@ -210,11 +210,7 @@ def _skips(here: Device, config: Any) -> Callable[[Case], bool]:
     rows = {row.id: backends.unmet(row, here, config) for row in FORMATS.values()}
 
     def skips(case: Case) -> bool:
-        if rows[case.format.id] is not None:
-            return True
-        if case.mode is None:
-            return False
-        return compilers.unmet(case.mode, here, case.format, case.rows, case.head_rows) is not None
+        return rows[case.format.id] is not None or compilers.case_unmet(case, here) is not None
 
     return skips
 

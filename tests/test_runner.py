@@ -186,7 +186,7 @@ def test_attention_over_a_short_cache_leaves_room_for_a_product(module, length, 
     assert (kernel, grid, threads) == (f"attention_kernel<{stages}, 8>", (2, geometry.SPLITS), 256)
     assert shared_bytes == step.shape.attention(length).shared_bytes
     beside = module.launched[1][4] + shared_bytes + 2 * geometry.RESERVED_BYTES
-    assert (step.shape.beside_attention(length) == geometry.RING_BYTES) == (length > 1024)
+    assert (step.shape.beside(step.shape.attention(length)) == geometry.RING_BYTES) == (length > 1024)
     assert length > 1024 or beside <= geometry.SHARED_BYTES
 
 
@@ -205,7 +205,7 @@ def test_8bs_attention_has_half_the_warps_where_8_would_shorten_a_products_ring_
         assert set(shape.attentions) == {few.kernel, short.kernel, shape.attention(1040).kernel}
         names |= {name} if shortened else set()
         if LAYOUTS[name].bits == 8:  # the whole ring is what they have
-            _, _, whole = shape.shared(4096, 384, shape.beside_attention(512))
+            _, _, whole = shape.shared(4096, 384, shape.beside(few))
             assert whole + few.shared_bytes + 2 * geometry.RESERVED_BYTES <= geometry.SHARED_BYTES
     assert names >= {"int8", "fp8_e4m3", "int4_g128", "nvfp4", "ternary"}
     assert not names & {"int2_g128", "int3_g128", "binary", "int4_g32"}
@@ -253,7 +253,7 @@ def test_8bs_attention_fits_a_multiprocessor_and_over_a_short_cache_beside_a_pro
     long, short = shape.attention(8192), shape.attention(1024)
     assert long.shared_bytes <= 227 * 1024
     assert 2 * (long.shared_bytes + geometry.RESERVED_BYTES) > geometry.SHARED_BYTES  # it has one for itself
-    room = shape.beside_attention(1024)
+    room = shape.beside(short)
     assert room + short.shared_bytes + 2 * geometry.RESERVED_BYTES <= geometry.SHARED_BYTES
     assert shape.shared(4096, 384, room)[0] >= shape.warps
 

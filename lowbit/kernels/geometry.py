@@ -35,8 +35,9 @@ SPLITS = 8
 """Blocks of a cluster of attention, which is one KV head's: as many as every device allows (cuda/attention.cu says the
 same). An H200 does not hold all of 8 larger clusters at once (docs/kernels.md). Several sequences have smaller ones."""
 SHORT_WARPS = 4
-"""Warps of a block of one sequence's attention over at most SPLITS * SHORT_WARPS * CHUNK positions, where twice as many
-shorten a product's ring beside it; not for 16-bit weights, which are slower then (docs/kernels.md)."""
+FEW_POSITIONS = SPLITS * SHORT_WARPS * CHUNK
+"""Warps of a block of one sequence's attention over so few positions at most, where twice as many warps shorten a
+product's ring beside it; not for 16-bit weights, which are slower then (docs/kernels.md)."""
 SHORT_CACHE = SPLITS * ATTENTION_WARPS * CHUNK
 """Up to this length of the cache every warp of SPLITS blocks has one chunk, and a block fits beside a product's."""
 CLUSTERED = 16
@@ -162,7 +163,7 @@ class Geometry:
         def plan(warps: int) -> AttentionPlan:
             return AttentionPlan(stages, warps * stages * chunk + letters, self.splits, warps)
 
-        few = length <= SPLITS * SHORT_WARPS * CHUNK and queries * self.head_dim <= SPLITS * SHORT_WARPS * 32
+        few = length <= FEW_POSITIONS and queries * self.head_dim <= SPLITS * SHORT_WARPS * 32
         most = plan(ATTENTION_WARPS)
         if self.batch > 1 or not few or LAYOUTS[self.format].bits > 8:
             return most
@@ -181,18 +182,15 @@ class Geometry:
     @property
     def attentions(self) -> tuple[str, ...]:
         """The kernels of every length."""
-        lengths = (1, SPLITS * SHORT_WARPS * CHUNK + 1, SHORT_CACHE + 1)
+        lengths = (1, FEW_POSITIONS + 1, SHORT_CACHE + 1)
         return tuple(dict.fromkeys(self.attention(length).kernel for length in lengths))
 
-    def beside_attention(self, length: int, plan: AttentionPlan | None = None) -> int:
-        """Shared memory for a product that is to start while attention (``plan``: another format's) still runs, or
-        the reverse.
+    def beside(self, plan: AttentionPlan) -> int:
+        """Shared memory for a product that is to start while this attention still runs, or the reverse.
 
         At 8 bits and more memory is what a product waits for, and a longer ring is worth more (docs/kernels.md).
         """
-        if LAYOUTS[self.format].bits > 4 or length > SHORT_CACHE:
-            return RING_BYTES
-        return _beside(plan or self.attention(length))
+        return RING_BYTES if LAYOUTS[self.format].bits > 4 or plan.stages > 1 else _beside(plan)
 
     def shared(self, k: int, tiles: int, room: int = RING_BYTES) -> tuple[int, int, int]:
         """Stages in the ring, row tiles per batch, bytes of shared memory for a product of ``tiles`` row tiles."""

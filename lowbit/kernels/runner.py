@@ -150,6 +150,7 @@ class NativeStep:
         self._expect(cache.layers[0].dtype if self.kv else keys.dtype, "keys and values")
         self._buffers(model, device)
         self.attention = attention_plan.words(self.shape, self.length)
+        self._attending = self.shape.attention(self.length)  # one for all layers, by the head's format
         self.plan = list(self._plan(model, cache))
         self._graph: torch.cuda.CUDAGraph | None = None
 
@@ -239,8 +240,7 @@ class NativeStep:
         if weight is not None:
             self._expect(weight.dtype, "norms")
             self._kept.append(weight)
-        beside = name in ("qkv", "o")  # of attention as it is launched, which goes by the head's format
-        room = shape.beside_attention(self.length, self.shape.attention(self.length)) if beside else RING_BYTES
+        room = shape.beside(self._attending) if name in ("qkv", "o") else RING_BYTES
         ring, batch, shared = shape.shared(stream.k, stream.tiles, room)
         named = self._multiplying(name, stream, x, out)
         argument = fill(Product, **named, norm=weight, ring=ring, batch=batch)
@@ -253,7 +253,7 @@ class NativeStep:
             held |= {"key_scale": layer.key_scale, "value_scale": layer.value_scale}
         own = {"qkv": self.qkv, "rope": self.rope, "position": self.position, "out": self.attended}
         argument = fill(Attention, **held, **own, length=self.length)
-        plan, module = self.shape.attention(self.length), self._module(self.shape.format)
+        plan, module = self._attending, self._module(self.shape.format)
         grid = self.shape.batch * self.shape.kv_heads, plan.splits
         return Launch(module, plan.kernel, grid, plan.warps * 32, argument, plan.shared_bytes, cluster=plan.splits)
 
