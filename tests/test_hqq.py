@@ -11,8 +11,8 @@ import torch
 from tiny import CPU, OneLinear, config, gpu
 from torch import nn
 
-from lowbit import backends
-from lowbit.backends import coverage
+from lowbit import backends, truth
+from lowbit.backends import NoTruth, coverage, gemlite
 from lowbit.backends import hqq as backend
 from lowbit.embedded import evaluate, load_path
 from lowbit.errors import LowbitError
@@ -141,30 +141,96 @@ def test_marlin_takes_rows_without_groups_only(marlin):
         quantized(replace(FORMATS["a16w4_marlin-hqq"], group_size=64))
 
 
-def test_gemlite_gets_hqqs_weights(monkeypatch):
-    class GemLiteLinearTriton(nn.Module):
-        def __init__(self, source):
-            super().__init__()
-            self.W_q, self.source = source.W_q, source
-
-    class A16Wn:
-        def __init__(self, device):
-            self.device = device
-
-        def from_hqqlinear(self, layer):
-            return GemLiteLinearTriton(layer)
-
-    monkeypatch.setitem(sys.modules, "gemlite", SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "gemlite.helper", SimpleNamespace(A16Wn=A16Wn))
-    monkeypatch.delitem(sys.modules, "hqq.backends.gemlite", raising=False)
-    module = quantized(FORMATS["a16w4_gemlite_g64-hqq"])
-    assert backend.is_quantized(module)
-    assert (module.source.meta["nbits"], module.source.meta["group_size"], module.source.meta["axis"]) == (4, 64, 1)
-
-
 def test_an_unknown_kernel_lists_the_known_ones():
     with pytest.raises(LowbitError, match=r"unknown hqq kernel 'cutlass'; known: .*aten.*pytorch_compile"):
         quantized(replace(FORMATS["a16w4_g64-hqq"], scheme="cutlass"))
+
+
+# -- other libraries' kernels ------------------------------------------------------------------------------------------
+
+
+class GemLiteLinearTriton(nn.Module):
+    """gemlite's can't be imported without a GPU: the fields that its pack() leaves behind (0.6.0.post2, core.py)."""
+
+    def __init__(self, codes, scales, zeros, dtype):
+        super().__init__()
+        n, k = codes.shape
+        self.W_nbits, self.elements_per_sample, self.W_group_mode, self.channel_scale_mode = 4, 8, 4, 0
+        self.input_dtype, self.scaled_activations, self.bias = SimpleNamespace(name="FP16"), False, None
+        words = sum(codes.T[position::8].long() << 4 * position for position in range(8))
+        stored = {
+            "W_q": torch.where(words < 2**31, words, words - 2**32).int(),
+            "scales": scales.view(n, -1).t().contiguous(),
+            "zeros": (-zeros.float() * scales.float()).to(dtype).view(n, -1).t().contiguous(),
+        }
+        assert [tuple(tensor.shape) for tensor in stored.values()] == [(k // 8, n), (k // 64, n), (k // 64, n)]
+        for name, tensor in stored.items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+    def forward(self, x):
+        return nn.functional.linear(x, gemlite.dequantize(self).to(x.dtype))
+
+
+class A16Wn:
+    def __init__(self, device):
+        self.device = device
+
+    def from_hqqlinear(self, layer):
+        assert (layer.meta["nbits"], layer.meta["group_size"], layer.meta["axis"]) == (4, 64, 1)
+        codes = layer.unpack(dtype=torch.uint8).view(layer.meta["shape"])
+        return GemLiteLinearTriton(codes, layer.meta["scale"], layer.meta["zero"], layer.compute_dtype)
+
+
+def tiles(pairs, inner_k_tiles):
+    """In place of the operator that packs int4 on a GPU: [n, k / 2] uint8 -> [n / 8, k / 128, 32, 4] int32, each tile's
+    nibbles in one random order."""
+    assert (pairs.dtype, inner_k_tiles) == (torch.uint8, 8)
+    n, k = pairs.shape[0], 2 * pairs.shape[1]
+    numbers = torch.stack([pairs >> 4, pairs & 15], -1).view(n // 8, 8, k // 128, 128).transpose(1, 2).flatten(2)
+    order = torch.randperm(1024, generator=torch.Generator().manual_seed(1))
+    words = (numbers[..., order].view(n // 8, k // 128, 32, 4, 8).long() << torch.arange(0, 32, 4)).sum(-1)
+    return torch.where(words < 2**31, words, words - 2**32).int()
+
+
+@pytest.fixture
+def kernels_of_others(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gemlite", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "gemlite.helper", SimpleNamespace(A16Wn=A16Wn))
+    monkeypatch.delitem(sys.modules, "hqq.backends.gemlite", raising=False)
+    monkeypatch.setattr(torch, "__version__", "2.9.1")  # one that hqq can read
+    monkeypatch.setattr(torch.ops.aten, "_convert_weight_to_int4pack", tiles)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "rounding"),
+    # gemlite and tinygemm keep scale times zero point, rounded: 8 levels of a group's scale and one more rounding
+    [("a16w4_gemlite_g64-hqq", torch.float16, 2.0**-11), ("a16w4_torchao_g64-hqq", torch.bfloat16, 2.0**-8)],
+)
+def test_a_converted_linear_gives_back_the_weights_that_hqq_found(kernels_of_others, name, dtype, rounding):
+    module = quantized(FORMATS[name], dtype)
+    assert type(module).__name__ == backend.CONVERSIONS[FORMATS[name].scheme][2]
+    assert backend.is_quantized(module)
+    want = backend.dequantize(quantized(FORMATS["a16w4_g64-hqq"], dtype))
+    got = backend.dequantize(module)
+    assert got.dtype == torch.float32
+    assert got.shape == (N, K)
+    assert (got - want).abs().max() <= 4 * rounding * want.abs().max()
+    assert (want - OneLinear(N, K, dtype).q_proj.weight).abs().max() > 16 * rounding * want.abs().max()
+
+
+def test_gemlites_kernel_is_held_against_hqqs_weights(kernels_of_others):
+    row = FORMATS["a16w4_gemlite_g64-hqq"]
+    original = OneLinear(N, K, torch.float16).q_proj.weight
+    found = truth.measure(quantized(row), row, torch.float16, original)
+    assert 0 < found.kernel <= truth.BOUNDS[torch.float16]
+    plain = truth.measure(quantized(FORMATS["a16w4_g64-hqq"]), row, torch.float16, original)
+    assert found.weight == pytest.approx(plain.weight, rel=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["HQQLinearBitBlas", "MarlinLinear"])
+def test_what_no_library_gives_back_is_said(kind):
+    with pytest.raises(NoTruth, match=f"hqq's {kind} gives its weights back in no way"):
+        backend.dequantize(type(kind, (nn.Module,), {})())
 
 
 # -- what can't run, and why -------------------------------------------------------------------------------------------

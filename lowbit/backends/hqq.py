@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.backends import Target, gemlite, indivisible, minimum_sm, targets
+from lowbit.backends import NoTruth, Target, gemlite, indivisible, minimum_sm, targets
+from lowbit.backends.torchao import unpacking
 from lowbit.errors import LowbitError, unknown
 from lowbit.formats import Format, Unmet
 from lowbit.quiet import captured_output, quiet_import
@@ -140,6 +141,17 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def dequantize(module: Any) -> Tensor:
-    """The weight that the products of ``module`` are taken with, [out, in] fp32."""
+    """The weight that the products of ``module`` are taken with, [out, in] fp32.
+
+    A converted module's is read from what its library packed. Raises NoTruth for bitblas and marlin: hqq has of the
+    one what its kernel makes of an identity matrix, of the other nothing.
+    """
+    match kind := type(module).__name__:
+        case "GemLiteLinearTriton":
+            return gemlite.dequantize(module)
+        case "HQQLinearTorchWeightOnlynt4":
+            return unpacking.tinygemm_tiles(module.weight_int4pack, module.scales_and_zeros, module.shape)
+        case "HQQLinearBitBlas" | "MarlinLinear":
+            raise NoTruth(f"hqq's {kind} gives its weights back in no way that lowbit knows")
     weight: Tensor = module.dequantize()
     return weight.float()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,9 +21,9 @@ def dequantize(module: nn.Module) -> Tensor:
     kind = type(weight).__name__
     match kind:
         case "Int4OpaqueTensor":
-            return _tinygemm(_unpack_cpu(weight.qdata), weight)
+            return _tinygemm(_unpack_cpu(weight.qdata), weight.scale_and_zero, weight.shape)
         case "Int4TilePackedTo4dTensor":
-            return _tinygemm(_unpack_tiles(weight.qdata, pack_tile), weight)
+            return tinygemm_tiles(weight.qdata, weight.scale_and_zero, weight.shape)
         case "IntxUnpackedToInt8Tensor":
             return _affine(weight.qdata, weight.scale, weight.zero_point)
         case "UIntxBitPackedTensor" if weight.bit_width == 4:
@@ -190,10 +190,16 @@ def _unpack_tiles(packed: Tensor, pack: Pack) -> Tensor:
     return tiles.view(down, across, *TILE).transpose(1, 2).reshape(down * TILE[0], across * TILE[1])
 
 
-def _tinygemm(numbers: Tensor, weight: Any) -> Tensor:
+def tinygemm_tiles(packed: Tensor, scale_and_zero: Tensor, shape: Sequence[int]) -> Tensor:
+    """[n / 8, k / 128, 32, 4] int32, padded, of a weight of ``shape`` [n, k] -> what the CUDA kernel multiplies with,
+    [n, k] fp32."""
+    return _tinygemm(_unpack_tiles(packed, pack_tile), scale_and_zero, shape)
+
+
+def _tinygemm(numbers: Tensor, scale_and_zero: Tensor, shape: Sequence[int]) -> Tensor:
     """(q - 8) * scale + zero with scales and zeros [k / group, n, 2] (torchao pack_tinygemm_scales_and_zeros)."""
-    n, k = weight.shape
-    scale, zero = weight.scale_and_zero.float().transpose(0, 1).unbind(-1)  # [n, groups] each
+    n, k = shape
+    scale, zero = scale_and_zero.float().transpose(0, 1).unbind(-1)  # [n, groups] each
     groups = scale.shape[1]
     grouped = (numbers.float() - 8).view(scale.shape[0], groups, -1)
     dequantized: Tensor = (grouped * scale[..., None] + zero[..., None]).flatten(1)[:n, :k]
