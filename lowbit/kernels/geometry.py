@@ -153,14 +153,14 @@ class Geometry:
         return found
 
     def attention(self, length: int) -> AttentionPlan:
-        """How attention over a cache of ``length`` positions is launched."""
-        stages = 1 if length <= self.splits * ATTENTION_WARPS * CHUNK else AHEAD[self.kv]
+        """How attention over a cache of ``length`` positions is launched. One stage: a warp has one chunk at most."""
         queries = self.heads // self.kv_heads
         number = 1 if self.kv else 2
         chunk = 2 * CHUNK * (self.head_dim * number + 16) + (2 * CHUNK * 2 if self.kv else 0)  # padded rows, scales
-        letters = 4 * queries * (self.head_dim + 2 * self.splits)
+        letters = 4 * self.splits * (queries * self.head_dim // self.splits + -(-queries // 2) * 4)
 
         def plan(warps: int) -> AttentionPlan:
+            stages = 1 if length <= self.splits * warps * CHUNK else AHEAD[self.kv]
             return AttentionPlan(stages, warps * stages * chunk + letters, self.splits, warps)
 
         few = length <= FEW_POSITIONS and queries * self.head_dim <= SPLITS * SHORT_WARPS * 32

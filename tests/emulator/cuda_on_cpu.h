@@ -281,6 +281,7 @@ inline void bulk_copy(void* to, const void* from, int bytes, uint64_t* barrier, 
 }
 template <class T> inline T load_dependent(const T* p) { return *p; }
 inline uint32_t clock_now() { static uint32_t now = 0; return now += 64; }
+template <class T> inline T* computed(T* p) { return p; }
 inline void wait_for_previous() {}
 inline void let_next_start() {}
 template <int N> inline void sync_some() { emulator::wait_at(emulator::self->block->some, [] { return N; }); }
@@ -298,10 +299,16 @@ inline void cluster_arrive() {}  // a wait is both, which no thread passes befor
 inline void cluster_wait() {
   emulator::wait_at(emulator::self->block->cluster->barrier, [] { return emulator::self->block->cluster->live; });
 }
-inline void store_peer(float* own, int rank, float v) {
+inline void barrier_wait_for_peers(uint64_t* b, uint32_t parity) { while (!barrier_try(b, parity)) {} }
+template <class T> inline void send_peer(T* own, int rank, const T& v, uint64_t* barrier) {
   emulator::Block& b = *emulator::self->block;
-  emulator::check_shared(own, 4, 4);
-  *(float*)(b.cluster->blocks[rank].shared + ((const uint8_t*)own - b.shared)) = v;
+  emulator::check_shared(own, sizeof v, sizeof v), emulator::check_shared(barrier, 8, 8);
+  auto theirs = [&](const void* p) { return b.cluster->blocks[rank].shared + ((const uint8_t*)p - b.shared); };
+  MBarrier* counts = (MBarrier*)theirs(barrier);
+  std::memcpy(theirs(own), &v, sizeof v);
+  counts->state -= (int)sizeof v * 2;
+  if (counts->state < 0) emulator::fail("an mbarrier got more bytes than it expects");
+  barrier_turn(counts);
 }
 
 // Fragments as the PTX ISA lays them out (mma.m16n8k16, ldmatrix, movmatrix): lane = 4 · row + column pair.

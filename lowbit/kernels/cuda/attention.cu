@@ -7,7 +7,8 @@
 //   scores [16 positions x 8 heads] = keys [16 x HEAD_DIM] · queries        sums [HEAD_DIM x 8 heads] += values^T · weights
 //
 // (up to 8 query heads per KV head; Llama-3 has 3 or 4, the other columns are zeros). The new key is rotated and appended
-// here. Warps are merged in shared memory and blocks through their cluster's, in a fixed order: the bits repeat.
+// here. Warps are merged in shared memory and blocks by letters to their cluster's, in a fixed order: the bits repeat. A
+// letter's bytes are counted where they arrive; a cluster's barrier that orders memory would wait for all stores of a block.
 //
 // KV: what the cache holds. 16 bits as the activations; or codes of 8 bits, int8 or e4m3, with an fp16 scale per head and
 // position, as lowbit/kvcache defines them (NARROW). Codes lie in shared memory as they come and become fp16, exactly, on
@@ -43,12 +44,14 @@ constexpr int CHUNK_BYTES = 2 * CHUNK_CODES * (int)sizeof(Code) + (NARROW ? 2 * 
 constexpr float LARGEST = KV == KV_INT8 ? 127.f : 448.f;    // of a code
 constexpr float LIFT = KV == KV_INT8 ? 64.f : KV == KV_FP8 ? 256.f : 1.f;  // × a weight × 65504 / LARGEST fits fp16
 constexpr int OUTPUTS = QUERIES * HEAD_DIM;
-constexpr int RESULT = OUTPUTS + 2 * QUERIES;               // a warp's or block's: sums, then maxima, then weights
+constexpr int HEAD_ROW = HEAD_DIM + 8, ALL_SUMS = QUERIES * HEAD_ROW;  // no bank twice
+constexpr int RESULT = ALL_SUMS + 2 * QUERIES;              // a warp's: sums, then maxima, then weights
 constexpr int SHARE = OUTPUTS / SPLITS;                     // of the outputs: what each block of a cluster finishes
-constexpr int LETTER = SHARE + 2 * QUERIES;                 // what it is told by each: sums, then all maxima and weights
+constexpr int LETTER = SHARE + (2 * QUERIES + 3) / 4 * 4;   // what each tells it: sums, then maximum and weight by head
 constexpr float LOG2_E = 1.4426950408889634f;               // exponentials are powers of two here
 static_assert(QUERIES <= 8, "the heads of a group are the 8 columns of an mma");
-static_assert(RESULT * 4 <= CHUNK_BYTES && CHUNK_BYTES % 16 == 0, "a warp's result takes the place of its first chunk");
+constexpr int FREE = 2 * CHUNK_CODES * (int)sizeof(Code) - 16;  // of a chunk: behind its last row of values
+static_assert(RESULT * 4 <= FREE && CHUNK_BYTES % 16 == 0, "a warp's result takes the place of its first chunk");
 
 __device__ __forceinline__ uint32_t pack16(float a, float b) { return (uint32_t)to16(a) | ((uint32_t)to16(b) << 16); }
 // As the mma takes them: in 16 bits as the cache's, beside codes in fp16
@@ -98,7 +101,7 @@ __device__ __forceinline__ uint16_t to_codes(uint32_t& low, uint32_t& high) {
 // STAGES chunks per warp on their way: 1 leaves room for a product's block beside this one, more keep memory busy. ATTENTION_WARPS: of a
 // block; half as many leave half of the shared memory and of the registers to a product.
 template <int STAGES, int ATTENTION_WARPS> __global__ void __maxnreg__(STAGES > 1 ? 128 : NARROW ? 104 : 96) attention_kernel(const __grid_constant__ Attention a) {
-  static_assert(OUTPUTS % SPLITS == 0 && SHARE <= ATTENTION_WARPS * 32 && SPLITS <= HEAD_DIM, "each block finishes its share");
+  static_assert(SHARE % 4 == 0 && SHARE <= ATTENTION_WARPS * 32 && SPLITS <= HEAD_DIM / 4, "each block finishes its share");
   constexpr int AT_ONCE = STAGES > 1 ? 4 : NARROW ? 1 : 2;  // matrices in registers
   SHARED_MEMORY(memory);
   const int t = threadIdx.x, lane = t & 31, warp = t >> 5, g = lane >> 2, quarter = lane & 3, split = blockIdx.y;
@@ -107,6 +110,9 @@ template <int STAGES, int ATTENTION_WARPS> __global__ void __maxnreg__(STAGES > 
   const uint16_t* qkv = a.qkv + (BATCH > 1 ? owned / KV_HEADS * (QDIM + 2 * KVDIM) : 0);
   uint8_t* own = memory + warp * STAGES * CHUNK_BYTES;
   float* letters = (float*)(memory + ATTENTION_WARPS * STAGES * CHUNK_BYTES);  // [SPLITS][LETTER]
+  uint64_t* arrived = (uint64_t*)(memory + FREE);
+  if (t == 0) barrier_init(arrived, 1), barriers_ready(), barrier_expect(arrived, SPLITS * (SHARE + 2 * QUERIES) * 4);
+  __syncwarp();
   cluster_arrive();  // peers may write here from now on
   // Written by the step before, whose kernels are all done: may be read before the wait, and so may the old cache
   const int position = (int)*a.position, chunks = position / CHUNK + 1;
@@ -144,23 +150,27 @@ template <int STAGES, int ATTENTION_WARPS> __global__ void __maxnreg__(STAGES > 
   for (int kt = 0; kt < K_TILES / 2; kt++) cs[kt][0] = __ldg(rope + pair_of(kt, 0)), cs[kt][1] = __ldg(rope + pair_of(kt, 1));
   const int newest = position / CHUNK, new_turn = newest / SPLITS / ATTENTION_WARPS;
   const bool owner = chunk_of(new_turn) == newest;  // this warp's chunk holds the new position
+  const uint32_t* from = (const uint32_t*)(qkv + (kv * QUERIES + g) * HEAD_DIM) + (NARROW ? quarter * 2 : quarter);
+  const uint32_t* new_key = (const uint32_t*)(qkv + QDIM + kv * HEAD_DIM) + lane;
+  from = computed(from), new_key = computed(new_key);
+  cluster_wait();  // for the peers to be there
   wait_for_previous();
   if (t == 0) let_next_start();
 
+  uint32_t key0 = 0, key1 = 0, value0 = 0, value1 = 0;  // asked for first: whoever has them does the most
+  const bool mover = owner && lane < HALF_DIM / 2;
+  if (mover) {
+    key0 = load_dependent(new_key), key1 = load_dependent(new_key + HALF_DIM / 2);
+    value0 = load_dependent(new_key + KVDIM / 2), value1 = load_dependent(new_key + KVDIM / 2 + HALF_DIM / 2);
+  }
   uint32_t q[K_TILES][2];  // operand B: head g
-  const uint32_t* from = (const uint32_t*)(qkv + (kv * QUERIES + g) * HEAD_DIM);
 #pragma unroll
   for (int kt = 0; kt < K_TILES; kt++)
 #pragma unroll
-    for (int i = 0; i < 2; i++) q[kt][i] = g < QUERIES ? load_dependent(from + pair_of(kt, i)) : 0u;
-  uint32_t key0 = 0, key1 = 0, value0 = 0, value1 = 0;
+    for (int i = 0; i < 2; i++) q[kt][i] = g < QUERIES ? load_dependent(from + (kt * 8 + (NARROW ? i : i * 4))) : 0u;
   uint16_t new_key_scale = 0, new_value_scale = 0;
-  if (owner && lane < HALF_DIM / 2) {
-    const uint32_t* new_key = (const uint32_t*)(qkv + QDIM + kv * HEAD_DIM) + lane;
-    const uint32_t* new_value = (const uint32_t*)(qkv + QDIM + KVDIM + kv * HEAD_DIM) + lane;
-    const uint32_t low = load_dependent(new_key), high = load_dependent(new_key + HALF_DIM / 2);
-    value0 = load_dependent(new_value), value1 = load_dependent(new_value + HALF_DIM / 2);
-    const float2 x = rotate_low(low, high, new_cs), y = rotate_high(low, high, new_cs);
+  if (mover) {
+    const float2 x = rotate_low(key0, key1, new_cs), y = rotate_high(key0, key1, new_cs);
     key0 = pack16(x.x, x.y), key1 = pack16(y.x, y.y);
   }
   const float scale = LOG2_E * rsqrtf((float)HEAD_DIM);
@@ -179,7 +189,7 @@ template <int STAGES, int ATTENTION_WARPS> __global__ void __maxnreg__(STAGES > 
   const int key_at = ((lane & 7) + (lane >> 3 & 1) * 8) * ROW + (lane >> 4) * PIECE;  // ldmatrix: 8 rows per quarter of a warp
   const int value_at = NARROW ? key_at : ((lane & 7) + (lane >> 4) * 8) * ROW + (lane >> 3 & 1) * PIECE;
   int i = 0;
-  for (; chunk_of(i) < chunks; i++) {
+  for (; chunk_of(i) < chunks; i++) {  // STAGES 1: for caches of at most a chunk per warp (Geometry.attention)
     Code *keys = (Code*)(own + i % STAGES * CHUNK_BYTES), *values = keys + CHUNK_CODES;
     uint16_t* scales = (uint16_t*)(values + CHUNK_CODES);
     wait_copies<STAGES - 1>();
@@ -241,14 +251,15 @@ template <int STAGES, int ATTENTION_WARPS> __global__ void __maxnreg__(STAGES > 
       float now = fmaxf(most[j], fmaxf(s[j], s[2 + j]));
 #pragma unroll
       for (int d = 4; d < 32; d <<= 1) now = fmaxf(now, __shfl_xor_sync(~0u, now, d));
-      change[j] = exp2f(most[j] - now), most[j] = now;
+      if constexpr (STAGES > 1) change[j] = exp2f(most[j] - now);  // else a warp has one chunk at most
+      most[j] = now;
       s[j] = exp2f(s[j] - now), s[2 + j] = exp2f(s[2 + j] - now);
-      weight[j] = weight[j] * change[j] + s[j] + s[2 + j];
+      weight[j] = STAGES > 1 ? weight[j] * change[j] + s[j] + s[2 + j] : s[j] + s[2 + j];
     }
     if constexpr (NARROW) s[0] *= value_scale[0], s[1] *= value_scale[0], s[2] *= value_scale[1], s[3] *= value_scale[1];
     const uint32_t w0 = transpose_matrix(pack_operand(s[0], s[1])), w1 = transpose_matrix(pack_operand(s[2], s[3]));
     auto add_values = [&](int dt, uint32_t v0, uint32_t v1, uint32_t v2, uint32_t v3) {
-      o[dt][0] *= change[0], o[dt][1] *= change[1], o[dt][2] *= change[0], o[dt][3] *= change[1];
+      if constexpr (STAGES > 1) o[dt][0] *= change[0], o[dt][1] *= change[1], o[dt][2] *= change[0], o[dt][3] *= change[1];
       multiply(o[dt], v0, v1, v2, v3, w0, w1);
     };
 #pragma unroll
@@ -269,6 +280,7 @@ template <int STAGES, int ATTENTION_WARPS> __global__ void __maxnreg__(STAGES > 
       }
     }
     __syncwarp();  // all lanes have read the chunk
+    if constexpr (STAGES == 1) { i++; break; }
     fetch(i + STAGES);
   }
 
@@ -278,51 +290,58 @@ template <int STAGES, int ATTENTION_WARPS> __global__ void __maxnreg__(STAGES > 
   float* mine = (float*)own;
   if (i) {
 #pragma unroll
-    for (int j = 0; j < 2; j++) {
+    for (int d = 4; d < 32; d <<= 1)
 #pragma unroll
-      for (int d = 4; d < 32; d <<= 1) weight[j] += __shfl_xor_sync(~0u, weight[j], d);
+      for (int j = 0; j < 2; j++) weight[j] += __shfl_xor_sync(~0u, weight[j], d);
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
       const int h = quarter * 2 + j;
       if (h < QUERIES) {
 #pragma unroll
-        for (int dt = 0; dt < K_TILES; dt++) {
-          float* to = mine + h * HEAD_DIM + dt * 16 + (NARROW ? g * 2 : g);
-          to[0] = o[dt][j], to[NARROW ? 1 : 8] = o[dt][2 + j];
-        }
-        if (g == 0) mine[OUTPUTS + h] = most[j], mine[OUTPUTS + QUERIES + h] = weight[j];
+        for (int dt = 0; dt < K_TILES; dt++) *(float2*)(mine + h * HEAD_ROW + dt * 16 + g * 2) = make_float2(o[dt][j], o[dt][2 + j]);
+        if (g == 0) mine[ALL_SUMS + h] = most[j], mine[ALL_SUMS + QUERIES + h] = weight[j];
       }
     }
   }
-  cluster_wait();  // for the peers to be there, as they long are
   __syncthreads();
   const int active = min(ATTENTION_WARPS, (chunks - split + SPLITS - 1) / SPLITS);  // warps with a result; at most 0: none
   const int stride = STAGES * CHUNK_BYTES / 4;                                      // of their results, in floats
-  for (int n = t; n < OUTPUTS; n += ATTENTION_WARPS * 32) {
-    const int h = n / HEAD_DIM;
+  for (int n = t * 4; n < OUTPUTS; n += ATTENTION_WARPS * 32 * 4) {                 // four of a head
+    const int h = n / HEAD_DIM, peer = n % HEAD_DIM / 4;
     const float* first = (const float*)memory;
-    float now = -1e30f, total = 0.f, sum = 0.f;
-    for (int w = 0; w < active; w++) now = fmaxf(now, first[w * stride + OUTPUTS + h]);
-    for (int w = 0; w < active; w++) {
+    float now = -1e30f, total = 0.f, m[ATTENTION_WARPS], l[ATTENTION_WARPS];
+    float4 sum{}, v[ATTENTION_WARPS];
+#pragma unroll
+    for (int w = 0; w < ATTENTION_WARPS; w++) {  // one without a result counts nothing
       const float* theirs = first + w * stride;
-      const float c = exp2f(theirs[OUTPUTS + h] - now);
-      total += c * theirs[OUTPUTS + QUERIES + h], sum += c * theirs[n];
+      m[w] = -1e30f, l[w] = 0.f, v[w] = float4{};
+      if (w < active) m[w] = theirs[ALL_SUMS + h], l[w] = theirs[ALL_SUMS + QUERIES + h], v[w] = *(const float4*)(theirs + h * HEAD_ROW + n % HEAD_DIM);
+      now = fmaxf(now, m[w]);
+    }
+#pragma unroll
+    for (int w = 0; w < ATTENTION_WARPS; w++) {
+      const float c = exp2f(m[w] - now);
+      total += c * l[w];
+      sum.x += c * v[w].x, sum.y += c * v[w].y, sum.z += c * v[w].z, sum.w += c * v[w].w;
     }
     float* letter = letters + split * LETTER;  // sums to the block that finishes them, maxima and weights to all
-    store_peer(letter + n % SHARE, n / SHARE, sum);
-    const int peer = n % HEAD_DIM;
-    if (peer < SPLITS) store_peer(letter + SHARE + h, peer, now), store_peer(letter + SHARE + QUERIES + h, peer, total);
+    send_peer((float4*)(letter + n % SHARE), n / SHARE, sum, arrived);
+    if (peer < SPLITS) send_peer((float2*)(letter + SHARE + 2 * h), peer, make_float2(now, total), arrived);
   }
-  cluster_arrive(), cluster_wait();
   if (t < SHARE) {
     const int n = split * SHARE + t, h = n / HEAD_DIM;
     float m[SPLITS], l[SPLITS], v[SPLITS], now = -1e30f, total = 0.f, sum = 0.f;
+    barrier_wait_for_peers(arrived, 0);  // all letters, so that no peer writes here any more
 #pragma unroll
     for (int r = 0; r < SPLITS; r++) {
       const float* letter = letters + r * LETTER;
-      m[r] = letter[SHARE + h], l[r] = letter[SHARE + QUERIES + h], v[r] = letter[t];
+      const float2 theirs = *(const float2*)(letter + SHARE + 2 * h);
+      m[r] = theirs.x, l[r] = theirs.y, v[r] = letter[t];
       now = fmaxf(now, m[r]);
     }
 #pragma unroll
     for (int r = 0; r < SPLITS; r++) { const float c = exp2f(m[r] - now); total += c * l[r], sum += c * v[r]; }
-    a.out[owned * OUTPUTS + n] = to16(sum / (NARROW ? total * LIFT : total));
+    const int to = NARROW ? n : n / 16 * 16 + n % 2 * 8 + n % 16 / 2;  // an mma's rows g and g + 8 lie side by side
+    a.out[owned * OUTPUTS + to] = to16(sum / (NARROW ? total * LIFT : total));
   }
 }

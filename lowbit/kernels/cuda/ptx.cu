@@ -45,6 +45,8 @@ __device__ __forceinline__ uint32_t load_dependent(const uint32_t* p) { uint32_t
 __device__ __forceinline__ uint16_t load_dependent(const uint16_t* p) { uint16_t v; asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(v) : "l"(p) : "memory"); return v; }
 __device__ __forceinline__ uint64_t load_dependent(const uint64_t* p) { uint64_t v; asm volatile("ld.global.cg.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory"); return v; }
 __device__ __forceinline__ uint32_t clock_now() { uint32_t v; asm volatile("mov.u32 %0, %%clock;" : "=r"(v) :: "memory"); return v; }
+// An address as a value of its own, that is computed here: ptxas else computes it anew for every load behind a wait
+template <class T> __device__ __forceinline__ T* computed(T* p) { asm volatile("" : "+l"(p)); return p; }
 __device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 template <int THREADS_> __device__ __forceinline__ void sync_some() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS_) : "memory"); }
@@ -107,10 +109,25 @@ __device__ __forceinline__ void copy_ahead(void* to, const void* from, bool ther
 }
 __device__ __forceinline__ void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int LEFT> __device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
+// Orders no memory: what peers are to find is a barrier made ready. With a release it is a MEMBAR.ALL.GPU.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
-__device__ __forceinline__ void store_peer(float* own, int rank, float v) {  // to the same address in another block of the cluster
-  asm volatile("{ .reg .u32 a; mapa.shared::cluster.u32 a, %0, %1; st.shared::cluster.f32 [a], %2; }" ::"r"(shared_address(own)), "r"(rank), "f"(v) : "memory");
+// For what blocks of the cluster have sent: they are beyond what the other wait speaks of
+__device__ __forceinline__ void barrier_wait_for_peers(uint64_t* b, uint32_t parity) {
+  uint32_t ok;
+  do asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }" : "=r"(ok) : "r"(shared_address(b)), "r"(parity) : "memory");
+  while (!ok);
+}
+// To the same address in a block of the cluster, whose barrier at the same address counts the bytes when they are there
+__device__ __forceinline__ void send_peer(float4* own, int rank, const float4& v, uint64_t* barrier) {
+  asm volatile("{ .reg .u32 a, b; mapa.shared::cluster.u32 a, %0, %2; mapa.shared::cluster.u32 b, %1, %2;"
+               " st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [a], {%3, %4, %5, %6}, [b]; }"
+               ::"r"(shared_address(own)), "r"(shared_address(barrier)), "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+}
+__device__ __forceinline__ void send_peer(float2* own, int rank, const float2& v, uint64_t* barrier) {
+  asm volatile("{ .reg .u32 a, b; mapa.shared::cluster.u32 a, %0, %2; mapa.shared::cluster.u32 b, %1, %2;"
+               " st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [a], {%3, %4}, [b]; }"
+               ::"r"(shared_address(own)), "r"(shared_address(barrier)), "r"(rank), "f"(v.x), "f"(v.y) : "memory");
 }
 // Four 8x8 matrices of 16 bits; lanes 8 i to 8 i + 7 name the rows of matrix i
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row) {
