@@ -18,6 +18,7 @@ import torch
 from lowbit import vram_limit
 from lowbit.device import MIB, Device
 from lowbit.formats import Unmet
+from lowbit.graphs import recording
 from lowbit.nvml import Nvml
 
 NVML_METRICS = ("vram_peak_mib", "vram_start_mib", "vram_end_mib", "energy_j_per_tok")
@@ -203,7 +204,7 @@ def settle(device: Device) -> None:
     with torch.cuda.device(device.torch):
         for _ in range(SETTLING_GRAPHS):
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with recording(graph):
                 x.add_(1)
             graph.replay()
     use_second_stream(device)

@@ -10,6 +10,7 @@ import torch
 from lowbit import backends
 from lowbit.ceilings import event_seconds
 from lowbit.formats import Format
+from lowbit.graphs import recording
 from lowbit.kernels import batch, runner
 
 POSITION, REPLAYS = 128, 20
@@ -77,7 +78,7 @@ def _time(calls: list[Callable[[], None]], step: Any, position: int = POSITION) 
 def replayed_us(calls: Sequence[Callable[[], object]], replays: int) -> float:
     """µs of all calls together, in one graph that is replayed so often."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with recording(graph):
         for call in calls:
             call()
     graph.replay()

@@ -24,6 +24,7 @@ from lowbit.contenders import Contender, RsrLinear
 from lowbit.device import Device
 from lowbit.errors import LowbitError
 from lowbit.formats import Format
+from lowbit.graphs import recording
 from lowbit.kernels.modules import NativeLinear, PackedModule
 from lowbit.measure import cpu_threads, synchronize
 
@@ -225,6 +226,6 @@ def _captured(call: Callable[[], object]) -> Callable[[], object]:
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with recording(graph):
         call()
     return graph.replay

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from lowbit import backends
 from lowbit.errors import LowbitError
+from lowbit.graphs import recording
 
 Fn = TypeVar("Fn", bound=Callable[..., Any])
 
@@ -170,7 +171,7 @@ class GraphedCall:
         self._inputs = [arg if _is_static(arg) else arg.clone() for arg in args]
         graph, pool, stream = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle(), torch.cuda.current_stream()
         try:
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            with recording(graph, pool=pool, capture_error_mode="thread_local"):
                 self._output = self._fn(*self._inputs)
         except Exception as error:
             _leave_capture(pool, stream)

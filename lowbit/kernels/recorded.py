@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lowbit.graphs import recording
+
 KEPT_GRAPHS = 8
 
 
@@ -53,7 +55,7 @@ class RecordedRuns:
         if not self.recorded:  # a pool whose graphs are all gone can't be captured into again
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with recording(graph, pool=self._pool):
             self._run(number)
         return graph
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import LowbitError
+from lowbit.graphs import recording
 from lowbit.kernels import attention_plan, batch
 from lowbit.kernels.arguments import Attention, Embed, Product, fill
 from lowbit.kernels.geometry import BLOCKS, RING_BYTES, Geometry
@@ -281,7 +282,7 @@ class NativeStep:
         for one in self.plan:
             one.module.function(one.kernel)  # loading is not allowed while a graph is captured
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with recording(self._graph):
             self.launch()
 
     def __call__(self) -> None:
