@@ -227,6 +227,52 @@ def test_another_gpu_has_columns_of_its_own_and_the_h200_stays(tmp_path):
     assert found["a16w8-torchao"]["decode, H200"] == "not measured on an H200"
 
 
+def test_a_run_of_the_embedded_model_on_a_gpu_gives_its_kl_and_nothing_else(stored, tmp_path):
+    """What the small model stores (K padded to 1,024, say) and how fast it is are no figures of the 8B's."""
+    nf4, wide, mx = "a16w4_nf4-bitsandbytes", "a16w4_nf4_g512-bitsandbytes", "a8w8_mxfp8-torchao"
+    shape = "group 512 does not divide q_proj (K=256)"
+    records = [
+        quality("bf16-torch", 0.0, bits_per_weight=16.0),
+        quality("a16w8-torchao", 6.5e-5, bits_per_weight=15.0, quantize_s=99.0),
+        quality(nf4, 1.3e-3, bits_per_weight=4.9),
+        decode("a16w8-torchao", "native", 9999.0),
+        decode("fp16-torch", "native", 9999.0),
+        replace(quality(wide, 0), metrics={}, outcome="skipped", unmet=Unmet("shape", shape)),
+        replace(quality("a8w8-torchao", 0), metrics={}, outcome="failed", error="no kernel\nTraceback"),
+        replace(quality(mx, 0), metrics={}, outcome="skipped", unmet=Unmet("capability", "another reason")),
+    ]
+    kept(tmp_path, replace(H200, model="embedded", load_format="auto"), records, "2026-11-22T00:00:00+00:00")
+    cpu = replace(quality(wide, 0), metrics={}, outcome="skipped", unmet=Unmet("shape", shape))
+    kept(tmp_path, CPU, [cpu])
+    kept(tmp_path, H200, [decode(wide, "eager", 70.0)])
+    page = make(stored, tmp_path)
+    before, found = rows(make(stored)), rows(page)
+    assert (found["a16w8-torchao"] | {"KL, H200": "6.8e-05"}) == before["a16w8-torchao"]
+    assert found["a16w8-torchao"]["KL, H200"] == "6.5e-05"
+    assert (found[nf4]["KL, H200"], found[nf4]["bits"], found[nf4]["decode, H200"]) == (
+        *("0.0013", "–"),
+        "not measured on an H200",
+    )
+    assert found["fp16-torch"] == before["fp16-torch"]
+    assert found["bf16-torch"] == before["bf16-torch"]
+    assert found[wide]["remarks"].endswith(r"; CPU, KL on H200: group 512 does not divide q\_proj (K=256)")
+    assert "; KL on H200: failed: no kernel" in found["a8w8-torchao"]["remarks"]
+    first, second = found[mx]["remarks"].split("; ")
+    assert (first, second) == ("H200: needs SM100 (MXFP8 tensor cores), this is SM90", "H200: another reason")
+    cuda = sum("cuda" in row.devices for row in FORMATS.values())
+    assert f"- H200: 3 of {cuda} rows have a KL; were skipped, for the reason in the remarks: 2; failed" in page
+    assert "have a KL" not in make(stored)
+    assert re.search(r"^- `\S+`: embedded on NVIDIA H200, 2026-11-22, ", page, re.M)
+
+
+def test_a_gpu_that_the_embedded_model_alone_ran_on_shows_that(tmp_path):
+    other = replace(H200, device="nvidia-b200", device_name="NVIDIA B200", model="embedded", load_format="auto")
+    kept(tmp_path, other, [quality("a16w8-torchao", 6.5e-5)])
+    row = rows(make(tmp_path))["a16w8-torchao"]
+    assert (row["KL, B200"], row["decode, B200"]) == ("6.5e-05", "not measured on a B200")
+    assert (row["KL, CPU"], row["bits"]) == ("–", "–")
+
+
 def test_other_models_are_left_out(tmp_path):
     kept(tmp_path, replace(H200, model="llama-3.2-1b"), [decode("a16w8-torchao", "eager", 400.0)])
     assert rows(make(tmp_path))["a16w8-torchao"]["decode, H200"] == "not measured on an H200"

@@ -1,7 +1,8 @@
 """What stored runs and baselines know of each format, place by place: what docs/formats.md is made of.
 
 A place is a kind of machine with the model that is told of there: any CPU with the embedded model, one kind of GPU with
-Llama-3.1-8B. Where several files measured a case, the latest measurement counts.
+Llama-3.1-8B, and with the quality of the embedded model beside it. Where several files measured a case, the latest
+measurement counts.
 """
 
 from __future__ import annotations
@@ -44,17 +45,24 @@ class Source:
         header = self.header
         if header.device.startswith("cpu-"):
             return CPU if header.model == EMBEDDED else None
-        return header.device if LARGE in header.model.lower() else None
+        return header.device if self.beside or LARGE in header.model.lower() else None
+
+    @property
+    def beside(self) -> bool:
+        """Of the embedded model on a GPU: its quality alone is told of, what it stores and takes is the 8B's."""
+        return self.header.model == EMBEDDED and not self.header.device.startswith("cpu-")
 
 
 @dataclass(frozen=True)
 class Place:
-    """``rows`` are a format's by its id, the fastest decode first; ``records`` all that is known of it."""
+    """``rows`` are a format's by its id, the fastest decode first; ``records`` all that is known of it; ``beside`` a
+    GPU's quality cases of runs of the embedded model."""
 
     slug: str
     name: str
     rows: Mapping[str, list[Row]] = field(default_factory=dict)
     records: Mapping[str, list[Record]] = field(default_factory=dict)
+    beside: Mapping[str, list[Record]] = field(default_factory=dict)
 
     @property
     def measured(self) -> bool:
@@ -78,12 +86,15 @@ class Place:
 
     def quality(self, fmt: str, family: str) -> float | None:
         """``kld`` or ``ppl`` of the embedded model in this format here."""
-        for record in self.records.get(fmt, ()):
+        for record in self._all(fmt):
             if record.kind == "quality" and record.outcome == "measured":
                 names = [name for name in record.metrics if name.startswith(f"{family}_{EMBEDDED}_")]
                 if names:
                     return record.metrics[names[0]]
         return None
+
+    def _all(self, fmt: str) -> list[Record]:
+        return [*self.beside.get(fmt, []), *self.records.get(fmt, [])]
 
     def value(self, fmt: str, name: str) -> float | None:
         """A metric that all of a format's records share, such as ``bits_per_weight``: the first that there is."""
@@ -93,7 +104,7 @@ class Place:
     def fate(self, fmt: str, kind: str) -> tuple[str, str]:
         """What became of its cases of this kind, of which none was measured, and why: ``skipped`` with a skip's reason,
         else ``failed`` with a failure's first line; two times "" where nothing is known."""
-        found = [record for record in self.records.get(fmt, ()) if record.kind == kind]
+        found = [record for record in self._all(fmt) if record.kind == kind]
         for record in found:
             if record.unmet is not None:
                 return "skipped", record.unmet.reason
@@ -167,12 +178,24 @@ def _skipped(case: str, header: Header) -> Record:
 
 
 def places(sources: Sequence[Source], formats: Sequence[str]) -> list[Place]:
-    """The CPU and the H200, whether measured or not, and every other GPU that some source measured the 8B on."""
+    """The CPU and the H200, whether measured or not, and every other GPU that some source measured the 8B or the
+    embedded model on."""
     names = NAMES | {s.place: s.header.device_name for s in sources if s.place is not None and s.place not in NAMES}
     return [_place(slug, name, [s for s in sources if s.place == slug], formats) for slug, name in names.items()]
 
 
 def _place(slug: str, name: str, sources: Sequence[Source], formats: Sequence[str]) -> Place:
+    records = _latest([source for source in sources if not source.beside], formats)
+    embedded = _latest([source for source in sources if source.beside], formats)
+    beside = {fmt: [record for record in found if record.kind == "quality"] for fmt, found in embedded.items()}
+    rows: dict[str, list[Row]] = {}
+    for row in join(record for each in records.values() for record in each if record.outcome == "measured"):
+        rows.setdefault(row.format, []).append(row)
+    return Place(slug, name, rows, records, beside)
+
+
+def _latest(sources: Sequence[Source], formats: Sequence[str]) -> dict[str, list[Record]]:
+    """One record of each case, by format."""
     best: dict[str, Record] = {}
     for source in sorted(sources, key=lambda source: source.header.started):
         for record in source.records:
@@ -184,10 +207,7 @@ def _place(slug: str, name: str, sources: Sequence[Source], formats: Sequence[st
         found = _format(record, known)
         if found is not None:
             records.setdefault(found, []).append(replace(record, format=found))
-    rows: dict[str, list[Row]] = {}
-    for row in join(record for each in records.values() for record in each if record.outcome == "measured"):
-        rows.setdefault(row.format, []).append(row)
-    return Place(slug, name, rows, records)
+    return records
 
 
 def _tells(record: Record) -> int:

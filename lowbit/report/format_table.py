@@ -104,22 +104,29 @@ def _legend(formats: Sequence[Format], found: Sequence[Place], needs: Mapping[st
     cpu = next(place for place in found if place.slug == CPU)
     if not any(cpu.fastest(fmt.id) for fmt in formats):
         lines.append("- Decode on a CPU is in no stored run: nothing was measured on an idle machine.")
-    return lines + [_coverage(formats, place, needs) for place in found if place.slug != CPU and place.measured]
+    gpus = [place for place in found if place.slug != CPU]
+    lines += [_coverage(formats, gpu, needs, "decode") for gpu in gpus if gpu.measured]
+    return lines + [_coverage(formats, gpu, needs, "quality") for gpu in gpus if gpu.beside]
 
 
-def _coverage(formats: Sequence[Format], gpu: Place, needs: Mapping[str, str]) -> str:
-    """How many of a GPU's rows have a decode figure there, and what became of the others."""
+def _coverage(formats: Sequence[Format], gpu: Place, needs: Mapping[str, str], kind: str) -> str:
+    """How many of a GPU's rows have a decode figure, or a KL, there, and what became of the others."""
+
+    def has(fmt: Format) -> bool:
+        return (gpu.decode(fmt.id) if kind == "decode" else gpu.quality(fmt.id, "ppl")) is not None
+
     able = [fmt for fmt in formats if "cuda" in fmt.devices]
-    rest = [fmt for fmt in able if gpu.decode(fmt.id) is None]
+    rest = [fmt for fmt in able if not has(fmt)]
     later = [fmt for fmt in rest if _too_old(gpu, needs[fmt.id])]
-    outcomes = [gpu.fate(fmt.id, "decode")[0] for fmt in rest if fmt not in later]
+    outcomes = [gpu.fate(fmt.id, kind)[0] for fmt in rest if fmt not in later]
     fates = {
         "need a later GPU": len(later),
         "were skipped, for the reason in the remarks": outcomes.count("skipped"),
         "failed, as the remarks have it": outcomes.count("failed"),
         "are in no stored run": outcomes.count(""),
     }
-    told = f"- {_short(gpu)}: {len(able) - len(rest)} of {len(able)} rows have a decode figure"
+    figure = "decode figure" if kind == "decode" else "KL"
+    told = f"- {_short(gpu)}: {len(able) - len(rest)} of {len(able)} rows have a {figure}"
     return told + "".join(f"; {fate}: {count}" for fate, count in fates.items() if count) + "."
 
 
@@ -254,18 +261,23 @@ def _why_slower(fmt: Format, place: Place) -> str:
 
 def _remarks(fmt: Format, found: Sequence[Place]) -> str:
     """Slower than bf16, and why; why there is no figure; the row's own note."""
-    told = []
+    told, reasons = [], dict[str, list[str]]()
     for place in found:
         ratio = _ratio(fmt, place)
         if ratio is not None and ratio < 1:
             why = _why_slower(fmt, place)
             why = f": {text(why)}" if why else ""
             told.append(f"**slower than bf16** on {'the' if place.slug == CPU else 'an'} {_short(place)}{why}")
-        _, reason = place.fate(fmt.id, "quality" if place.slug == CPU else "decode")
-        known = place.decode(fmt.id) if place.slug != CPU else place.quality(fmt.id, "ppl")
-        can_be = ("cpu" if place.slug == CPU else "cuda") in fmt.devices  # else "needs" says it
-        if known is None and reason and can_be:
-            told.append(f"{_short(place)}: {reason}")
+        if ("cpu" if place.slug == CPU else "cuda") not in fmt.devices:
+            continue  # "needs" says it
+        name = _short(place)
+        missing = {} if place.slug == CPU or place.decode(fmt.id) else {"decode": name}
+        if place.quality(fmt.id, "ppl") is None:
+            missing["quality"] = name if place.slug == CPU or missing else f"KL on {name}"
+        for kind, where in missing.items():
+            if (reason := place.fate(fmt.id, kind)[1]) and where not in reasons.setdefault(reason, []):
+                reasons[reason].append(where)
+    told += [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
     cache = next((value for place in found if (value := place.value(fmt.id, "kv_bytes_per_tok"))), None)
     if fmt.kv and cache:
         told.append(f"KV cache: {cache:,.0f} bytes per position")
