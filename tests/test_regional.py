@@ -4,6 +4,7 @@ import math
 import re
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,8 @@ from torch import nn
 from lowbit import backends, compilers, faults, generate, process_state, regional
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS
+
+HQQ = pytest.param("a16w4_g64-hqq", marks=pytest.mark.skipif(find_spec("hqq") is None, reason="needs hqq"))
 
 IDS = torch.arange(8).view(1, 8)
 
@@ -53,7 +56,7 @@ def test_one_compile_serves_every_layer(name):
 @pytest.mark.parametrize(
     "name",
     [
-        *("a16w4_g128-torchao", "a16w4_intx_g32-torchao", "a8w4_intx_g32-torchao", "a16w4_g64-hqq"),
+        *("a16w4_g128-torchao", "a16w4_intx_g32-torchao", "a8w4_intx_g32-torchao", HQQ),
         *("a8w8_llmint8_t0-bitsandbytes", "a16w6_e3m2-reference", "a16w3_g128-lowbit", "bf16_kv_fp8-torch"),
     ],
 )
@@ -107,7 +110,7 @@ def test_a_cache_without_memory_is_refused():
 INT8 = FORMATS["a16w8-torchao"]
 HEADS = [
     *("a16w8-torchao", "a16w4_g128-torchao", "a16w4_intx_g32-torchao", "a8w8-torchao", "a16w8_fp8-torchao"),
-    *("a16w4_g64-hqq", "a16w4_nf4_dq-bitsandbytes", "a8w8_llmint8_t0-bitsandbytes", "a16w6_e3m2-reference"),
+    *(HQQ, "a16w4_nf4_dq-bitsandbytes", "a8w8_llmint8_t0-bitsandbytes", "a16w6_e3m2-reference"),
     *("a16w8-tables", "a16w4_g64-tables", "a16w3_g128-lowbit"),
 ]
 
