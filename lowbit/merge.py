@@ -87,6 +87,19 @@ def read(path: Path) -> list[Run]:
     return [replace(run, path=place(path)) for run in found]
 
 
+def noted(run: Run, note: str) -> Run:
+    """The run with ``note`` among the notes of every case that was not skipped: what its header can't tell."""
+
+    def with_note(entry: Entry) -> Entry:
+        record = entry.record
+        if record.outcome == "skipped":
+            return entry
+        notes = list(dict.fromkeys([*record.info.get("notes", []), note]))
+        return replace(entry, record=replace(record, info={**record.info, "notes": notes}))
+
+    return replace(run, entries={case: with_note(entry) for case, entry in run.entries.items()})
+
+
 def merge(parts: Sequence[Run]) -> Merged:
     """One run of each sort, oldest first. A case that two runs of a sort have is kept once, and named unless both are
     the same result or skip it alike: a measurement before anything else, then the later one. Raises LowbitError for

@@ -57,6 +57,9 @@ def _add_merge(commands: Any) -> None:
     parser.add_argument(
         "--device", metavar="SLUG", help="the runs of this device alone, e.g. to take them out of a merge"
     )
+    parser.add_argument(
+        "--note", default="", metavar="TEXT", help="how these runs were made, kept with every case that ran"
+    )
     parser.set_defaults(run=merge_runs)
 
 
@@ -109,7 +112,7 @@ def merge_runs(options: argparse.Namespace) -> int:
     if not chosen:
         have = ", ".join(dict.fromkeys(run.header.device for run in kept)) or "no readable run"
         raise LowbitError(f"merge: expected kept runs{f' on {options.device}' if options.device else ''}, got {have}")
-    merged = merge.merge(chosen)
+    merged = merge.merge([merge.noted(run, options.note) for run in chosen] if options.note else chosen)
     documents.write(options.output, merge.to_document(merged), "nothing was merged")
     for run in merged.runs:
         header = run.header

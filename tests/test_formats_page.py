@@ -238,7 +238,13 @@ def test_a_run_of_the_embedded_model_on_a_gpu_gives_its_kl_and_nothing_else(stor
         decode("a16w8-torchao", "native", 9999.0),
         decode("fp16-torch", "native", 9999.0),
         replace(quality(wide, 0), metrics={}, outcome="skipped", unmet=Unmet("shape", shape)),
-        replace(quality("a8w8-torchao", 0), metrics={}, outcome="failed", error="no kernel\nTraceback"),
+        replace(
+            quality("a8w8-torchao", 0),
+            metrics={},
+            outcome="failed",
+            error="no kernel\nTraceback",
+            info={"notes": ["untuned"]},
+        ),
         replace(quality(mx, 0), metrics={}, outcome="skipped", unmet=Unmet("capability", "another reason")),
     ]
     kept(tmp_path, replace(H200, model="embedded", load_format="auto"), records, "2026-11-22T00:00:00+00:00")
@@ -256,7 +262,7 @@ def test_a_run_of_the_embedded_model_on_a_gpu_gives_its_kl_and_nothing_else(stor
     assert found["fp16-torch"] == before["fp16-torch"]
     assert found["bf16-torch"] == before["bf16-torch"]
     assert found[wide]["remarks"].endswith(r"; CPU, KL on H200: group 512 does not divide q\_proj (K=256)")
-    assert "; KL on H200: failed: no kernel" in found["a8w8-torchao"]["remarks"]
+    assert "; KL on H200: failed: no kernel (untuned)" in found["a8w8-torchao"]["remarks"]
     first, second = found[mx]["remarks"].split("; ")
     assert (first, second) == ("H200: needs SM100 (MXFP8 tensor cores), this is SM90", "H200: another reason")
     cuda = sum("cuda" in row.devices for row in FORMATS.values())

@@ -55,6 +55,17 @@ def test_folders_of_runs_are_searched(tmp_path, capsys):
     assert (code, "2 runs merged" in out) == (0, True)
 
 
+def test_a_note_says_how_the_runs_were_made(tmp_path, capsys):
+    skipped = int4(outcome="skipped", unmet=Unmet("package", "no torchao"))
+    keep(tmp_path / "runs", [decode(decode_tok_s=180.0), skipped])
+    for _ in range(2):  # once in the file, however often it is given
+        assert run(capsys, tmp_path / "runs", "-o", tmp_path / "all.json", "--note", "kernels untuned")[0] == 0
+        assert run(capsys, tmp_path / "all.json", "-o", tmp_path / "again.json", "--note", "kernels untuned")[0] == 0
+    entries = runs.read(tmp_path / "again.json").entries
+    assert entries[BF16].record.info["notes"] == ["kernels untuned"]
+    assert "notes" not in entries[INT4].record.info
+
+
 def test_several_devices_are_told_apart_and_can_be_had_back(tmp_path, capsys):
     keep(tmp_path / "runs", [decode(decode_tok_s=180.0)])
     keep(tmp_path / "runs", [decode(decode_tok_s=90.0)], device="nvidia-a100", device_name="NVIDIA A100")

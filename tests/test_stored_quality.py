@@ -47,12 +47,29 @@ def stored():
 
 
 def test_a_gpu_loses_what_a_cpu_loses():
-    """Other kernels, sums in another order, fp16 in the place of bf16 where a GPU has that: 5 % at most so far."""
+    """Other kernels, sums in another order. lowbit's rows are fp16 on a GPU and bf16 sums of their own on a CPU: they
+    may differ by what fp16 alone does. AWQ's search has ties (docs/findings.md): its bound is its own."""
     cpu, gpu = stored()
     both = [name for name in cpu.keys() & gpu.keys() if not FORMATS[name].is_baseline]
-    assert len(both) >= 35
-    apart = {name: (cpu[name], gpu[name]) for name in both if abs(gpu[name] - cpu[name]) > 0.1 * cpu[name] + 1e-5}
+    assert len(both) >= 100
+    rounding = {name: cpu["fp16-torch"] if FORMATS[name].backend == "lowbit" else 1e-5 for name in both}
+    share = dict.fromkeys(both, 0.1) | {"a16w4_awq_g128-calibrated": 0.2}
+    apart = {
+        name: (cpu[name], gpu[name])
+        for name in both
+        if abs(gpu[name] - cpu[name]) > share[name] * cpu[name] + rounding[name]
+    }
     assert apart == {}
+
+
+def test_gemlites_kernels_lose_what_hqqs_dequantization_loses():
+    """The same weights, in fp16 both."""
+    _, gpu = stored()
+    names = {name.removesuffix("-gemlite") for name in gpu if name.endswith("-gemlite")}
+    both = {name for name in names if f"{name}-hqq" in gpu}
+    assert both >= {"a16w4_g64", "a16w4_g128", "a16w2_g32", "a16w2_g64", "a16w1_g64"}
+    for name in both:
+        assert gpu[f"{name}-gemlite"] == pytest.approx(gpu[f"{name}-hqq"], rel=0.005), name
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *ON_A_GPU])

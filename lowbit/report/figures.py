@@ -103,14 +103,15 @@ class Place:
 
     def fate(self, fmt: str, kind: str) -> tuple[str, str]:
         """What became of its cases of this kind, of which none was measured, and why: ``skipped`` with a skip's reason,
-        else ``failed`` with a failure's first line; two times "" where nothing is known."""
+        else ``failed`` with a failure's first line and its notes; two times "" where nothing is known."""
         found = [record for record in self._all(fmt) if record.kind == kind]
         for record in found:
             if record.unmet is not None:
                 return "skipped", record.unmet.reason
         for record in found:
             if lines := (record.error or "").strip().splitlines():
-                return "failed", f"failed: {lines[0]}"
+                notes = "; ".join(record.info.get("notes", []))
+                return "failed", f"failed: {lines[0]}" + (f" ({notes})" if notes else "")
         return "", ""
 
 
