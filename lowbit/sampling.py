@@ -91,6 +91,17 @@ class Sampler:
         return token
 
 
+@dataclass
+class Chosen:
+    """The sampler at hand, which another may replace. A decoder holds this and not the runner that holds the decoder:
+    in a cycle a dropped runner's KV cache and CUDA graphs would stay until Python collects garbage."""
+
+    sampler: Sampler
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        return self.sampler(logits)
+
+
 def filtered(scaled: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     """Logits [B, V], already divided by the temperature, with -inf for what top-k and top-p leave out."""
     vocabulary = scaled.shape[-1]

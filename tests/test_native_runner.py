@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from test_runner import FakeStep, fake_kernels
@@ -78,6 +81,24 @@ def test_another_kind_of_sampling_is_recorded_anew(generator):
     ids(generator(PROMPT, 6, sampling=Sampling(temperature=1.0), stop_at_eos=False))
     assert PickingStep.recorded == once + 1
     assert ids(generator(PROMPT, 6, stop_at_eos=False)) == greedy
+
+
+@pytest.mark.parametrize("make", [natively, DecoderRunner])
+def test_a_dropped_runner_frees_its_cache_and_its_graphs_at_once(generator, make):
+    """And not when Python collects garbage: a longer answer's cache is made after that, and its graphs are recorded."""
+    generator.runner = make(generator.model, 1, 16)
+    ids(generator(PROMPT, 4, sampling=Sampling(temperature=1.0)))
+    ids(generator(PROMPT, 4, stop_at_eos=False))
+    decoder = generator.runner._decoder
+    held = [weakref.ref(one) for one in (decoder.cache, decoder.native, decoder) if one is not None]
+    del decoder
+    gc.disable()
+    try:
+        generator(PROMPT, 24)
+        assert [one() for one in held] == [None] * len(held)
+    finally:
+        gc.enable()
+    assert generator.runner.length == 64
 
 
 def test_it_is_offered_for_streamed_models_on_its_device_alone():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 
 import noted
@@ -167,6 +169,20 @@ def test_the_graphs_used_last_are_kept(graphs):
     assert runs.recorded == [1, 3]
     runs(2)
     assert runs.recorded == [3]
+
+
+def test_dropped_it_ends_at_once_with_its_graphs(launched, graphs):
+    """And not when Python collects garbage, which may be inside the recording of another graph."""
+    _, _, run = ready()
+    for _ in range(2):
+        run(prompt(8))
+    held = [weakref.ref(one) for one in (run, run.step, run._runs)]
+    gc.disable()
+    try:
+        del run
+        assert [one() for one in held] == [None] * 3
+    finally:
+        gc.enable()
 
 
 def test_two_lengths_are_recorded_with_the_same_launches_as_they_run(launched, graphs):

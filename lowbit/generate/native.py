@@ -12,7 +12,7 @@ from lowbit.generate.decoder import Decoder
 from lowbit.kernels import batch as batches
 from lowbit.kernels import runner
 from lowbit.kernels.stream_modules import StreamLinear
-from lowbit.sampling import GREEDY, Sampler, Sampling
+from lowbit.sampling import GREEDY, Chosen, Sampler, Sampling
 
 
 class NativeRunner:
@@ -25,11 +25,8 @@ class NativeRunner:
         if kv:
             self.name = f"{self.name}, KV cache in {kv}"
         self._sampling = GREEDY
-        self._sampler = Sampler(GREEDY, batch, model.model.norm.weight.device)
-        self._decoder = Decoder(model, batch, length, pick=self._pick, kv=kv)
-
-    def _pick(self, logits: Tensor) -> Tensor:
-        return self._sampler(logits)
+        self._chosen = Chosen(Sampler(GREEDY, batch, model.model.norm.weight.device))
+        self._decoder = Decoder(model, batch, length, pick=self._chosen, kv=kv)
 
     @property
     def position(self) -> int:
@@ -38,10 +35,11 @@ class NativeRunner:
     def reset(self, sampling: Sampling) -> None:
         """Sample like this from now on, from the seed's first draw."""
         self._sampling = sampling
-        if sampling.kind == self._sampler.kind:
-            self._sampler.set(sampling)
+        sampler = self._chosen.sampler
+        if sampling.kind == sampler.kind:
+            sampler.set(sampling)
         else:
-            self._sampler = Sampler(sampling, self._sampler.batch, self._sampler.seed.device)
+            self._chosen.sampler = Sampler(sampling, sampler.batch, sampler.seed.device)
             if self._decoder.native is not None:
                 self._decoder.pick_natively(self._greedily)
 
@@ -55,7 +53,7 @@ class NativeRunner:
         """ids [batch, S] into an empty cache -> the first token. The first prompt also proves a step against eager."""
         if self._decoder.native is None:
             self._decoder.run_natively(ids, "Generator", greedily=self._greedily)
-            self._sampler.set(self._sampling)  # the proof has drawn
+            self._chosen.sampler.set(self._sampling)  # the proof has drawn
         return self._decoder.prefill(ids)
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowbit.generate import native
 from lowbit.generate.decoder import Decoder
-from lowbit.sampling import GREEDY, Sampler, Sampling
+from lowbit.sampling import GREEDY, Chosen, Sampler, Sampling
 
 
 class Runner(Protocol):
@@ -71,8 +71,8 @@ class DecoderRunner:
         if kv:
             self.name = f"{self.name}, KV cache in {kv}"
         device = model.model.norm.weight.device
-        self._sampler = Sampler(GREEDY, batch, device)
-        self._decoder = Decoder(model, batch, length, pick=lambda logits: self._sampler(logits), kv=kv)
+        self._chosen = Chosen(Sampler(GREEDY, batch, device))
+        self._decoder = Decoder(model, batch, length, pick=self._chosen, kv=kv)
 
     @property
     def position(self) -> int:
@@ -80,10 +80,11 @@ class DecoderRunner:
 
     def reset(self, sampling: Sampling) -> None:
         """Sample like this from now on, from the seed's first draw."""
-        if sampling.kind == self._sampler.kind:
-            self._sampler.set(sampling)
+        sampler = self._chosen.sampler
+        if sampling.kind == sampler.kind:
+            sampler.set(sampling)
         else:
-            self._sampler = Sampler(sampling, self._sampler.batch, self._sampler.seed.device)
+            self._chosen.sampler = Sampler(sampling, sampler.batch, sampler.seed.device)
 
     @torch.no_grad()
     def prefill(self, ids: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ layer's attention: the decode step's own kernels take it from there to the token
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -63,7 +64,8 @@ class NativePrefill:
         self._body, self._layers = model.model, cache.layers
         self._device, self._sequences = step.token.device, step.shape.batch
         self._module = load(step.shape, self._device.index or 0, progress)
-        self._runs = RecordedRuns(self.launch)
+        own = weakref.proxy(self)  # no cycle: dropped, its graphs end at once and not inside another's recording
+        self._runs = RecordedRuns(lambda tokens: own.launch(tokens))
         self.room = 0
         self._attended = self._scratch = torch.empty(0)
 
