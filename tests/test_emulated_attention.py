@@ -15,6 +15,7 @@ from lowbit.kernels.geometry import AHEAD, ATTENTION_WARPS, SHORT_CACHE, SHORT_W
 pytestmark = pytest.mark.skipif(unmet() is not None, reason=str(unmet()))
 WIDE = {"heads": 4, "kv_heads": 1, "head_dim": 128}
 MIDDLE = {"heads": 4, "kv_heads": 1, "head_dim": 64}
+ODD = {"heads": 6, "kv_heads": 2, "head_dim": 128}
 SMALL = {"heads": 16, "kv_heads": 2, "head_dim": 32}
 LONGEST = 10320
 
@@ -140,8 +141,11 @@ TURN = SPLITS * ATTENTION_WARPS * 16
         *(("bf16", kv, WIDE) for kv in ("", "fp8")),
         *(("int8", kv, MIDDLE) for kv in ("int8", "fp8")),
         *(("int8", kv, SMALL) for kv in ("", "int8")),
+        ("int8", "int8", ODD),
     ],
-    ids=lambda value: f"{value['head_dim']}" if isinstance(value, dict) else value or "16",
+    ids=lambda value: (
+        f"{value['heads'] // value['kv_heads']}x{value['head_dim']}" if isinstance(value, dict) else value or "16"
+    ),
 )
 def test_a_token_sees_every_position_of_its_cache(compiled, length, positions, name, kv, heads):
     shape = shape_of(name, kv, heads)
