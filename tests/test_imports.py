@@ -26,6 +26,7 @@ STAGES = (
         "hostmemory",
         "presets",
         "spent",
+        "graphs",
         "vram_limit",
     },
     {"digest", "pins"},
