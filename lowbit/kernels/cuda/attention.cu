@@ -50,6 +50,7 @@ constexpr int SHARE = OUTPUTS / SPLITS;                     // of the outputs: w
 constexpr int LETTER = SHARE + (2 * QUERIES + 3) / 4 * 4;   // what each tells it: sums, then maximum and weight by head
 constexpr float LOG2_E = 1.4426950408889634f;               // exponentials are powers of two here
 static_assert(QUERIES <= 8, "the heads of a group are the 8 columns of an mma");
+static_assert(SPLITS > 1, "st.async, which carries letters, is defined in clusters of several blocks alone");
 constexpr int FREE = 2 * CHUNK_CODES * (int)sizeof(Code) - 16;  // of a chunk: behind its last row of values
 static_assert(RESULT * 4 <= FREE && CHUNK_BYTES % 16 == 0, "a warp's result takes the place of its first chunk");
 
