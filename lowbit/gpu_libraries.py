@@ -55,13 +55,13 @@ def main(
     parser = argparse.ArgumentParser(prog="python -m lowbit.gpu_libraries", description=__doc__.partition("\n")[0])
     parser.add_argument("--constraints", type=Path, help="pip's constraints file with the versions to take")
     options = parser.parse_args(arguments)
-    found = driver()
-    if found is None:
-        print(f"lowbit: no NVIDIA driver here: {' and '.join(PACKAGES)} (which bring 1 GB of Triton) are left out")
-        return 0
     absent = missing()
     if not absent:
         print(f"lowbit: {' and '.join(PACKAGES)} are installed already")
+        return 0
+    found = driver()
+    if found is None:
+        print(f"lowbit: no NVIDIA driver here: {' and '.join(absent)} left out (gemlite brings 1 GB of Triton)")
         return 0
     constraints = ["-c", str(options.constraints)] if options.constraints else []
     print(f"lowbit: NVIDIA driver found ({found}): installing {' and '.join(absent)}", flush=True)

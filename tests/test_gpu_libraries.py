@@ -27,7 +27,14 @@ def install_into(calls, code=0):
 def test_without_a_driver_nothing_is_installed_and_the_reason_is_said(installs, capsys):
     assert gpu_libraries.main([], driver=lambda: None, install=install_into(installs)) == 0
     assert installs == []
-    assert "no NVIDIA driver here: gemlite and hqq" in capsys.readouterr().out
+    assert "no NVIDIA driver here: gemlite and hqq left out" in capsys.readouterr().out
+
+
+def test_without_a_driver_what_is_installed_is_not_said_to_be_left_out(monkeypatch, installs, capsys):
+    monkeypatch.setattr(gpu_libraries, "missing", lambda: ["gemlite"])
+    assert gpu_libraries.main([], driver=lambda: None, install=install_into(installs)) == 0
+    assert installs == []
+    assert "here: gemlite left out" in capsys.readouterr().out
 
 
 def test_with_a_driver_the_missing_ones_are_installed_at_their_pins(installs):
