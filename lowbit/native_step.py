@@ -55,7 +55,10 @@ def main(options: Any) -> int:
     prompts = _numbers(options.prefill, "--prefill") if options.prefill else []
     here = device.detect()
     choice = models.choose(options.model, options.load_format, here)
-    names = options.formats.split(",") if options.formats else list(LAYOUTS)
+    names = [name.strip() for name in options.formats.split(",")] if options.formats else list(LAYOUTS)
+    for name in names:
+        if name not in LAYOUTS:
+            raise unknown("weight format in --formats", name, LAYOUTS)
     for name, count in itertools.product(names, counts):
         why = batches.unmet(choice.config, name, here.capability, count)
         if why is not None:

@@ -12,7 +12,9 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--model", default="llama-3.1-8b", help="as in `pytest benches --model` (llama-3.1-8b)")
     parser.add_argument("--load-format", choices=("auto", "dummy"), default="dummy", help="dummy weights, or real ones")
-    parser.add_argument("--formats", default="", metavar="LIST", help="weight formats, by commas (all that it streams)")
+    parser.add_argument(
+        "--formats", default="", metavar="LIST", help="weight formats by commas, such as int4_g128,ternary (all)"
+    )
     parser.add_argument("--contexts", default="128,8192", metavar="LIST", help="tokens in the KV cache (128,8192)")
     parser.add_argument("--tokens", default="128,512", metavar="LIST", help="tokens decoded from there (128,512)")
     parser.add_argument("--prefill", default="512,2048", metavar="LIST", help="tokens of timed prompts; '' for none")

@@ -23,6 +23,11 @@ def test_it_says_what_it_needs(capsys):
     assert "bf16 can't run here: needs a CUDA device" in capsys.readouterr().err
 
 
+def test_an_unknown_format_is_said_to_be_one_on_any_machine(capsys):
+    assert __main__.main(["step", "--model", "embedded", "--formats", "bf16,int4"]) == __main__.UNUSABLE
+    assert "unknown weight format in --formats 'int4'; known: bf16, binary" in capsys.readouterr().err
+
+
 def test_prompts_are_numbers_too(capsys):
     assert __main__.main(["step", "--model", "embedded", "--prefill", "512,x"]) == __main__.UNUSABLE
     assert "--prefill: expected whole numbers of 1 or more, separated by commas, got '512,x'" in capsys.readouterr().err

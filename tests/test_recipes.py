@@ -368,8 +368,8 @@ def test_a_recipe_is_read_from_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "No such file"),
-        ("{", "Expecting property name"),
+        (None, r"can't be read: No such file or directory$"),
+        ("{", "no JSON: Expecting property name"),
         ("[]", "got name None"),
         ('{"name": "a-b", "parts": {}}', "got name 'a-b'"),
         ('{"name": "mine", "parts": ["int4"]}', r"got parts \['int4'\]"),

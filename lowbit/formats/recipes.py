@@ -268,8 +268,10 @@ def read(path: Path, known: Mapping[str, Format]) -> Format:
     expected = 'expected {"name": …, "parts": {pattern: format id, …}}'
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LowbitError(f"recipe {path}: {error}; {expected}") from error
+    except OSError as error:
+        raise LowbitError(f"recipe {path}: can't be read: {error.strerror}") from error
+    except ValueError as error:
+        raise LowbitError(f"recipe {path}: no JSON: {error}; {expected}") from error
     name, parts = (document.get("name"), document.get("parts")) if isinstance(document, dict) else (None, None)
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w.]*", name):
         raise LowbitError(f"recipe {path}: {expected}, the name of letters, digits, _ and ., got name {name!r}")
