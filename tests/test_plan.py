@@ -11,8 +11,10 @@ from _pytest.mark.expression import Expression
 
 from lowbit import plan, runs, typical
 from lowbit.__main__ import main
+from lowbit.device import Device
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS
+from lowbit.pytest_plugin import collection
 from lowbit.runs import Header
 
 PARAMETERS = 8_030_000_000
@@ -212,3 +214,16 @@ def test_stored_runs_give_the_seconds(tmp_path, capsys):
     assert captured.err.startswith(f"lowbit: left out: {killed}: ")
     assert main([*PLAN, "--kind", "decode", str(killed)]) == 2  # one that was named does not
     assert re.search(r"\npart 1: \d+ cases, about \d+\.\d min\npytest ", shown)
+
+
+def test_what_a_device_cannot_run_takes_no_minutes_of_the_announcement():
+    cpu = Device("cpu", 0, "a CPU", "a-cpu", None, None, 1, None, None)
+
+    def minutes(case, kind="decode"):
+        return collection.expected_minutes([f"benches/test_{kind}.py::test_{kind}[{case}]"], {}, cpu)
+
+    assert minutes("a16w4_g128-lowbit-eager-b1_c0") == typical.typical_s("cpu", "decode", "eager") / 60 > 0
+    assert minutes("a16w4_g128-lowbit", "quality") == typical.typical_s("cpu", "quality", None) / 60 > 0
+    for case in ("a16w4_g128-lowbit-native-b1_c0", "a16w8-lowbit-reduce-overhead-b1_c0", "a16w8-gemlite-eager-b1_c0"):
+        assert minutes(case) == 0
+    assert minutes("a16w8-gemlite", "quality") == 0

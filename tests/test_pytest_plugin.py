@@ -127,6 +127,10 @@ def test_k_that_matches_nothing_says_what_there_is(bench):
     text = " ".join(bench.run("-k", "max-autotune and decode").stdout.str().split())
     assert "matches -k 'max-autotune and decode'; --suite nightly has max-autotune-no-cudagraphs, max-autotune." in text
     assert "; --suite nightly has batch8." in " ".join(bench.run("-k", "batch8").stdout.str().split())
+    bench.plan(formats=["bf16-torch", "a16w4_g128-torchao", "a16w5_intx_g32-torchao"])
+    text = " ".join(bench.run("-k", "int5 and torchao").stdout.str().split())
+    assert "matches -k 'int5 and torchao'; --suite full has a16w5_intx_g32-torchao. Its formats: bf16-torch" in text
+    bench.plan()
     bench.monkeypatch.setattr(summary, "MOST_FORMATS", 1)
     text = " ".join(bench.run("-k", "int5").stdout.str().split())
     assert "Its formats: 2, listed by python -m lowbit formats; other words: int4" in text

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from lowbit import baselines, cases
+from lowbit import baselines, cases, compilers
 from lowbit.cases import KINDS, SUITE_MODES, Case
+from lowbit.formats import FORMATS
 from lowbit.pytest_plugin.keys import CASE
 from lowbit.typical import typical_s
 
 if TYPE_CHECKING:
+    from lowbit.device import Device
     from lowbit.pytest_plugin.session import BenchSession
 
 PARAMETERS = ("format", "mode", "workload")
@@ -99,15 +101,20 @@ def sort_items(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (1, cases.run_order(item.stash[CASE])) if CASE in item.stash else (0, (0, 0, 0)))
 
 
-def expected_minutes(nodeids: Iterable[str], measured_s: Mapping[str, float], device_kind: str) -> float:
-    """Minutes that the cases will take: their last kept wall time on this device, else a typical one of their kind."""
-    return sum(measured_s.get(nodeid, _typical_s(nodeid, device_kind)) for nodeid in nodeids) / 60
+def expected_minutes(nodeids: Iterable[str], measured_s: Mapping[str, float], device: Device) -> float:
+    """Minutes that the cases will take: their last kept wall time on this device, else a typical one of their kind;
+    none where row or mode are not for such a device. Asks no library, for an xdist controller must not import one."""
+    return sum(measured_s.get(nodeid, _typical_s(nodeid, device)) for nodeid in nodeids) / 60
 
 
-def _typical_s(nodeid: str, device_kind: str) -> float:
+def _typical_s(nodeid: str, device: Device) -> float:
     function, _, parameters = nodeid.rpartition("::")[2].partition("[")
     mode = next((mode for mode in SUITE_MODES["full"] if f"-{mode}-" in parameters), None)
-    return typical_s(device_kind, kind_of(function) or "", mode, parameters.partition(f"-{mode}-")[0])
+    name = parameters.partition(f"-{mode}-")[0].removesuffix("]")
+    row = FORMATS.get(name)
+    if row and (device.kind not in row.devices or (mode and compilers.unmet(mode, device, row))):
+        return 0.0
+    return typical_s(device.kind, kind_of(function) or "", mode, name)
 
 
 VANISHED = "vanished:"

@@ -96,25 +96,28 @@ def _cases(bench: BenchSession, suite: str) -> list[Case]:
 
 
 def _elsewhere(bench: BenchSession, asked: str) -> str:
-    """``; --suite nightly has a16w4_g32-torchao``: formats, modes and workloads that one of the words names and that
-    only a larger suite has."""
-    words = [word.lower() for word in re.findall(r"[\w.-]+", asked) if word.lower() not in ("and", "or", "not")]
+    """``; --suite nightly has a16w4_g32-torchao``: formats, modes and workloads that one of the words names, none of
+    this suite's, and that only a larger suite has."""
     suites = list(SUITE_MODES)
     known = _names(bench, bench.settings.suite)
+    words = [word.lower() for word in re.findall(r"[\w.-]+", asked) if word.lower() not in ("and", "or", "not")]
+    words = [word for word in words if not any(word in told for told in known.values())]
     for suite in suites[suites.index(bench.settings.suite) + 1 :]:
-        more = [name for name in _names(bench, suite) if name not in known and any(w in name.lower() for w in words)]
+        found = _names(bench, suite)
+        more = [name for name, told in found.items() if name not in known and any(word in told for word in words)]
         if more:
             return f"; --suite {suite} has {', '.join(more[:NAMED])}{' and more' if len(more) > NAMED else ''}"
     return ""
 
 
-def _names(bench: BenchSession, suite: str) -> list[str]:
-    """The formats, modes and workloads of a suite, and the words for their batches."""
+def _names(bench: BenchSession, suite: str) -> dict[str, str]:
+    """The formats, modes and workloads of a suite, and the words for their batches; each with what -k finds it by."""
     cases = _cases(bench, suite)
     workloads = [case.workload for case in cases if case.workload]
-    names = [*(case.format.id for case in cases), *(case.mode for case in cases if case.mode)]
-    names += [*(workload.id for workload in workloads), *(f"batch{workload.batch}" for workload in workloads)]
-    return list(dict.fromkeys(names))
+    names = [*(case.mode for case in cases if case.mode), *(workload.id for workload in workloads)]
+    names += [f"batch{workload.batch}" for workload in workloads]
+    formats = {case.format.id: " ".join(sorted(case.format.selectors)).lower() for case in cases}
+    return formats | {name: name.lower() for name in names}
 
 
 def expectation_lines(bench: BenchSession, nodeids: Sequence[str], *, workers: int | None = None) -> list[str]:
@@ -125,7 +128,7 @@ def expectation_lines(bench: BenchSession, nodeids: Sequence[str], *, workers: i
     if not nodeids:  # single kernels, or nothing: pytest's own count says it
         return []
     measured = runs.wall_seconds(bench.settings.runs_dir, bench.header())
-    minutes = collection.expected_minutes(nodeids, measured, bench.device.kind) / (workers or 1)
+    minutes = collection.expected_minutes(nodeids, measured, bench.device) / (workers or 1)
     basis = "by the last kept runs" if measured else "a guess until a run is kept"
     processes = f" × {count(bench.settings.baseline_runs, 'run')}" if bench.settings.update_baselines else ""
     duration = f"about {minutes:.0f} min" if minutes >= 1 else "less than a minute"
