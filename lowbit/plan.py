@@ -243,7 +243,7 @@ def recorded_seconds(paths: Iterable[Path], model: str, device_kind: str) -> dic
 
     sources = figures.read(paths, tell_left_out)
     found = [source for source in sources if source.header.model == model]
-    found = [source for source in found if source.header.device.startswith("cpu-") == (device_kind == "cpu")]
+    found = [source for source in found if source.on_cpu == (device_kind == "cpu")]
     return {
         record.case: float(record.info["wall_s"])
         for source in sorted(found, key=lambda source: source.header.started)

@@ -101,6 +101,14 @@ class Chosen:
     def __call__(self, logits: Tensor) -> Tensor:
         return self.sampler(logits)
 
+    def reset(self, sampling: Sampling) -> bool:
+        """Sample like this from the seed's first draw on; whether that takes other operations, a sampler of its own."""
+        if sampling.kind == self.sampler.kind:
+            self.sampler.set(sampling)
+            return False
+        self.sampler = Sampler(sampling, self.sampler.batch, self.sampler.seed.device)
+        return True
+
 
 def filtered(scaled: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     """Logits [B, V], already divided by the temperature, with -inf for what top-k and top-p leave out."""

@@ -35,13 +35,8 @@ class NativeRunner:
     def reset(self, sampling: Sampling) -> None:
         """Sample like this from now on, from the seed's first draw."""
         self._sampling = sampling
-        sampler = self._chosen.sampler
-        if sampling.kind == sampler.kind:
-            sampler.set(sampling)
-        else:
-            self._chosen.sampler = Sampler(sampling, sampler.batch, sampler.seed.device)
-            if self._decoder.native is not None:
-                self._decoder.pick_natively(self._greedily)
+        if self._chosen.reset(sampling) and self._decoder.native is not None:
+            self._decoder.pick_natively(self._greedily)
 
     @property
     def _greedily(self) -> bool:
@@ -53,7 +48,7 @@ class NativeRunner:
         """ids [batch, S] into an empty cache -> the first token. The first prompt also proves a step against eager."""
         if self._decoder.native is None:
             self._decoder.run_natively(ids, "Generator", greedily=self._greedily)
-            self._chosen.sampler.set(self._sampling)  # the proof has drawn
+            self._chosen.reset(self._sampling)  # the proof has drawn
         return self._decoder.prefill(ids)
 
     @torch.no_grad()

@@ -80,11 +80,7 @@ class DecoderRunner:
 
     def reset(self, sampling: Sampling) -> None:
         """Sample like this from now on, from the seed's first draw."""
-        sampler = self._chosen.sampler
-        if sampling.kind == sampler.kind:
-            sampler.set(sampling)
-        else:
-            self._chosen.sampler = Sampler(sampling, sampler.batch, sampler.seed.device)
+        self._chosen.reset(sampling)
 
     @torch.no_grad()
     def prefill(self, ids: Tensor) -> Tensor:

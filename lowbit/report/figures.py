@@ -43,14 +43,18 @@ class Source:
     def place(self) -> str | None:
         """``cpu`` or the slug of a GPU; None where another model than the place's was measured."""
         header = self.header
-        if header.device.startswith("cpu-"):
+        if self.on_cpu:
             return CPU if header.model == EMBEDDED else None
         return header.device if self.beside or LARGE in header.model.lower() else None
 
     @property
+    def on_cpu(self) -> bool:
+        return self.header.device.startswith("cpu-")
+
+    @property
     def beside(self) -> bool:
         """Of the embedded model on a GPU: its quality alone is told of, what it stores and takes is the 8B's."""
-        return self.header.model == EMBEDDED and not self.header.device.startswith("cpu-")
+        return self.header.model == EMBEDDED and not self.on_cpu
 
 
 @dataclass(frozen=True)
