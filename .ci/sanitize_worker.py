@@ -46,12 +46,10 @@ Set = Callable[[object, str, object], None]
 
 
 def press(set_to: Set = setattr) -> None:
-    """Few blocks and short rings for all products, attention by few warps where a wide model has it so; every plan has
-    room for the edit ``handover``."""
+    """Few blocks and short rings for all products; every plan has room for the edit ``handover``."""
     for module in (batch, geometry, runner):
         set_to(module, "BLOCKS", BLOCKS)
         set_to(module, "RING_BYTES", RING_BYTES)
-    set_to(geometry.Geometry, "_shortens", lambda *_: True)
     planned = batch.plan
 
     def plan(*args: Any) -> batch.Plan:

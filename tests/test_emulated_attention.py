@@ -27,9 +27,7 @@ def shape_of(name="int8", kv="", heads=WIDE):
 @pytest.fixture
 def compiled(kernels_folder):
     def module(shape):
-        few = shape.attention(FEW)._replace(warps=SHORT_WARPS).kernel
-        kernels = tuple(dict.fromkeys((*shape.attentions, few)))
-        return EmulatedModule(kernels_folder, ("common", "attention"), kernels, shape.macros())
+        return EmulatedModule(kernels_folder, ("common", "attention"), shape.attentions, shape.macros())
 
     return module
 
@@ -152,9 +150,7 @@ def test_a_token_sees_every_position_of_its_cache(compiled, length, positions, n
     plan = shape.attention(length)
     assert plan.kernel in shape.attentions
     assert plan.stages == (1 if length <= SHORT_CACHE else AHEAD[kv])
-    if length == FEW:  # int8's own at head_dim 128 and hidden 4096; other shapes may take it too
-        assert plan.warps == (SHORT_WARPS if (name, kv, heads) == ("int8", "", WIDE) else ATTENTION_WARPS)
-        plan = plan._replace(warps=SHORT_WARPS)
+    assert plan.warps == (SHORT_WARPS if length == FEW else ATTENTION_WARPS)
     for position in positions:
         step = Step(shape, length, position)
         step.run(compiled(shape), plan)

@@ -149,7 +149,7 @@ def test_a_step_is_5_kernels_per_layer_in_order_with_the_models_own_memory(modul
     kernels = [kernel for kernel, *_ in module.launched]
     layer = [
         runner.PRODUCTS["qkv"],
-        "attention_kernel<1, 8>",
+        "attention_kernel<1, 4>",
         runner.PRODUCTS["o"],
         runner.PRODUCTS["gate_up"],
         runner.PRODUCTS["down"],
@@ -190,32 +190,24 @@ def test_attention_over_a_short_cache_leaves_room_for_a_product(module, length, 
     assert length > 1024 or beside <= geometry.SHARED_BYTES
 
 
-def test_8bs_attention_has_half_the_warps_where_8_would_shorten_a_products_ring_beside_it():
-    def rings(shape, room):
-        return [shape.shared(4096, tiles, room)[0] for tiles in (384, 256)]  # qkv, o
-
-    names = set()
-    for name in LAYOUTS:
-        shape = Geometry(name, 4096, 14336, 32, 8, 128, 1e-5)
-        few, short = shape.attention(512), shape.attention(528)
-        assert (few.kernel[-2:-1], short.kernel) == (str(few.warps), "attention_kernel<1, 8>")
-        left = geometry.SHARED_BYTES - 2 * geometry.RESERVED_BYTES - short.shared_bytes
-        shortened = rings(shape, left) < rings(shape, geometry.RING_BYTES) and name != "bf16"
-        assert (few.warps == geometry.SHORT_WARPS) == shortened
-        assert set(shape.attentions) == {few.kernel, short.kernel, shape.attention(1040).kernel}
-        names |= {name} if shortened else set()
-        if LAYOUTS[name].bits == 8:  # the whole ring is what they have
-            _, _, whole = shape.shared(4096, 384, shape.beside(few))
-            assert whole + few.shared_bytes + 2 * geometry.RESERVED_BYTES <= geometry.SHARED_BYTES
-    assert names >= {"int8", "fp8_e4m3", "int4_g128", "nvfp4", "ternary"}
-    assert not names & {"int2_g128", "int3_g128", "binary", "int4_g32"}
-    several = Geometry("int8", 4096, 14336, 32, 8, 128, 1e-5, batch=2)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_8bs_attention_over_few_positions_has_half_the_warps_and_a_products_ring_stays_beside_it(name):
+    shape = Geometry(name, 4096, 14336, 32, 8, 128, 1e-5)
+    few, short = shape.attention(512), shape.attention(528)
+    assert (few.warps, few.kernel) == ((8, short.kernel) if name == "int3_g128" else (4, "attention_kernel<1, 4>"))
+    assert short.kernel == "attention_kernel<1, 8>"
+    assert set(shape.attentions) == {few.kernel, short.kernel, shape.attention(1040).kernel}
+    if LAYOUTS[name].bits <= 8:  # 16-bit weights: the whole ring is what they have, and attention waits
+        for tiles in (384, 256):  # qkv, o
+            _, _, room = shape.shared(4096, tiles, shape.beside(few))
+            assert room + few.shared_bytes + 2 * geometry.RESERVED_BYTES <= geometry.SHARED_BYTES
+    several = Geometry(name, 4096, 14336, 32, 8, 128, 1e-5, batch=2)
     assert several.attention(512).warps == geometry.ATTENTION_WARPS
 
 
 def test_products_leave_room_to_the_attention_that_is_launched_which_goes_by_the_heads_format(module, monkeypatch):
     made, dtype = streamed("int4_g128", head="int2_g128")
-    monkeypatch.setattr(Geometry, "_shortens", lambda shape, plan: shape.format == "int4_g128")
+    monkeypatch.setitem(LAYOUTS, "int4_g128", replace(LAYOUTS["int4_g128"], attention_warps=8))
     rooms, shared = [], Geometry.shared
 
     def recorded(shape, k, tiles, room=geometry.RING_BYTES):

@@ -36,8 +36,8 @@ SPLITS = 8
 same). An H200 does not hold all of 8 larger clusters at once (docs/kernels.md). Several sequences have smaller ones."""
 SHORT_WARPS = 4
 FEW_POSITIONS = SPLITS * SHORT_WARPS * CHUNK
-"""Warps of a block of one sequence's attention over so few positions at most, where twice as many warps shorten a
-product's ring beside it; not for 16-bit weights, which are slower then (docs/kernels.md)."""
+"""Warps of a block of one sequence's attention over so few positions at most (Layout.attention_warps), which has the
+sooner merged and leaves the products beside it more memory and registers (docs/kernels.md)."""
 SHORT_CACHE = SPLITS * ATTENTION_WARPS * CHUNK
 """Up to this length of the cache every warp of SPLITS blocks has one chunk, and a block fits beside a product's."""
 CLUSTERED = 16
@@ -164,20 +164,7 @@ class Geometry:
             return AttentionPlan(stages, warps * stages * chunk + letters, self.splits, warps)
 
         few = length <= FEW_POSITIONS and queries * self.head_dim <= SPLITS * SHORT_WARPS * 32
-        most = plan(ATTENTION_WARPS)
-        if self.batch > 1 or not few or LAYOUTS[self.format].bits > 8:
-            return most
-        return plan(SHORT_WARPS) if self._shortens(most) else most
-
-    def _shortens(self, plan: AttentionPlan) -> bool:
-        """Whether qkv's ring or o's would be longer without this attention beside it."""
-        heads = self.heads * self.head_dim
-        projected = heads + 2 * self.kv_heads * self.head_dim
-
-        def stages(room: int) -> tuple[int, int]:
-            return self._ring(self.hidden, projected // TILE, room)[0], self._ring(heads, self.hidden // TILE, room)[0]
-
-        return stages(_beside(plan)) < stages(RING_BYTES)
+        return plan(LAYOUTS[self.format].attention_warps if self.batch == 1 and few else ATTENTION_WARPS)
 
     @property
     def attentions(self) -> tuple[str, ...]:
@@ -190,17 +177,11 @@ class Geometry:
 
         At 8 bits and more memory is what a product waits for, and a longer ring is worth more (docs/kernels.md).
         """
-        return RING_BYTES if LAYOUTS[self.format].bits > 4 or plan.stages > 1 else _beside(plan)
+        left = SHARED_BYTES - 2 * RESERVED_BYTES - plan.shared_bytes
+        return RING_BYTES if LAYOUTS[self.format].bits > 4 or plan.stages > 1 else min(RING_BYTES, left)
 
     def shared(self, k: int, tiles: int, room: int = RING_BYTES) -> tuple[int, int, int]:
         """Stages in the ring, row tiles per batch, bytes of shared memory for a product of ``tiles`` row tiles."""
-        ring, batch, stage, fixed = self._ring(k, tiles, room)
-        if not ring:
-            raise LowbitError(f"a ring of {self.warps} stages of {stage} bytes and x of K={k} exceed {room} bytes")
-        return ring, batch, ring * stage + fixed
-
-    def _ring(self, k: int, tiles: int, room: int) -> tuple[int, int, int, int]:
-        """Stages in the ring, row tiles per batch, bytes of a stage, bytes of shared memory beside the ring."""
         batch = min(BATCH_TILES, -(-tiles // min(BLOCKS, tiles)))
         ku = stage_columns(self.format, k)
         layout = LAYOUTS[self.format]
@@ -208,12 +189,9 @@ class Geometry:
         digits = 2 * PLANE_GAP + ku if layout.integer else 0
         fixed = k * 2 + digits + k // layout.sum_columns() * 8 + batch * (k // ku) * 64 + 128 + 16 * MAX_RING
         ring = min(MAX_RING, (room - fixed) // stage) // self.warps * self.warps
-        return ring, batch, stage, fixed
-
-
-def _beside(plan: AttentionPlan) -> int:
-    """Shared memory that a block of attention leaves to a product's."""
-    return min(RING_BYTES, SHARED_BYTES - 2 * RESERVED_BYTES - plan.shared_bytes)
+        if not ring:
+            raise LowbitError(f"a ring of {self.warps} stages of {stage} bytes and x of K={k} exceed {room} bytes")
+        return ring, batch, ring * stage + fixed
 
 
 def unmet(config: Any, format: str, capability: tuple[int, int] | None, batch: int = 1, kv: str = "") -> Unmet | None:
