@@ -132,6 +132,8 @@ def test_products_of_8_bit_operands_are_those_of_the_definition(tmp_path, name, 
     choice = choose(tmp_path)
     row = row_of(choice)
     found = quantized.build(models.load(choice), row, CPU)
+    if kernel == SCALED and torch.__version__ < "2.13" and not cpu_multiplies_fp8():  # by the definition, and said so
+        kernel = DEFINITION
     assert found.coverage.kernels == f"{kernel} (14)"
     linear = found.model.model.layers[0].mlp.up_proj
     x = torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(2)).bfloat16()

@@ -36,8 +36,8 @@ SPLITS = 8
 same). An H200 does not hold all of 8 larger clusters at once (docs/kernels.md). Several sequences have smaller ones."""
 SHORT_WARPS = 4
 FEW_POSITIONS = SPLITS * SHORT_WARPS * CHUNK
-"""Warps of a block of one sequence's attention over so few positions at most (Layout.attention_warps), which has the
-sooner merged and leaves the products beside it more memory and registers (docs/kernels.md)."""
+"""Warps of a block of one sequence's attention over so few positions at most: merged sooner, and the products beside it
+have more memory and registers (docs/kernels.md)."""
 SHORT_CACHE = SPLITS * ATTENTION_WARPS * CHUNK
 """Up to this length of the cache every warp of SPLITS blocks has one chunk, and a block fits beside a product's."""
 CLUSTERED = 16
@@ -164,7 +164,7 @@ class Geometry:
             return AttentionPlan(stages, warps * stages * chunk + letters, self.splits, warps)
 
         few = length <= FEW_POSITIONS and queries * self.head_dim <= SPLITS * SHORT_WARPS * 32
-        return plan(LAYOUTS[self.format].attention_warps if self.batch == 1 and few else ATTENTION_WARPS)
+        return plan(SHORT_WARPS if self.batch == 1 and few else ATTENTION_WARPS)
 
     @property
     def attentions(self) -> tuple[str, ...]:

@@ -151,7 +151,7 @@ class NativeStep:
         self._expect(cache.layers[0].dtype if self.kv else keys.dtype, "keys and values")
         self._buffers(model, device)
         self.attention = attention_plan.words(self.shape, self.length)
-        self._attending = self.shape.attention(self.length)  # one for all layers, by the head's format
+        self._attending = self.shape.attention(self.length)  # one for all layers
         self.plan = list(self._plan(model, cache))
         self._graph: torch.cuda.CUDAGraph | None = None
 

@@ -34,7 +34,7 @@ LAYOUTS: dict[str, Layout] = {
     **{f"int4_sym_g{n}": Layout(2, 4, 512, warps=14, pace=150, group=n, scale_bytes=2) for n in (128, 64, 32)},
     "mxfp4": Layout(6, 4, 512, warps=14, group=32, scale_bytes=1),
     "nvfp4": Layout(7, 4, 512, warps=14, group=16, scale_bytes=1),
-    "int3_g128": Layout(8, 3, 512, warps=14, attention_warps=8, group=128, scale_bytes=4),
+    "int3_g128": Layout(8, 3, 512, warps=14, group=128, scale_bytes=4),
     "int2_g128": Layout(3, 2, 1024, warps=16, group=128, scale_bytes=4),
     "ternary": Layout(4, 2, 1024, warps=20),
     "binary": Layout(9, 1, 1024, warps=16),

@@ -25,9 +25,8 @@ class Layout:
     ``warps`` the consumer warps that were fastest on an H200 (docs/kernels.md; of what was never timed, those of the
     most similar format). While a ring is filled for the first time ``window`` is the stages at most that are on their
     way (0: as many as it holds), ``pace`` the clock cycles at least between asking for four of them and for the next
-    four. ``attention_warps`` are a block's of one sequence's attention over few positions beside these products.
-    ``group`` columns share a scale, which with its zero takes ``scale_bytes``; None: a row does, and then it lies
-    beside the stream."""
+    four. ``group`` columns share a scale, which with its zero takes ``scale_bytes``; None: a row does, and then it
+    lies beside the stream."""
 
     code: int
     bits: int
@@ -35,7 +34,6 @@ class Layout:
     warps: int = 11
     window: int = 0
     pace: int = 0
-    attention_warps: int = 4
     group: int | None = None
     scale_bytes: int = 0
 
