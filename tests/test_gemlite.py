@@ -12,7 +12,7 @@ import torch
 from tiny import CPU, config, gpu, model
 from torch import nn
 
-from lowbit import backends
+from lowbit import backends, truth
 from lowbit.backends import NoTruth, hqq
 from lowbit.backends import gemlite as backend
 from lowbit.backends.gemlite import _values as values
@@ -313,8 +313,11 @@ def test_weight_only_activations_are_what_they_were():
 
 @pytest.fixture
 def triton_is(monkeypatch):
+    installed = metadata.version
+
     def be(version, gemlite="0.6.0.post2"):
-        monkeypatch.setattr(metadata, "version", {"triton": version, "gemlite": gemlite}.__getitem__)
+        told = {"triton": version, "gemlite": gemlite}
+        monkeypatch.setattr(metadata, "version", lambda name: told.get(name) or installed(name))
 
     monkeypatch.setattr(backends, "find_spec", lambda name: object())
     return be
@@ -371,8 +374,12 @@ def test_one_bit_in_small_groups_says_what_gemlite_takes(triton_is):
 
 
 def test_without_triton_the_package_is_the_reason(monkeypatch):
+    installed = metadata.version
+
     def missing(name):
-        raise metadata.PackageNotFoundError(name)
+        if name == "triton":
+            raise metadata.PackageNotFoundError(name)
+        return installed(name)
 
     monkeypatch.setattr(metadata, "version", missing)
     monkeypatch.setattr(backends, "find_spec", lambda name: None if name == "triton" else object())
@@ -393,3 +400,45 @@ def test_every_processor_has_a_row():
     assert sum("block" in row.name for row in ROWS) == 2
     assert [row.name for row in ROWS if row.suite == "quick"] == ["a16w8", "a16w4_g128", "a8w8_fp8"]
     assert all("speed demonstration" in row.note for row in ROWS if row.weight_bits == 1.58)
+
+
+# -- integers below 8 bits are added up in fp16 (lowbit.formats.gemlite.IN_PARTS) --------------------------------------
+
+
+def added_in_fp16(parts):
+    """Parts [count, n], cast to fp16 and added in an order by chance, each addition rounded, as atomics do -> [n]."""
+    out = torch.zeros(parts.shape[1], dtype=torch.float16)
+    for part in parts[torch.randperm(len(parts))].half():
+        out = out + part
+    return out
+
+
+@pytest.mark.parametrize("what", ["a row of noise", "a row with an outlier"])
+def test_sums_in_parts_stay_within_their_rows_bound_and_a_wrong_group_does_not(what):
+    k, n = 14336, 256  # the largest of Llama-3.1-8B, 16 columns a part: the most parts
+    torch.manual_seed(0)
+    weight = (torch.randn(n, k) * 0.02).half()
+    x = truth.inputs(k, torch.float16, torch.device("cpu"))[what]
+    ref = truth.product(weight, x)
+    parts = (x.float() * weight.float()).view(n, -1, 16).sum(2).T
+    found = [truth.errors(added_in_fp16(parts)[None], ref, 1.0).item() for _ in range(20)]
+    bound = FORMATS["a16w4_g128-gemlite"].options["kernel_bound"]
+    assert truth.BOUNDS[torch.float16] < min(found)
+    assert max(found) < bound
+    assert truth.errors(parts.half().sum(0, dtype=torch.float32)[None], ref, 1.0).item() < truth.BOUNDS[torch.float16]
+    wrong = parts.clone()
+    wrong[:8] *= 0.5  # a group of 128 by another's scale
+    assert truth.errors(added_in_fp16(wrong)[None], ref, 1.0).item() > 2 * bound
+
+
+def test_rows_that_add_parts_in_fp16_have_that_bound_and_say_so():
+    """gemlite's get_matmul_type: below 8 bits, but not the microscaled formats; hqq's row on the same kernel."""
+    packed = {
+        row.id
+        for row in FORMATS.values()
+        if row.backend == "gemlite" and row.weight_bits < 8 and not {"mxfp4", "nvfp4"} & set(row.keywords)
+    } | {"a16w4_gemlite_g64-hqq"}
+    bound = {id for id, row in FORMATS.items() if row.options.get("kernel_bound") == 2.0**-7}
+    assert bound == packed
+    assert len(packed) == 18
+    assert all("in fp16" in FORMATS[id].note for id in packed)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lowbit.formats.gemlite import ADDED, IN_PARTS
 from lowbit.formats.row import BF16, CUDA, FP16_FIRST, Format, row
 
 REFERENCE: dict[str, Any] = {
@@ -56,7 +57,8 @@ ROWS: tuple[Format, ...] = (
         *("a16w4_gemlite_g64", "hqq", "gemlite", (16, 4), "int4", "gemlite"),
         group_size=64,
         packages=("gemlite", "triton"),
-        note="gemlite's kernel as hqq calls it",
+        options=IN_PARTS,
+        note=f"gemlite's kernel as hqq calls it; {ADDED}",
         **(FP16_FIRST | CUDA | NIGHTLY),
     ),
     row(
