@@ -1,4 +1,5 @@
-"""Who multiplies in benches/test_kernels.py: rows of the format tables, and kernels that no row stands for (RSR)."""
+"""Who multiplies in benches/test_kernels.py: rows of the format tables, lowbit's decode kernels by themselves, and
+kernels that no row stands for (RSR)."""
 
 from __future__ import annotations
 
@@ -10,11 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from lowbit import backends
-from lowbit.backends import Shape
-from lowbit.formats import FORMATS, LINEARS, Format
+from lowbit.backends import Shape, native
+from lowbit.device import Device
+from lowbit.formats import FORMATS, LINEARS, Format, Unmet
 from lowbit.kernels import quantize, rsr
 from lowbit.kernels import weights as packing
+from lowbit.kernels.geometry import MOST_SEQUENCES
 from lowbit.kernels.modules import NativeLinear
+from lowbit.kernels.stream import LAYOUTS
+from lowbit.kernels.stream_product import StreamProduct
 
 PRODUCTS = ("q_proj", "k_proj", "gate_proj", "down_proj", "lm_head")
 """One of each shape: o_proj has q_proj's, v_proj k_proj's, up_proj gate_proj's."""
@@ -25,11 +30,20 @@ Quantizer = Callable[[nn.Linear, Format, torch.dtype], nn.Module]
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to multiply. ``id`` is its format's, or its own where the format has several kernels."""
+    """One way to multiply. ``id`` is its format's, or its own where the format has several kernels. ``mode`` is the one
+    of a step that multiplies so, if only one does."""
 
     id: str
     format: Format
     make: Quantizer
+    mode: str = ""
+
+    def unmet(self, device: Device, config: Any) -> Unmet | None:
+        """Why it can't multiply here, or None."""
+        why = backends.unmet(self.format, device, config)
+        if why is None and self.mode == "native":
+            why = native.step_unmet(self.format, device, config, MOST_SEQUENCES)
+        return why
 
 
 class RsrLinear(nn.Module):
@@ -62,6 +76,10 @@ def _native(linear: nn.Linear, fmt: Format, dtype: torch.dtype) -> nn.Module:
     return NativeLinear.from_linear(linear, fmt.scheme)
 
 
+def _streamed(linear: nn.Linear, fmt: Format, dtype: torch.dtype) -> nn.Module:
+    return StreamProduct(quantize(linear.weight.detach(), fmt.scheme))
+
+
 _extra: dict[str, Contender] = {}
 
 
@@ -74,7 +92,8 @@ register(Contender("a16w158_rsr-lowbit", FORMATS["a16w158-lowbit"], lambda linea
 
 
 def contenders() -> list[Contender]:
-    """Every row of LIBRARIES that is a product of its own, then what was registered beside them.
+    """Every row of LIBRARIES that is a product of its own, then lowbit's decode kernels (``a16w4_g128-lowbit-native``;
+    its rows have those of the other modes and GPUs), then what was registered beside them.
 
     Left out: recipes, KV caches, tables, and rows that need a calibration by the whole model.
     """
@@ -85,7 +104,12 @@ def contenders() -> list[Contender]:
         if not row.calibration_windows and "attention" not in row.options
     ]
     known = [Contender(row.id, row, _native if row.backend == "lowbit" else _by_backend) for row in rows]
-    return [*known, *_extra.values()]
+    decoding = [
+        Contender(f"{row.id}-native", row, _streamed, "native")
+        for row in rows
+        if row.backend == "lowbit" and row.scheme in LAYOUTS
+    ]
+    return [*known, *decoding, *_extra.values()]
 
 
 def products(config: Any) -> list[Shape]:

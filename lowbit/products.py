@@ -26,6 +26,7 @@ from lowbit.errors import LowbitError
 from lowbit.formats import Format
 from lowbit.graphs import recording
 from lowbit.kernels.modules import NativeLinear, PackedModule
+from lowbit.kernels.stream_product import StreamProduct
 from lowbit.measure import cpu_threads, synchronize
 
 BATCHES = (1, 2, 4, 8)
@@ -102,11 +103,12 @@ class Prepared:
         return torch.randn(batch, self.shape.k, generator=generator).to(self.device.torch, self.dtype)
 
     def round(self, batch: int) -> Callable[[], object]:
-        """All copies' products with one x."""
-        x, modules = self.x(batch), self.modules
+        """All copies' products with one x; of the decode kernels nothing but the kernel."""
+        x = self.x(batch)
+        calls = [module.launch if isinstance(module, StreamProduct) else module for module in self.modules]
 
         def run() -> list[Tensor]:
-            return [module(x) for module in modules]
+            return [call(x) for call in calls]
 
         if not self.compiled:
             return run
@@ -137,7 +139,7 @@ def _dequantized(module: nn.Module, fmt: Format) -> Tensor | None:
 def _weight_bytes(module: nn.Module) -> int:
     if isinstance(module, PackedModule):
         return module.packed.nbytes
-    return module.nbytes if isinstance(module, RsrLinear) else storage_bytes(tensors_of(module))
+    return module.nbytes if isinstance(module, RsrLinear | StreamProduct) else storage_bytes(tensors_of(module))
 
 
 def measure(
@@ -185,7 +187,7 @@ def _measure(prepared: Prepared, batch: int, read_gb_s: float) -> Timing:
         copies=copies,
         cached=prepared.weight_bytes * copies < CACHE_BYTES,
         how=how,
-        kernel=_kernel(module, prepared, batch) if isinstance(module, NativeLinear) else None,
+        kernel=_kernel(module, prepared, batch),
         error=error,
     )
 
@@ -194,7 +196,11 @@ CACHE_BYTES = 64 << 20
 """What a last-level cache may hold: 50 MiB on an H200, 32 to 60 MiB on servers' CPUs."""
 
 
-def _kernel(module: nn.Module, prepared: Prepared, batch: int) -> str:
+def _kernel(module: nn.Module, prepared: Prepared, batch: int) -> str | None:
+    if isinstance(module, StreamProduct):
+        return "decode kernel"
+    if not isinstance(module, NativeLinear):
+        return None
     backend: Any = backends.get(prepared.format.backend)
     return str(backend.kernels(module, prepared.dtype, batch)).rpartition(" (")[0]
 

@@ -28,14 +28,13 @@ BITNET: dict[str, Any] = NIGHTLY | {"options": IN_PARTS, "note": f"{TERNARY}; {A
 
 def _weight_only(bits: int, groups: tuple[int | None, ...]) -> tuple[Format, ...]:
     """HQQ weights of ``bits``; group None: one for the row."""
-    added: dict[str, Any] = {"options": IN_PARTS, "note": ADDED} if bits < 8 else {}
+    fields = HQQ | ({"options": IN_PARTS, "note": ADDED} if bits < 8 else {})
     return tuple(
         row(
             *(f"a16w{bits}_hqq" if group is None else f"a16w{bits}_g{group}", "gemlite", f"A16W{bits}_HQQ_INT"),
             *((16, bits), f"int{bits}", "hqq"),
             group_size=group,
-            **added,
-            **HQQ,
+            **fields,
         )
         for group in groups
     )

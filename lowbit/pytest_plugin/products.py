@@ -57,7 +57,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def measure_product(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[], None]:
     """Measure this test's kernel at this test's shape, at every batch; skip where it can't run."""
-    from lowbit import backends, contenders, products
+    from lowbit import contenders, products
 
     bench = request.config.stash[SESSION]
     assert bench is not None
@@ -66,7 +66,7 @@ def measure_product(request: pytest.FixtureRequest, benchmark: Any) -> Callable[
     def measure() -> None:
         contender = next(c for c in contenders.contenders() if c.id == values["contender"])
         shape = next(s for s in contenders.products(bench.choice.config) if s.name == values["product"])
-        unmet = backends.unmet(contender.format, bench.device, bench.choice.config)
+        unmet = contender.unmet(bench.device, bench.choice.config)
         if unmet is not None:
             benchmark.skipped = True  # pytest-benchmark warns of an unused fixture otherwise
             pytest.skip(str(unmet))
