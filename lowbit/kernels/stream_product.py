@@ -51,7 +51,8 @@ class StreamProduct(StreamLinear):
     """Weights [n, k] of a streamed format, multiplied by the decode kernels with 1 to 8 vectors.
 
     ``launch`` is a kernel by itself, as a step has it; calling the module gives the product. x [m, k] is in the
-    format's dtype of activations (Geometry.dtype). Raises LowbitError for another dtype and for more vectors.
+    format's dtype of activations (Geometry.dtype); every x that it was given is kept, for its address is a kernel's
+    argument. Raises LowbitError for another dtype and for more vectors.
     """
 
     def __init__(self, packed: Packed) -> None:
