@@ -2,7 +2,7 @@
 
 pytest benches/test_kernels.py -k "lowbit and down_proj"
 
-``a16w4_g128-lowbit-native`` is the kernel of mode native, ``a16w4_g128-lowbit`` that of all other modes and GPUs.
+``a16w4_g128-lowbit-native`` is the kernel of mode native, ``a16w4_g128-lowbit`` that of other GPUs.
 """
 
 import pytest

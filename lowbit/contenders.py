@@ -93,7 +93,7 @@ register(Contender("a16w158_rsr-lowbit", FORMATS["a16w158-lowbit"], lambda linea
 
 def contenders() -> list[Contender]:
     """Every row of LIBRARIES that is a product of its own, then lowbit's decode kernels (``a16w4_g128-lowbit-native``;
-    its rows have those of the other modes and GPUs), then what was registered beside them.
+    its rows by themselves have those of other GPUs), then what was registered beside them.
 
     Left out: recipes, KV caches, tables, and rows that need a calibration by the whole model.
     """

@@ -17,7 +17,7 @@ from lowbit.device import Device
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS, LINEARS, recipes
 from lowbit.hostmodel import HostModel
-from lowbit.kernels import WEIGHT_FORMATS, dispatch, modules, runner, stream, weights
+from lowbit.kernels import WEIGHT_FORMATS, dispatch, modules, nvrtc, runner, stream, weights
 from lowbit.kernels.modules import NativeEmbedding, NativeLinear
 from lowbit.kernels.stream_modules import StreamLinear
 from lowbit.quantized import build
@@ -26,6 +26,18 @@ ROWS = [row for row in FORMATS.values() if row.backend == "lowbit"]
 INT4 = FORMATS["a16w4_g128-lowbit"]
 INT8 = FORMATS["a16w8-lowbit"]
 IDS = torch.arange(32).view(2, 16)
+
+
+@pytest.fixture(autouse=True)
+def with_nvrtc(monkeypatch):
+    """Of a GPU it is asked what it can; whether this machine could compile for it is a question of its own."""
+    monkeypatch.setattr(nvrtc, "available", lambda: None)
+
+
+def test_without_nvrtc_mode_native_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(nvrtc, "available", lambda: "pip install cuda-bindings")
+    assert str(native.step_unmet(INT8, gpu(9, 0), config())) == "package: pip install cuda-bindings"
+    assert "needs SM90" in str(native.step_unmet(INT8, gpu(8, 0), config()))  # first, for it can't be mended
 
 
 def quantized(fmt, dtype=torch.bfloat16, choose=None, **changes):

@@ -56,7 +56,8 @@ def step_unmet(fmt: Format, device: Device, config: Any, batch: int = 1) -> Unme
             return Unmet(*why)
     if fmt.parts and (mixed := _unmixable(fmt, device, config)) is not None:
         return Unmet("capability", mixed)
-    return None
+    missing = nvrtc.available()
+    return None if missing is None else Unmet("package", missing)
 
 
 def _streams(fmt: Format, config: Any) -> Iterator[tuple[str, str | None]]:
