@@ -23,7 +23,7 @@ import torch
 from sanitize_edits import FAULTS, edits_of, reader
 
 from lowbit.errors import LowbitError
-from lowbit.kernels import batch, geometry, launch, nvrtc, runner
+from lowbit.kernels import batch, geometry, launch, nvrtc, product_launch, runner
 from lowbit.kernels.stream import stage_columns
 
 ROOT = Path(__file__).parents[1]
@@ -47,8 +47,9 @@ Set = Callable[[object, str, object], None]
 
 def press(set_to: Set = setattr) -> None:
     """Few blocks and short rings for all products; every plan has room for the edit ``handover``."""
-    for module in (batch, geometry, runner):
+    for module in (batch, geometry, product_launch):
         set_to(module, "BLOCKS", BLOCKS)
+    for module in (batch, geometry, runner):
         set_to(module, "RING_BYTES", RING_BYTES)
     planned = batch.plan
 

@@ -75,6 +75,14 @@ def tiny_bench(tiny_folder: Path, story: texts.Source) -> Iterator[Lab]:
     made.close()
 
 
+@pytest.fixture
+def with_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a GPU it is asked what it can; whether this machine could compile for it is a question of its own."""
+    from lowbit.kernels import nvrtc
+
+    monkeypatch.setattr(nvrtc, "available", lambda: None)
+
+
 @pytest.fixture(scope="session")
 def kernels_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where emulated kernels are compiled, once for all tests and all workers: that is half of their time."""

@@ -28,7 +28,7 @@ from lowbit.cases import Case
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS, LINEARS, Unmet, recipes
 from lowbit.formats import auto as rows
-from lowbit.kernels import geometry, nvrtc, runner
+from lowbit.kernels import geometry, runner
 from lowbit.workloads import Workload
 
 AUTO = FORMATS["auto-recipe"]
@@ -409,8 +409,8 @@ def test_where_every_native_plan_loses_too_much_there_is_none():
     assert found.left_out["auto_mix_native-recipe"] == "KL 1, over the limit; no step back"
 
 
-def test_a_native_mix_is_kept_as_a_recipe_that_decodes_natively(tmp_path, monkeypatch):
-    monkeypatch.setattr(nvrtc, "available", lambda: None)
+@pytest.mark.usefixtures("with_nvrtc")
+def test_a_native_mix_is_kept_as_a_recipe_that_decodes_natively(tmp_path):
     bench = both(steps={NATIVE: 0.150}, mix_step=0.140)
     found, _ = search(bench, names=(NATIVE, NATIVE2), max_kld=0.06)
     document = selection.document_of(found, "auto_h200", ask_for(tmp_path, max_kld=0.06))
@@ -800,6 +800,7 @@ def one_round(target, setup, rounds):
     target()
 
 
+@pytest.mark.usefixtures("with_nvrtc")
 def test_a_search_on_a_gpu_of_the_decode_kernels_chooses_measures_and_replays_natively(
     folder, source, short, tmp_path, monkeypatch
 ):
@@ -809,7 +810,6 @@ def test_a_search_on_a_gpu_of_the_decode_kernels_chooses_measures_and_replays_na
     monkeypatch.setattr(bench_module, "WINDOWS", 1)
     monkeypatch.setattr(bench_module, "MODES", ("native", "eager"))
     monkeypatch.setattr(geometry, "unmet", lambda *asked: None)
-    monkeypatch.setattr(nvrtc, "available", lambda: None)
     monkeypatch.setattr(compilers, "unmet", lambda *asked: None)
     fake_kernels(monkeypatch, FakeStep)
     monkeypatch.setattr(native_times, "operations", lambda step, model: {})

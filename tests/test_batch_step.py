@@ -15,7 +15,7 @@ from lowbit.backends import native
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS
 from lowbit.generate.native import NativeRunner
-from lowbit.kernels import batch, geometry, nvrtc, runner
+from lowbit.kernels import batch, geometry, runner
 from lowbit.kernels.batch_step import BatchStep
 from lowbit.kernels.geometry import Geometry
 from lowbit.kernels.stream import LAYOUTS
@@ -91,9 +91,9 @@ def test_a_format_without_a_stream_is_refused_for_several_sequences_as_for_one(m
     assert batch.unmet(config(), "int4_g128", H200, 2) == reason
 
 
+@pytest.mark.usefixtures("with_nvrtc")
 @pytest.mark.parametrize("count", [2, 8])
-def test_the_benches_of_several_sequences_run_natively(monkeypatch, count):
-    monkeypatch.setattr(nvrtc, "available", lambda: None)
+def test_the_benches_of_several_sequences_run_natively(count):
     row = FORMATS["a16w4_g128-lowbit"]
     assert native.step_unmet(row, gpu(9, 0), config(), count) is None
     assert "1 to 8 sequences" in str(native.step_unmet(row, gpu(9, 0), config(), 16))

@@ -12,7 +12,7 @@ from tiny import model
 from torch import nn
 
 from lowbit import generate, kvcache
-from lowbit.kernels import geometry, prefill, runner, stream_modules, weights
+from lowbit.kernels import geometry, prefill, product_launch, runner, stream_modules, weights
 from lowbit.kernels.modules import NativeEmbedding, NativeLinear
 from lowbit.kernels.quantizer import quantize
 
@@ -81,7 +81,7 @@ def test_a_step_gives_the_logits_of_the_same_weights_at_every_position(emulate, 
 @pytest.mark.parametrize("name", ["int8", "ternary"])  # a scale per row: of gate and of up, of every batch
 def test_a_block_whose_tiles_come_in_several_batches_scales_each_by_its_own_rows(emulate, monkeypatch, name):
     """As gate_up of Llama-3.1-70B in 128 blocks: here 104 row tiles of gate_up and 16 of the head for each of 4."""
-    for module in (geometry, runner):
+    for module in (geometry, product_launch):
         monkeypatch.setattr(module, "BLOCKS", 4)
     wide = {"hidden_size": 512, "intermediate_size": 3328, "vocab_size": 1024, "num_hidden_layers": 1}
     _, exact, decoder, step = build(name, LENGTH, **wide)

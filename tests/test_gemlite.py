@@ -402,7 +402,7 @@ def test_every_processor_has_a_row():
     assert all("speed demonstration" in row.note for row in ROWS if row.weight_bits == 1.58)
 
 
-# -- integers below 8 bits are added up in fp16 (lowbit.formats.gemlite.IN_PARTS) --------------------------------------
+# -- integers below 8 bits are added up in fp16 (lowbit.formats.gemlite.in_parts) --------------------------------------
 
 
 def added_in_fp16(parts):

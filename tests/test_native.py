@@ -26,12 +26,7 @@ ROWS = [row for row in FORMATS.values() if row.backend == "lowbit"]
 INT4 = FORMATS["a16w4_g128-lowbit"]
 INT8 = FORMATS["a16w8-lowbit"]
 IDS = torch.arange(32).view(2, 16)
-
-
-@pytest.fixture(autouse=True)
-def with_nvrtc(monkeypatch):
-    """Of a GPU it is asked what it can; whether this machine could compile for it is a question of its own."""
-    monkeypatch.setattr(nvrtc, "available", lambda: None)
+pytestmark = pytest.mark.usefixtures("with_nvrtc")
 
 
 def test_without_nvrtc_mode_native_says_what_to_install(monkeypatch):

@@ -12,12 +12,13 @@ from lowbit import contenders, device, products
 from lowbit.backends import Shape
 from lowbit.errors import LowbitError
 from lowbit.formats import FORMATS
-from lowbit.kernels import nvrtc, stream_product
+from lowbit.kernels import batch, geometry, nvrtc, product_launch, stream_product
 from lowbit.kernels.quantizer import quantize
 from lowbit.kernels.stream import LAYOUTS
 from lowbit.kernels.stream_product import StreamProduct
 from lowbit.kernels.weights import dequantize
 
+SEVERAL = batch.PRODUCTS["o"]
 ROW_SCALED = ("int8", "fp8_e4m3", "ternary", "binary", "nvfp4")
 emulated = pytest.mark.skipif(unmet() is not None, reason=str(unmet()))
 
@@ -33,7 +34,8 @@ def launched(monkeypatch, kernels_folder):
             super().launch(kernel, grid, threads, argument, **more)
 
     def load(shape, _):
-        return Recorded(kernels_folder, stream_product.sources(shape), (stream_product.kernel(shape),), shape.macros())
+        files, kernels = product_launch.sources(shape.batch), (stream_product.kernel(shape),)
+        return Recorded(kernels_folder, files, kernels, shape.macros())
 
     monkeypatch.setattr(stream_product, "load", load)
     return found
@@ -62,13 +64,14 @@ def test_one_vector_and_several_give_the_product_of_the_dequantized_weights(laun
         assert y.dtype == x.dtype
         assert float(error.max()) < (4e-3 if name == "bf16" else 6e-4)  # 5e-4, and rounded to 16 bits
         assert torch.equal(module(2 * x.clone()), 2 * y)  # another x, other memory; a power of two changes no bit
-    assert [kernel for kernel, _ in launched] == [stream_product.ALONE] * 3 + [stream_product.SEVERAL] * 3
+    assert [kernel for kernel, _ in launched] == [stream_product.ALONE] * 3 + [SEVERAL] * 3
     assert module.nbytes == module.part.stream.data.numel() + (4 * 48 if name in ROW_SCALED else 0)
 
 
 @emulated
 def test_more_tiles_than_a_block_finishes_at_once(launched, monkeypatch):
-    monkeypatch.setattr(stream_product, "BLOCKS", 2)  # of 20 tiles each; 14 at once
+    for module in (geometry, product_launch):
+        monkeypatch.setattr(module, "BLOCKS", 2)  # of 20 tiles each; 14 at once
     made = packed("int4_g128", 640, 256)
     x = torch.randn(1, 256, generator=torch.Generator().manual_seed(1)).half()
     y, want = StreamProduct(made)(x).float(), x.float() @ dequantize(made).T
@@ -81,7 +84,7 @@ def test_more_tiles_than_a_block_finishes_at_once(launched, monkeypatch):
 @pytest.mark.parametrize(("k", "batch"), [(14336, 1), (4096, 8)])
 def test_they_compile_for_sm90_without_spills(name, k, batch):
     shape = stream_product.shape_of(name, k, batch)
-    source = nvrtc.read_sources("ptx", *stream_product.sources(shape))
+    source = nvrtc.read_sources("ptx", *product_launch.sources(shape.batch))
     kernel = stream_product.kernel(shape)
     binary = nvrtc.compile_source(source, (kernel,), shape.macros(), "sm_90a")
     registers, spilled = binary.resources()[binary.names[kernel]]
@@ -121,7 +124,7 @@ def test_the_bench_checks_the_product_and_times_the_kernel(launched, monkeypatch
         contender("a16w4_g128-lowbit-native"), Shape("q_proj", 32, 256), device.of(torch.device("cpu")), 10.0
     )
     assert [(timing.batch, timing.kernel, timing.weight_bytes) for timing in found] == [
-        (batch, "decode kernel", 32 * (128 + 8)) for batch in (1, 2)
+        (count, "decode kernel", 32 * (128 + 8)) for count in (1, 2)
     ]
     assert all(0 < timing.error < 6e-4 for timing in found)
-    assert {kernel for kernel, _ in launched} == {stream_product.ALONE, stream_product.SEVERAL}
+    assert {kernel for kernel, _ in launched} == {stream_product.ALONE, SEVERAL}

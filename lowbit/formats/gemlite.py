@@ -17,18 +17,23 @@ HQQ: dict[str, Any] = NIGHTLY | {"packages": ("hqq",)}
 
 EMULATED = "below SM100 its values are widened in registers, for products in 16 bits"
 ROUNDED = "above 4 rows, its weights are rounded to e4m3 with their scales (a group's small ones to 2^-9)"
-ADDED = "up to 4 rows, adds up parts of K in fp16, in any order: off by up to 2^-7, which kernel truth allows it"
-IN_PARTS: dict[str, Any] = {"kernel_bound": 2.0**-7}
-"""What of integers below 8 bits multiplies 1 to 4 tokens, gemv_revsplitK, adds K / 16 to K / 128 parts in fp16, in the
-order in which they come: 5.5e-3 at most with Llama-3.1-8B's K of 14336 (docs/findings.md), bf16's epsilon is 7.8e-3. A
-group of 128 by half its scale is 3.6e-2 to 4.8e-2; a scale 10 % off is no longer found for sure."""
 TERNARY = "weights ternarised by BitNet b1.58's absmean rule: a speed demonstration unless the checkpoint is ternary"
-BITNET: dict[str, Any] = NIGHTLY | {"options": IN_PARTS, "note": f"{TERNARY}; {ADDED}"}
+
+
+def in_parts(*notes: str) -> dict[str, Any]:
+    """Bound and note of a row of integers below 8 bits, behind ``notes``. What multiplies 1 to 4 tokens there,
+    gemv_revsplitK, adds K / 16 to K / 128 parts in fp16, in the order in which they come: 5.5e-3 at most with
+    Llama-3.1-8B's K of 14336; bf16's epsilon is 7.8e-3. What it costs to find a wrong scale: docs/findings.md."""
+    added = "up to 4 rows, adds up parts of K in fp16, in any order: off by up to 2^-7, which kernel truth allows it"
+    return {"options": {"kernel_bound": 2.0**-7}, "note": "; ".join((*notes, added))}
+
+
+BITNET: dict[str, Any] = NIGHTLY | in_parts(TERNARY)
 
 
 def _weight_only(bits: int, groups: tuple[int | None, ...]) -> tuple[Format, ...]:
     """HQQ weights of ``bits``; group None: one for the row."""
-    fields = HQQ | ({"options": IN_PARTS, "note": ADDED} if bits < 8 else {})
+    fields = HQQ | (in_parts() if bits < 8 else {})
     return tuple(
         row(
             *(f"a16w{bits}_hqq" if group is None else f"a16w{bits}_g{group}", "gemlite", f"A16W{bits}_HQQ_INT"),
@@ -45,9 +50,7 @@ def _fp8_activations(bits: int, group: int) -> Format:
         *(f"a8w{bits}_g{group}", "gemlite", f"A8W{bits}_HQQ_INT_dynamic", (8, bits)),
         *(f"int{bits}", "fp8", "hqq", "dynamic"),
         group_size=group,
-        options=IN_PARTS,
-        note=f"{ROUNDED}; {ADDED}",
-        **HQQ,
+        **(HQQ | in_parts(ROUNDED)),
     )
 
 
@@ -61,9 +64,7 @@ ROWS: tuple[Format, ...] = (
         *("a16w4_g128", "gemlite", "A16W4_HQQ_INT", (16, 4), "int4", "hqq"),
         group_size=128,
         packages=("hqq",),
-        options=IN_PARTS,
-        note=ADDED,
-        **GEMLITE,
+        **(GEMLITE | in_parts()),
     ),
     row("a8w8_fp8", "gemlite", "A8W8_FP8_dynamic", (8, 8), "fp8", "float8", "dynamic", **GEMLITE),
     row("a16w8_fp8", "gemlite", "A16W8_FP8", (16, 8), "fp8", "float8", **NIGHTLY),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lowbit.formats.gemlite import ADDED, IN_PARTS
+from lowbit.formats.gemlite import in_parts
 from lowbit.formats.row import BF16, CUDA, FP16_FIRST, Format, row
 
 REFERENCE: dict[str, Any] = {
@@ -57,9 +57,7 @@ ROWS: tuple[Format, ...] = (
         *("a16w4_gemlite_g64", "hqq", "gemlite", (16, 4), "int4", "gemlite"),
         group_size=64,
         packages=("gemlite", "triton"),
-        options=IN_PARTS,
-        note=f"gemlite's kernel as hqq calls it; {ADDED}",
-        **(FP16_FIRST | CUDA | NIGHTLY),
+        **(FP16_FIRST | CUDA | NIGHTLY | in_parts("gemlite's kernel as hqq calls it")),
     ),
     row(
         *("a16w4_torchao_g64", "hqq", "torchao_int4", (16, 4), "int4", "torchao"),

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
-from lowbit.kernels import batch
-from lowbit.kernels.arguments import Batch, Normalize, fill
+from lowbit.kernels import batch, product_launch
+from lowbit.kernels.arguments import Normalize, fill
 from lowbit.kernels.geometry import MOST_SEQUENCES
-from lowbit.kernels.runner import Launch, NativeStep, stream_of
+from lowbit.kernels.launch import Launch
+from lowbit.kernels.runner import NativeStep, stream_of
 from lowbit.kernels.stream import LAYOUTS, Stream
 
 
@@ -86,8 +87,5 @@ class BatchStep(NativeStep):
     def _several(self, name: str, stream: Stream, x: Tensor, out: Tensor) -> Launch:
         shape = replace(self.shape, format=stream.format)
         self._check_format(name, shape)
-        plan = batch.plan(shape, name, stream.k, stream.tiles)
-        named = self._multiplying(name, stream, x, out)
-        argument = fill(Batch, **named, ring=plan.ring, turns=plan.turns, length=self.history.shape[-1])
-        module, grid = self._module(stream.format), (plan.blocks, 1)
-        return Launch(module, batch.PRODUCTS[name], grid, shape.threads, argument, plan.shared_bytes)
+        fields = self._multiplying(name, stream, x, out) | {"length": self.history.shape[-1]}
+        return product_launch.several(self._module(stream.format), name, shape, stream, fields)

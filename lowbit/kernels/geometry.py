@@ -163,8 +163,8 @@ class Geometry:
             stages = 1 if length <= self.splits * warps * CHUNK else AHEAD[self.kv]
             return AttentionPlan(stages, warps * stages * chunk + letters, self.splits, warps)
 
-        few = length <= FEW_POSITIONS and queries * self.head_dim <= SPLITS * SHORT_WARPS * 32
-        return plan(SHORT_WARPS if self.batch == 1 and few else ATTENTION_WARPS)
+        few = self.batch == 1 and length <= FEW_POSITIONS and queries * self.head_dim <= SPLITS * SHORT_WARPS * 32
+        return plan(SHORT_WARPS if few else ATTENTION_WARPS)
 
     @property
     def attentions(self) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -95,6 +96,31 @@ class Module:
         if attributes:  # set once: reading it gives views into memory that the next setting frees
             config.attrs, config.numAttrs = attributes, len(attributes)
         return config
+
+
+@dataclass(eq=False)
+class Launch:
+    """A kernel with all that it is launched with."""
+
+    module: Module
+    kernel: str
+    grid: tuple[int, int]
+    threads: int
+    argument: ctypes.Structure
+    shared_bytes: int = 0
+    overlap: bool = True
+    cluster: int = 1
+
+    def launch(self) -> None:
+        self.module.launch(
+            self.kernel,
+            self.grid,
+            self.threads,
+            self.argument,
+            shared_bytes=self.shared_bytes,
+            overlap=self.overlap,
+            cluster=self.cluster,
+        )
 
 
 def compile_module(

@@ -6,9 +6,8 @@ cache, the token and the position, so that a graph replay is a whole greedy step
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,10 +15,10 @@ from torch import Tensor, nn
 
 from lowbit.errors import LowbitError
 from lowbit.graphs import recording
-from lowbit.kernels import attention_plan, batch
-from lowbit.kernels.arguments import Attention, Embed, Product, fill
-from lowbit.kernels.geometry import BLOCKS, RING_BYTES, Geometry
-from lowbit.kernels.launch import Module, compile_module
+from lowbit.kernels import attention_plan, batch, product_launch
+from lowbit.kernels.arguments import Attention, Embed, fill
+from lowbit.kernels.geometry import RING_BYTES, Geometry
+from lowbit.kernels.launch import Launch, Module, compile_module
 from lowbit.kernels.modules import NativeEmbedding, NativeLinear
 from lowbit.kernels.stream import Stream
 from lowbit.kernels.stream_modules import StreamLinear
@@ -46,8 +45,7 @@ def kernels(shape: Geometry) -> tuple[str, ...]:
 
 def sources(shape: Geometry) -> tuple[str, ...]:
     """The files of cuda/ that they are compiled from."""
-    several = () if shape.batch == 1 else ("batch_x", "batch")
-    return ("common", "decode", "product", *several, "attention", "embedding")
+    return (*product_launch.sources(shape.batch), "attention", "embedding")
 
 
 Pick = Callable[[Tensor], Tensor]
@@ -94,29 +92,6 @@ def stream_of(linear: nn.Module, where: str) -> Stream:
     if not isinstance(linear, StreamLinear):
         raise LowbitError(f"the native step needs streamed weights, but {where} is a {type(linear).__name__}")
     return linear.part.stream
-
-
-@dataclass(eq=False)
-class Launch:
-    module: Module
-    kernel: str
-    grid: tuple[int, int]
-    threads: int
-    argument: ctypes.Structure
-    shared_bytes: int = 0
-    overlap: bool = True
-    cluster: int = 1
-
-    def launch(self) -> None:
-        self.module.launch(
-            self.kernel,
-            self.grid,
-            self.threads,
-            self.argument,
-            shared_bytes=self.shared_bytes,
-            overlap=self.overlap,
-            cluster=self.cluster,
-        )
 
 
 class NativeStep:
@@ -227,12 +202,11 @@ class NativeStep:
         grid = -(-self.shape.hidden // 256), self.shape.batch
         return Launch(self._module(self.shape.format), "embed_kernel", grid, 256, argument, overlap=False)
 
-    def _multiplying(self, name: str, stream: Stream, x: Tensor, out: Tensor) -> dict[str, Tensor | int | None]:
+    def _multiplying(self, name: str, stream: Stream, x: Tensor, out: Tensor) -> product_launch.Fields:
         """The arguments that a product has for any number of sequences; the head hands out tokens."""
         handed = ("best", "arrived", "token", "position", "history")
-        found = {"weights": stream.data, "row_scale": stream.row_scale, "x": x, "out": out}
-        found |= {field: getattr(self, field) for field in handed if name == "head"}
-        return found | {"tiles": stream.tiles, "rows": stream.rows}
+        found = product_launch.operands(stream, x, out)
+        return found | {field: getattr(self, field) for field in handed if name == "head"}
 
     def _product(self, name: str, stream: Stream, x: Tensor, out: Tensor, norm: Any = None) -> Launch:
         shape = replace(self.shape, format=stream.format)
@@ -242,11 +216,8 @@ class NativeStep:
             self._expect(weight.dtype, "norms")
             self._kept.append(weight)
         room = shape.beside(self._attending) if name in ("qkv", "o") else RING_BYTES
-        ring, batch, shared = shape.shared(stream.k, stream.tiles, room)
-        named = self._multiplying(name, stream, x, out)
-        argument = fill(Product, **named, norm=weight, ring=ring, batch=batch)
-        grid = min(BLOCKS, stream.tiles), 1
-        return Launch(self._module(stream.format), PRODUCTS[name], grid, shape.threads, argument, shared)
+        fields = self._multiplying(name, stream, x, out) | {"norm": weight}
+        return product_launch.alone(self._module(stream.format), PRODUCTS[name], shape, stream, fields, room)
 
     def _attention(self, layer: Any) -> Launch:
         held = {"keys": layer.keys, "values": layer.values}

@@ -12,16 +12,15 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
-from lowbit.kernels import batch
-from lowbit.kernels.arguments import Batch, Product, fill
-from lowbit.kernels.geometry import BLOCKS, MOST_SEQUENCES, Geometry
-from lowbit.kernels.launch import Module, compile_module
-from lowbit.kernels.runner import Launch
+from lowbit.kernels import batch, product_launch
+from lowbit.kernels.geometry import MOST_SEQUENCES, RING_BYTES, Geometry
+from lowbit.kernels.launch import Launch, Module, compile_module
 from lowbit.kernels.stream import TILE, pack_stream
 from lowbit.kernels.stream_modules import StreamLinear, StreamPart
 from lowbit.kernels.weights import Packed
 
-ALONE, SEVERAL = "product_kernel<QDIM, false, TO_ACT>", batch.PRODUCTS["o"]
+ALONE, SLICED = "product_kernel<QDIM, false, TO_ACT>", "o"
+"""The kernel for one vector, and whose is that for several (batch.PRODUCTS)."""
 HEAD_DIM = 128
 """Attention's, which these sources are compiled with too, and which none of these kernels reads."""
 
@@ -33,18 +32,13 @@ def shape_of(format: str, k: int, batch: int = 1) -> Geometry:
 
 def kernel(shape: Geometry) -> str:
     """The one that multiplies this many sequences."""
-    return ALONE if shape.batch == 1 else SEVERAL
-
-
-def sources(shape: Geometry) -> tuple[str, ...]:
-    """The files of cuda/ that it is compiled from."""
-    return ("common", "decode", "product", *(() if shape.batch == 1 else ("batch_x", "batch")))
+    return ALONE if shape.batch == 1 else batch.PRODUCTS[SLICED]
 
 
 @cache
 def load(shape: Geometry, device: int) -> Module:
     """Its kernel, compiled or from the cache, on this device; once per process."""
-    return compile_module(("ptx", *sources(shape)), (kernel(shape),), shape.macros(), device)
+    return compile_module(("ptx", *product_launch.sources(shape.batch)), (kernel(shape),), shape.macros(), device)
 
 
 class StreamProduct(StreamLinear):
@@ -91,15 +85,12 @@ class StreamProduct(StreamLinear):
         count, stream = len(x), self.part.stream
         shape = shape_of(self.format, self.k, count)
         module = load(shape, x.device.index or 0)
-        named: dict[str, Tensor | int | None] = {"weights": stream.data, "row_scale": stream.row_scale, "x": x}
-        named |= {"tiles": stream.tiles, "rows": stream.rows}
         if count == 1:
-            ring, tiles, shared = shape.shared(self.k, stream.tiles)
             padded = torch.empty(stream.tiles * TILE, dtype=x.dtype, device=x.device)
-            argument = fill(Product, **named, out=padded, ring=ring, batch=tiles)
-            grid = min(BLOCKS, stream.tiles), 1
-            return Launch(module, ALONE, grid, shape.threads, argument, shared), padded[: self.n].view(1, -1)
-        plan = batch.plan(shape, "o", self.k, stream.tiles)
-        out = torch.empty(plan.slices, count, self.n, dtype=torch.float32, device=x.device)
-        argument = fill(Batch, **named, out=out, ring=plan.ring, turns=plan.turns)
-        return Launch(module, SEVERAL, (plan.blocks, 1), shape.threads, argument, plan.shared_bytes), out
+            fields = product_launch.operands(stream, x, padded)
+            made = product_launch.alone(module, ALONE, shape, stream, fields, RING_BYTES)
+            return made, padded[: self.n].view(1, -1)
+        slices = batch.slices(self.format, self.k)
+        parts = torch.empty(slices, count, self.n, dtype=torch.float32, device=x.device)
+        fields = product_launch.operands(stream, x, parts)
+        return product_launch.several(module, SLICED, shape, stream, fields), parts
