@@ -130,19 +130,27 @@ def test_before_blackwell_fp4_is_packed_without_blackwells_instruction(monkeypat
     assert said == calls
 
 
+def by_graphs(call, rep):
+    call()
+    return rep
+
+
 @pytest.fixture
 def switched(monkeypatch):
-    """What gemlite's switch was asked for: (candidates, use_cuda_graph), with a warning as Triton's."""
+    """What gemlite's switch was asked for: (candidates, use_cuda_graph, the timer then), with a warning as Triton's."""
     asked = []
+    testing = SimpleNamespace(do_bench_cudagraph=by_graphs)
 
     def set_autotune(config, use_cuda_graph):
         warnings.warn("use_cuda_graph parameters are deprecated", DeprecationWarning, stacklevel=1)
-        asked.append((config, use_cuda_graph))
+        asked.append((config, use_cuda_graph, testing.do_bench_cudagraph))
 
     monkeypatch.setitem(sys.modules, "gemlite.triton_kernels.config", SimpleNamespace(set_autotune=set_autotune))
+    monkeypatch.setitem(sys.modules, "triton.testing", testing)
     backend._tune_by_graphs.cache_clear()
     yield asked
     backend._tune_by_graphs.cache_clear()
+    assert testing.do_bench_cudagraph is by_graphs
 
 
 def test_on_a_gpu_kernels_tune_themselves_on_cuda_graphs_once_per_process_and_without_a_warning(switched, recwarn):
@@ -150,8 +158,29 @@ def test_on_a_gpu_kernels_tune_themselves_on_cuda_graphs_once_per_process_and_wi
     assert switched == []
     for _ in range(2):
         backend.tune_by_graphs(torch.device("cuda", 0))
-    assert switched == [({}, True)]
+    assert [asked[:2] for asked in switched] == [({}, True)]
     assert not recwarn.list
+
+
+def test_a_candidate_is_timed_when_the_gpu_has_done_what_was_asked_before(switched, monkeypatch):
+    did = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: did.append("waited"))
+    backend.tune_by_graphs(torch.device("cuda", 0))
+    assert switched[0][2](lambda: did.append("timed"), rep=100) == 100
+    assert did == ["waited", "timed"]
+
+
+def test_tritons_tuner_keeps_the_timer_that_it_found_when_a_kernel_was_wrapped(monkeypatch):
+    triton = pytest.importorskip("triton")
+    testing, did = pytest.importorskip("triton.testing"), []
+    monkeypatch.setattr(testing, "do_bench_cudagraph", lambda call, **options: did.append("timed"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: did.append("waited"))
+    with backend._timed_in_order(testing), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        wrap = triton.autotune([triton.Config({})], key=[], use_cuda_graph=True)
+        tuner = wrap(SimpleNamespace(arg_names=[], fn=lambda: None))
+    tuner.do_bench(lambda: None, quantiles=(0.5, 0.2, 0.8))
+    assert did == ["waited", "timed"]
 
 
 @pytest.mark.parametrize("name", ["a16w8-gemlite", "a16w4_gemlite_g64-hqq"])

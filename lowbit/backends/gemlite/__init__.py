@@ -8,6 +8,8 @@ measurement or a graph capture must have the same number of tokens. It ships tun
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -151,9 +153,30 @@ def _tune_by_graphs() -> None:
     """Once per process: it loads the products' modules anew, which forgets what they have tuned. They stay so, whatever
     ``process_state`` makes of gemlite's own flag; its quantizers of activations go on timing launches."""
     config = quiet_import("gemlite.triton_kernels.config")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _timed_in_order(quiet_import("triton.testing")):
         warnings.simplefilter("ignore", DeprecationWarning)  # Triton's, of the argument by which gemlite asks for it
         config.set_autotune({}, use_cuda_graph=True)  # {}: which candidates there are stays as it is
+
+
+@contextmanager
+def _timed_in_order(testing: Any) -> Iterator[None]:
+    """Kernels that Triton's tuner wraps inside wait for the GPU before a candidate is timed.
+
+    Triton up to 3.9 times graphs on a stream of its own that waits for no other. Its copies of x, of the weight and of
+    gemv_revsplitK's output, which it puts back after each run, were then of memory as it was before: the call that
+    tuned returned NaN (docs/findings.md). The timer is bound where a kernel is wrapped.
+    """
+    by_graphs = testing.do_bench_cudagraph
+
+    def in_order(*arguments: Any, **options: Any) -> Any:
+        torch.cuda.synchronize()
+        return by_graphs(*arguments, **options)
+
+    testing.do_bench_cudagraph = in_order
+    try:
+        yield
+    finally:
+        testing.do_bench_cudagraph = by_graphs
 
 
 def _pack(processor: Any, linear: nn.Linear, fmt: Format, dtype: torch.dtype) -> Any:
