@@ -8,6 +8,7 @@ import torch
 from lowbit.kernels import WEIGHT_FORMATS, dispatch, ops, quantize, triton_linear, weights
 
 PACKED = [name for name in WEIGHT_FORMATS if name != "bf16"]
+STORED = ["int2_zp", "int3_zp", "int4_zp", "int8_zp", "int2_zp_g32", "int4_zp_g64", "int8_zp_g128", "fp8_e4m3_g128"]
 
 
 def matrix(n, k):
@@ -16,6 +17,15 @@ def matrix(n, k):
     weight[3] = 0
     weight[5, 7] = 3.0
     return weight
+
+
+def stored(n, k, name):
+    """What a checkpoint holds: any codes, a scale and, of integers, a zero for every group or row."""
+    row, generator = weights.find(name), torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 120, (n, row.row_bytes(k)), dtype=torch.uint8, generator=generator)  # e4m3: no NaN
+    scale = torch.rand(n, row.groups(k), generator=generator) + 0.5
+    zero = None if row.zero is None else torch.randn(n, row.groups(k), generator=generator)
+    return weights.Packed(name, n, k, codes, scale, zero)
 
 
 def vectors(m, k, dtype):
@@ -42,21 +52,24 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(triton_linear.torch, "empty", filled)
 
 
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name", [*PACKED, *STORED])
 def test_products_are_those_with_the_dequantized_weight(name):
-    packed = quantize(matrix(10, 384), name)  # no multiple of a tile's rows or columns
+    n, k = 10, 384  # no multiples of a tile's rows and columns
+    packed = quantize(matrix(n, k), name) if name in PACKED else stored(n, k, name)
     for kernel, m, dtype in (
         (triton_linear.gemv, 1, torch.bfloat16),
-        (triton_linear.gemv, 2, torch.float32),
+        (triton_linear.gemv, 2, torch.float16),
+        (triton_linear.gemv, 4, torch.bfloat16),
+        (triton_linear.gemv, 7, torch.float32),
         (triton_linear.gemm, 3, torch.float16),
     ):
         x = vectors(m, 384, dtype)
         assert relative(kernel(x, packed, torch.float32), x, packed) < 1e-6
 
 
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name", [*PACKED, *STORED])
 def test_unpacking_is_the_definition_bit_by_bit(name):
-    packed = quantize(matrix(10, 384), name)
+    packed = quantize(matrix(10, 384), name) if name in PACKED else stored(10, 384, name)
     for dtype in (torch.float16, torch.float32):  # the interpreter rounds to bf16 by cutting off
         assert torch.equal(triton_linear.unpack(None, packed, dtype), weights.dequantize(packed).to(dtype))
 
@@ -92,7 +105,7 @@ def test_a_k_that_no_tile_divides():
 def test_the_op_runs_them_and_says_so():
     packed = quantize(matrix(10, 256), "int4_g128")
     dispatch.forget_used()
-    for m, kernel in ((1, "Triton GEMV"), (3, "Triton small GEMM"), (9, "Triton unpack + cuBLAS")):
+    for m, kernel in ((4, "Triton GEMV"), (5, "Triton small GEMM"), (9, "Triton unpack + cuBLAS")):
         x = vectors(m, 256, torch.float16)
         y = ops.linear(x.view(1, m, 256), *ops.parts(packed))
         assert y.dtype == torch.float16

@@ -48,13 +48,9 @@ def test_every_gpu_since_sm80_runs_kernels_of_ours(installed, name, capability):
     def chosen(rows, dtype=torch.bfloat16):
         return dispatch.chosen("linear", problem(name, rows, dtype, capability))
 
-    assert [chosen(rows) for rows in (1, 2, 8, 9, 512)] == [
-        "Triton GEMV",
-        "Triton small GEMM",
-        "Triton small GEMM",
-        "Triton unpack + cuBLAS",
-        "Triton unpack + cuBLAS",
-    ]
+    most = {"int8": 2, "fp8_e4m3": 2, "int3_g128": 8}.get(name, 4)
+    kernels = ["Triton GEMV"] * most + ["Triton small GEMM"] * (8 - most) + ["Triton unpack + cuBLAS"] * 2
+    assert [chosen(rows) for rows in (*range(1, 9), 9, 512)] == kernels
     assert chosen(8, torch.float32) == "Triton GEMV"
     assert dispatch.chosen("dequantize", problem(name, 0, capability=capability)) == "Triton unpack"
 
@@ -107,8 +103,8 @@ def test_without_triton_the_reference_says_that_it_runs(monkeypatch):
 def test_the_interpreter_runs_on_the_cpu_what_it_can(installed, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert dispatch.chosen("linear", problem(capability=None)) == "Triton GEMV"
-    assert dispatch.chosen("linear", problem(rows=3, dtype=torch.float16, capability=None)) == "Triton small GEMM"
-    assert dispatch.chosen("linear", problem(rows=3, capability=None)) == dispatch.REFERENCE
+    assert dispatch.chosen("linear", problem(rows=5, dtype=torch.float16, capability=None)) == "Triton small GEMM"
+    assert dispatch.chosen("linear", problem(rows=5, capability=None)) == dispatch.REFERENCE
 
 
 # -- how it is cut -----------------------------------------------------------------------------------------------------
@@ -144,27 +140,27 @@ def test_codes_go_in_as_words_of_eight():
 
 
 def sources():
-    """(format, kernel, SM): every kernel for the oldest, two formats for every other."""
+    """(format, kernel, SM, vectors): every kernel for the oldest, two formats for every other."""
     for name in PACKED:
         for sm in (80, 89, 90, 120) if name in ("int8", "int4_g128") else (80,):
-            for kernel in ("gemv", "gemm"):
-                yield name, kernel, sm
+            for kernel, vectors in (("gemv", 1), ("gemv", 4), ("gemm", triton_linear.DOT_COLUMNS)):
+                yield name, kernel, sm, vectors
 
 
-def compiled(name: str, kernel: str, sm: int):
+def compiled(name: str, kernel: str, sm: int, vectors: int):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from lowbit.kernels import triton_source
+    from lowbit.kernels import triton_gemv, triton_source
 
     row, dot = WEIGHT_FORMATS[name], kernel == "gemm"
     cut = triton_linear.tiles(row, 4096, 4096, dot)
-    function = getattr(triton_source, kernel)
+    function = triton_source.gemm if dot else triton_gemv.gemv
     pointers = {torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int16: "*i16"}
     parts = triton_linear.arguments(quantize(torch.ones(16, 256), name))
-    types = {"x": "*bf16", "out": "*fp32", **dict.fromkeys(("m", "n", "k", "groups", "per_split"), "i32")}
-    fixed = triton_linear.constants(row) | {"BN": cut.rows, "BK": cut.columns, "MP": triton_linear.DOT_COLUMNS}
+    types = {"x": "*bf16", "out": "*fp32", **dict.fromkeys(("m", "n", "k", "groups", "per_split", "magic"), "i32")}
+    fixed = triton_linear.constants(row) | {"BN": cut.rows, "BK": cut.columns, "MP": vectors, "WHOLE": True, "EACH": 2}
     for part, tensor in zip(("codes", "scale", "zero", "tensor_scale"), parts, strict=True):
         if tensor is None:
             fixed[part] = None
@@ -180,15 +176,17 @@ def compiled(name: str, kernel: str, sm: int):
 
 
 @TRITON
-@pytest.mark.parametrize(("name", "kernel", "sm"), list(sources()))
-def test_every_kernel_compiles_for_every_gpu_and_keeps_to_its_registers(name, kernel, sm, tmp_path, monkeypatch):
-    """A compilation takes about a second: 40 of them."""
+@pytest.mark.parametrize(("name", "kernel", "sm", "vectors"), list(sources()))
+def test_every_kernel_compiles_for_every_gpu_and_keeps_to_its_registers(
+    name, kernel, sm, vectors, tmp_path, monkeypatch
+):
+    """A compilation takes about a second: 60 of them."""
     import triton
 
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("TRITON_INTERPRET=1: nothing is compiled in this process")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    found = compiled(name, kernel, sm)
+    found = compiled(name, kernel, sm, vectors)
     assert ("mma" in found.asm["ptx"]) == (kernel == "gemm")
     (tmp_path / "kernel.cubin").write_bytes(found.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

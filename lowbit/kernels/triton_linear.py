@@ -23,6 +23,8 @@ NEEDED_SM = (8, 0)
 """bf16 and asynchronous copies; Triton itself starts at SM75."""
 MOST_ROWS = 8
 """Vectors of a product that reads the weight once; for more, tensor cores want it in 16 bits."""
+GEMV_ROWS = {8: 2, 3: MOST_ROWS}
+"""Bits of a code -> vectors up to which the GEMV is the faster of the two on an H200; 4 for the others."""
 DOT_COLUMNS = 8
 """Vectors of a product by tensor cores; what is not there is zero."""
 DOT_DTYPES = (torch.float16, torch.bfloat16)
@@ -39,15 +41,18 @@ class Tiles(NamedTuple):
     splits: int = 1
 
 
+EACH = 2
+"""Words of 8 codes that a thread of the GEMV reads of each row: one scale for both, so they lie in one group."""
 GEMV_TILES = ((2048, Tiles(2, 2048)), (None, Tiles(4, 2048)))
+"""By the most rows of a weight. Timed on an H200 for 1 and 2 vectors, with 2, 4 and 8 rows, 1024 and 2048 columns."""
 GEMM_TILES = (
     (2048, Tiles(32, 128, 8)),
     (8192, Tiles(64, 128, 8)),
     (32768, Tiles(64, 128, 2)),
     (None, Tiles(64, 128, 1)),
 )
-"""By the most rows of a weight: enough programs for 100 to 150 multiprocessors at k_proj, q_proj and larger. Chosen by
-counting, not by timing: no GPU was at hand."""
+"""Enough programs for 100 to 150 multiprocessors at k_proj, q_proj and larger. Chosen by counting; of others on an H200
+none was more than a tenth faster."""
 
 
 def tiles(row: WeightFormat, n: int, k: int, dot: bool) -> Tiles:
@@ -55,8 +60,6 @@ def tiles(row: WeightFormat, n: int, k: int, dot: bool) -> Tiles:
     found = next(cut for most, cut in (GEMM_TILES if dot else GEMV_TILES) if most is None or n <= most)
     smallest = row.group_size or 16
     columns = min(found.columns, max(smallest, 1 << (k - 1).bit_length()))
-    if row.bits == 8:
-        columns = min(columns, 1024)
     if dot and row.group_size:
         columns = row.group_size
     blocks = _pieces(k, columns)
@@ -85,7 +88,10 @@ def _here(asked: Problem) -> bool:
 
 
 def _gemv(asked: Problem) -> bool:
-    most = 1 if asked.dtype in DOT_DTYPES else MOST_ROWS  # tensor cores would round fp32 to TF32
+    if asked.dtype not in DOT_DTYPES:
+        most = MOST_ROWS  # tensor cores would round fp32 to TF32
+    else:
+        most = GEMV_ROWS.get(find(asked.format).bits, 4)
     return 1 <= asked.rows <= most and _here(asked)
 
 
@@ -146,19 +152,23 @@ def _summed(parts: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def gemv(x: Tensor, packed: Packed, dtype: torch.dtype) -> Tensor:
-    """x [rows, k] -> [rows, n] in ``dtype``, in fp32 until then; the weight is read once per row."""
-    from lowbit.kernels import triton_source
+    """x [rows, k] -> [rows, n] in ``dtype``, in fp32 until then; the weight is read once per 4 rows."""
+    from lowbit.kernels import triton_gemv, triton_source
 
-    x, n, row = x.contiguous(), packed.n, packed.row
+    x, m, n, row = x.contiguous(), x.shape[0], packed.n, packed.row
     cut = tiles(row, n, packed.k, False)
     out, per_split = _partial(x, n, cut, dtype)
-    triton_source.gemv[(_pieces(n, cut.rows), cut.splits, x.shape[0])](
+    vectors = min(4, 1 << (m - 1).bit_length())
+    triton_gemv.gemv[(_pieces(n, cut.rows), cut.splits, _pieces(m, vectors))](
         *(x, *arguments(packed), out),
-        *(n, packed.k, row.groups(packed.k), per_split),
+        *(m, n, packed.k, row.groups(packed.k), per_split, triton_source.MAGIC),
         **constants(row),
+        MP=vectors,
         BN=cut.rows,
         BK=cut.columns,
-        num_warps=4,
+        EACH=EACH,
+        WHOLE=packed.k % cut.columns == 0,
+        num_warps=max(1, cut.columns // (32 * 8 * EACH)),
     )
     return _summed(out, dtype)
 
@@ -172,7 +182,7 @@ def gemm(x: Tensor, packed: Packed, dtype: torch.dtype) -> Tensor:
     out, per_split = _partial(x, n, cut, dtype)
     triton_source.gemm[(_pieces(n, cut.rows), cut.splits)](
         *(x, *arguments(packed), out),
-        *(x.shape[0], n, packed.k, row.groups(packed.k), per_split),
+        *(x.shape[0], n, packed.k, row.groups(packed.k), per_split, triton_source.MAGIC),
         **constants(row),
         MP=DOT_COLUMNS,
         BN=cut.rows,
@@ -191,7 +201,7 @@ def unpack(x: Any, packed: Packed, dtype: torch.dtype) -> Tensor:
     columns = max(256, row.group_size or 0)
     out = torch.empty(n, k, device=packed.codes.device, dtype=dtype)
     triton_source.unpack[(_pieces(n, 16), _pieces(k, columns))](
-        *(*arguments(packed), out, n, k, row.groups(k)),
+        *(*arguments(packed), out, n, k, row.groups(k), triton_source.MAGIC),
         **constants(row),
         BN=16,
         BK=columns,

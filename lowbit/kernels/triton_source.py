@@ -5,6 +5,8 @@ Codes become fp32 without a conversion instruction, which runs at a quarter of t
 where it stands in its word and put into the mantissa of 2^23: one logic operation, and one multiply-add takes the 2^23
 away, shifts and adds the offset, all exact. The bits of a small float go to the top of an fp32, whose exponent is then
 wrong by a constant; one product mends it.
+
+``magic`` is MAGIC, the bits of 2^23, as an argument: of two constants, ptxas made two logic operations.
 """
 
 from __future__ import annotations
@@ -12,16 +14,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+MAGIC = 0x4B000000
+
 PLAIN, E4M3, E2M1, E8M0 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 """What a code or a scale is: an integer or a number as stored, an 8-bit or 4-bit float, or the exponent of 2 alone."""
 
 
 @triton.jit
-def _whole(word, AT: tl.constexpr, BITS: tl.constexpr, OFFSET: tl.constexpr, STEP: tl.constexpr):
+def _whole(word, magic, AT: tl.constexpr, BITS: tl.constexpr, OFFSET: tl.constexpr, STEP: tl.constexpr):
     """Code · STEP + OFFSET of the field at bit AT (up to bit 22), int32 -> fp32."""
     MASK: tl.constexpr = ((1 << BITS) - 1) << AT
     UNIT: tl.constexpr = STEP / (1 << AT)
-    shifted = ((word & MASK) | 0x4B000000).to(tl.float32, bitcast=True)
+    shifted = ((word & MASK) | magic).to(tl.float32, bitcast=True)
     if STEP == 1:
         value = shifted * UNIT + (OFFSET - 8388608.0 * UNIT)
     else:  # 2^24 + 1 is no fp32
@@ -43,20 +47,60 @@ def _e4m3(byte):
 
 
 @triton.jit
-def _field(word, AT: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, OFFSET: tl.constexpr, STEP: tl.constexpr):
-    return _e2m1(word, AT) if KIND == E2M1 else _whole(word, AT, BITS, OFFSET, STEP)
+def _field(
+    word,
+    magic,
+    AT: tl.constexpr,
+    BITS: tl.constexpr,
+    KIND: tl.constexpr,
+    OFFSET: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    return _e2m1(word, AT) if KIND == E2M1 else _whole(word, magic, AT, BITS, OFFSET, STEP)
 
 
 @triton.jit
-def _eight(word, BITS: tl.constexpr, KIND: tl.constexpr, OFFSET: tl.constexpr, STEP: tl.constexpr):
+def eight(word, magic, BITS: tl.constexpr, KIND: tl.constexpr, OFFSET: tl.constexpr, STEP: tl.constexpr):
     """[r, words] int32 of 8 codes each -> [r, 8 · words] fp32 in the order of k. A join puts its second part last."""
     high = word >> (4 * BITS)
-    v04 = tl.join(_field(word, 0, BITS, KIND, OFFSET, STEP), _field(high, 0, BITS, KIND, OFFSET, STEP))
-    v15 = tl.join(_field(word, BITS, BITS, KIND, OFFSET, STEP), _field(high, BITS, BITS, KIND, OFFSET, STEP))
-    v26 = tl.join(_field(word, 2 * BITS, BITS, KIND, OFFSET, STEP), _field(high, 2 * BITS, BITS, KIND, OFFSET, STEP))
-    v37 = tl.join(_field(word, 3 * BITS, BITS, KIND, OFFSET, STEP), _field(high, 3 * BITS, BITS, KIND, OFFSET, STEP))
+    v04 = tl.join(_field(word, magic, 0, BITS, KIND, OFFSET, STEP), _field(high, magic, 0, BITS, KIND, OFFSET, STEP))
+    v15 = tl.join(
+        _field(word, magic, BITS, BITS, KIND, OFFSET, STEP), _field(high, magic, BITS, BITS, KIND, OFFSET, STEP)
+    )
+    v26 = tl.join(
+        _field(word, magic, 2 * BITS, BITS, KIND, OFFSET, STEP),
+        _field(high, magic, 2 * BITS, BITS, KIND, OFFSET, STEP),
+    )
+    v37 = tl.join(
+        _field(word, magic, 3 * BITS, BITS, KIND, OFFSET, STEP),
+        _field(high, magic, 3 * BITS, BITS, KIND, OFFSET, STEP),
+    )
     values = tl.join(tl.join(v04, v26), tl.join(v15, v37))
     return tl.reshape(values, (word.shape[0], word.shape[1] * 8))
+
+
+@triton.jit
+def load(where, keep):
+    """What is at ``where``, zero where ``keep`` is false; None: everything is there."""
+    return tl.load(where, mask=keep, other=None if keep is None else 0)
+
+
+@triton.jit
+def load_words(codes, where, keep, BITS: tl.constexpr):
+    """Words of 8 codes, int32: one at ``where`` for 4, 2 and 1 bits, three bytes there for 3."""
+    if BITS == 3:
+        word = load(codes + 3 * where, keep).to(tl.int32)
+        word |= load(codes + 3 * where + 1, keep).to(tl.int32) << 8
+        word |= load(codes + 3 * where + 2, keep).to(tl.int32) << 16
+    else:
+        word = load(codes + where, keep).to(tl.int32)
+    return word
+
+
+@triton.jit
+def from_bytes(byte, magic, KIND: tl.constexpr, OFFSET: tl.constexpr, STEP: tl.constexpr):
+    """Codes of 8 bits, int32 -> fp32."""
+    return _e4m3(byte) if KIND == E4M3 else _whole(byte, magic, 0, 8, OFFSET, STEP)
 
 
 @triton.jit
@@ -66,6 +110,7 @@ def _values(
     n,
     k0,
     k,
+    magic,
     BITS: tl.constexpr,
     KIND: tl.constexpr,
     OFFSET: tl.constexpr,
@@ -79,29 +124,19 @@ def _values(
     there = (rows < n)[:, None]
     if BITS == 8:
         at = k0 + tl.arange(0, BK)[None, :]
-        byte = tl.load(codes + rows.to(tl.int64)[:, None] * k + at, mask=there & (at < k), other=0).to(tl.int32)
-        values = _e4m3(byte) if KIND == E4M3 else _whole(byte, 0, 8, OFFSET, STEP)
+        byte = load(codes + rows.to(tl.int64)[:, None] * k + at, there & (at < k)).to(tl.int32)
+        values = from_bytes(byte, magic, KIND, OFFSET, STEP)
     else:
         words = k // 8
         at = k0 // 8 + tl.arange(0, BK // 8)[None, :]
-        keep = there & (at < words)
-        where = rows.to(tl.int64)[:, None] * words + at
-        if BITS == 3:
-            word = tl.load(codes + 3 * where, mask=keep, other=0).to(tl.int32)
-            word |= tl.load(codes + 3 * where + 1, mask=keep, other=0).to(tl.int32) << 8
-            word |= tl.load(codes + 3 * where + 2, mask=keep, other=0).to(tl.int32) << 16
-        else:
-            word = tl.load(codes + where, mask=keep, other=0).to(tl.int32)
-        values = _eight(word, BITS, KIND, OFFSET, STEP)
+        word = load_words(codes, rows.to(tl.int64)[:, None] * words + at, there & (at < words), BITS)
+        values = eight(word, magic, BITS, KIND, OFFSET, STEP)
     return values
 
 
 @triton.jit
-def _scales(scale, rows, n, group0, groups, NG: tl.constexpr, KIND: tl.constexpr):
-    """Scales (or zeros) of NG groups from group0 on: [BN, NG] fp32."""
-    at = group0 + tl.arange(0, NG)[None, :]
-    keep = (rows < n)[:, None] & (at < groups)
-    stored = tl.load(scale + rows.to(tl.int64)[:, None] * groups + at, mask=keep, other=0)
+def scale_of(stored, KIND: tl.constexpr):
+    """Scales as stored -> fp32."""
     if KIND == E4M3:
         value = _e4m3(stored.to(tl.int32))
     elif KIND == E8M0:  # 2^(byte - 127); 2^-127 is no normal number
@@ -110,6 +145,14 @@ def _scales(scale, rows, n, group0, groups, NG: tl.constexpr, KIND: tl.constexpr
     else:
         value = stored.to(tl.float32)
     return value
+
+
+@triton.jit
+def _scales(scale, rows, n, group0, groups, NG: tl.constexpr, KIND: tl.constexpr):
+    """Scales (or zeros) of NG groups from group0 on: [BN, NG] fp32."""
+    at = group0 + tl.arange(0, NG)[None, :]
+    keep = (rows < n)[:, None] & (at < groups)
+    return scale_of(load(scale + rows.to(tl.int64)[:, None] * groups + at, keep), KIND)
 
 
 @triton.jit
@@ -126,48 +169,6 @@ def _dequantized(w, scale, zero, tensor_scale, rows, n, k0, groups, SCALE: tl.co
 
 
 @triton.jit
-def gemv(
-    x,
-    codes,
-    scale,
-    zero,
-    tensor_scale,
-    out,
-    n,
-    k,
-    groups,
-    per_split,
-    BITS: tl.constexpr,
-    KIND: tl.constexpr,
-    OFFSET: tl.constexpr,
-    STEP: tl.constexpr,
-    SCALE: tl.constexpr,
-    GROUP: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-):
-    """One vector of x [m, k] times BN rows of the weight -> out [splits, m, n]: program (rows, part of K, vector).
-
-    Multiply-adds in fp32 on dequantized weights; threads are summed once, at the end. GROUP 0: a scale per row.
-    """
-    rows = tl.program_id(0) * BN + tl.arange(0, BN)
-    first = tl.program_id(1) * per_split
-    total = tl.zeros((BN, BK), tl.float32)
-    for block in range(first, tl.minimum(first + per_split, tl.cdiv(k, BK))):
-        k0 = block * BK
-        ks = k0 + tl.arange(0, BK)
-        w = _values(codes, rows, n, k0, k, BITS, KIND, OFFSET, STEP, BK)
-        if GROUP > 0:
-            w = _dequantized(w, scale, zero, tensor_scale, rows, n, k0, groups, SCALE, GROUP)
-        total += w * tl.load(x + tl.program_id(2) * k + ks, mask=ks < k, other=0).to(tl.float32)[None, :]
-    y = tl.sum(total, 1)
-    if GROUP == 0:
-        y *= tl.load(scale + rows, mask=rows < n, other=0)
-    at = (tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)).to(tl.int64) * n + rows
-    tl.store(out + at, y.to(out.dtype.element_ty), mask=rows < n)
-
-
-@triton.jit
 def gemm(
     x,
     codes,
@@ -180,6 +181,7 @@ def gemm(
     k,
     groups,
     per_split,
+    magic,
     BITS: tl.constexpr,
     KIND: tl.constexpr,
     OFFSET: tl.constexpr,
@@ -193,17 +195,18 @@ def gemm(
     """x [m, k], m <= MP, times BN rows of the weight -> out [splits, m, n]: program (rows, part of K).
 
     Tensor cores multiply the codes' values, which x's dtype holds exactly; a group's scale, and its zero times the sum
-    of its x, come to its partial sum in fp32. BK is a group.
+    of its x, come to its partial sum in fp32. BK is a group; GROUP 0: a row is one.
     """
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     batch = tl.arange(0, MP)
     first = tl.program_id(1) * per_split
     total = tl.zeros((BN, MP), tl.float32)
+    whole = tl.zeros((MP,), tl.float32)
     for block in range(first, tl.minimum(first + per_split, tl.cdiv(k, BK))):
         k0 = block * BK
         ks = k0 + tl.arange(0, BK)
         xs = tl.load(x + batch[None, :] * k + ks[:, None], mask=(batch < m)[None, :] & (ks < k)[:, None], other=0)
-        w = _values(codes, rows, n, k0, k, BITS, KIND, OFFSET, STEP, BK).to(xs.dtype)
+        w = _values(codes, rows, n, k0, k, magic, BITS, KIND, OFFSET, STEP, BK).to(xs.dtype)
         if GROUP > 0:
             total += tl.dot(w, xs) * _scales(scale, rows, n, block, groups, 1, SCALE)
             if zero is not None:
@@ -211,8 +214,12 @@ def gemm(
                 total += _scales(zero, rows, n, block, groups, 1, PLAIN) * sums[None, :]
         else:
             total = tl.dot(w, xs, total)
+            if zero is not None:
+                whole += tl.sum(xs.to(tl.float32), 0)
     if GROUP == 0:
         total *= _scales(scale, rows, n, 0, 1, 1, PLAIN)
+        if zero is not None:
+            total += _scales(zero, rows, n, 0, 1, 1, PLAIN) * whole[None, :]
     if tensor_scale is not None:
         total *= tl.load(tensor_scale)
     at = (tl.program_id(1) * m + batch).to(tl.int64)[None, :] * n + rows[:, None]
@@ -229,6 +236,7 @@ def unpack(
     n,
     k,
     groups,
+    magic,
     BITS: tl.constexpr,
     KIND: tl.constexpr,
     OFFSET: tl.constexpr,
@@ -242,10 +250,12 @@ def unpack(
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     k0 = tl.program_id(1) * BK
     ks = k0 + tl.arange(0, BK)
-    w = _values(codes, rows, n, k0, k, BITS, KIND, OFFSET, STEP, BK)
+    w = _values(codes, rows, n, k0, k, magic, BITS, KIND, OFFSET, STEP, BK)
     if GROUP > 0:
         w = _dequantized(w, scale, zero, tensor_scale, rows, n, k0, groups, SCALE, GROUP)
     else:
         w *= _scales(scale, rows, n, 0, 1, 1, PLAIN)
+        if zero is not None:
+            w += _scales(zero, rows, n, 0, 1, 1, PLAIN)
     at = rows.to(tl.int64)[:, None] * k + ks[None, :]
     tl.store(out + at, w.to(out.dtype.element_ty), mask=(rows < n)[:, None] & (ks < k)[None, :])
