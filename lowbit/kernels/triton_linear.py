@@ -161,7 +161,7 @@ def gemv(x: Tensor, packed: Packed, dtype: torch.dtype) -> Tensor:
     vectors = min(4, 1 << (m - 1).bit_length())
     triton_gemv.gemv[(_pieces(n, cut.rows), cut.splits, _pieces(m, vectors))](
         *(x, *arguments(packed), out),
-        *(m, n, packed.k, row.groups(packed.k), per_split, triton_source.MAGIC),
+        *(m, n, packed.k, row.groups(packed.k), per_split, triton_source.MAGIC.value),
         **constants(row),
         MP=vectors,
         BN=cut.rows,
@@ -182,7 +182,7 @@ def gemm(x: Tensor, packed: Packed, dtype: torch.dtype) -> Tensor:
     out, per_split = _partial(x, n, cut, dtype)
     triton_source.gemm[(_pieces(n, cut.rows), cut.splits)](
         *(x, *arguments(packed), out),
-        *(x.shape[0], n, packed.k, row.groups(packed.k), per_split, triton_source.MAGIC),
+        *(x.shape[0], n, packed.k, row.groups(packed.k), per_split),
         **constants(row),
         MP=DOT_COLUMNS,
         BN=cut.rows,
@@ -201,7 +201,7 @@ def unpack(x: Any, packed: Packed, dtype: torch.dtype) -> Tensor:
     columns = max(256, row.group_size or 0)
     out = torch.empty(n, k, device=packed.codes.device, dtype=dtype)
     triton_source.unpack[(_pieces(n, 16), _pieces(k, columns))](
-        *(*arguments(packed), out, n, k, row.groups(k), triton_source.MAGIC),
+        *(*arguments(packed), out, n, k, row.groups(k)),
         **constants(row),
         BN=16,
         BK=columns,

@@ -6,7 +6,8 @@ where it stands in its word and put into the mantissa of 2^23: one logic operati
 away, shifts and adds the offset, all exact. The bits of a small float go to the top of an fp32, whose exponent is then
 wrong by a constant; one product mends it.
 
-``magic`` is MAGIC, the bits of 2^23, as an argument: of two constants, ptxas made two logic operations.
+``magic`` is MAGIC, the bits of 2^23: the GEMV has it as an argument, for of two constants ptxas makes two logic
+operations. In the small GEMM the constant is as fast, for 8 bits faster (25.7 and 32.5 µs for gate_proj on an H200).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-MAGIC = 0x4B000000
+MAGIC = tl.constexpr(0x4B000000)
 
 PLAIN, E4M3, E2M1, E8M0 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 """What a code or a scale is: an integer or a number as stored, an 8-bit or 4-bit float, or the exponent of 2 alone."""
@@ -181,7 +182,6 @@ def gemm(
     k,
     groups,
     per_split,
-    magic,
     BITS: tl.constexpr,
     KIND: tl.constexpr,
     OFFSET: tl.constexpr,
@@ -206,7 +206,7 @@ def gemm(
         k0 = block * BK
         ks = k0 + tl.arange(0, BK)
         xs = tl.load(x + batch[None, :] * k + ks[:, None], mask=(batch < m)[None, :] & (ks < k)[:, None], other=0)
-        w = _values(codes, rows, n, k0, k, magic, BITS, KIND, OFFSET, STEP, BK).to(xs.dtype)
+        w = _values(codes, rows, n, k0, k, MAGIC, BITS, KIND, OFFSET, STEP, BK).to(xs.dtype)
         if GROUP > 0:
             total += tl.dot(w, xs) * _scales(scale, rows, n, block, groups, 1, SCALE)
             if zero is not None:
@@ -236,7 +236,6 @@ def unpack(
     n,
     k,
     groups,
-    magic,
     BITS: tl.constexpr,
     KIND: tl.constexpr,
     OFFSET: tl.constexpr,
@@ -250,7 +249,7 @@ def unpack(
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     k0 = tl.program_id(1) * BK
     ks = k0 + tl.arange(0, BK)
-    w = _values(codes, rows, n, k0, k, magic, BITS, KIND, OFFSET, STEP, BK)
+    w = _values(codes, rows, n, k0, k, MAGIC, BITS, KIND, OFFSET, STEP, BK)
     if GROUP > 0:
         w = _dequantized(w, scale, zero, tensor_scale, rows, n, k0, groups, SCALE, GROUP)
     else:
