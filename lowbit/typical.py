@@ -72,7 +72,7 @@ gemlite tunes its kernels: two rows took 83 and 89 s, 24 and 28 of them compilin
 (297 to 325 s of warmup in four processes of 354 to 391 s). It keeps them on disk (compilers.configure_caches): two rows
 whose kernels were there took the 20 s above. All of that with choices by timed launches; by graphs, as since then, two
 rows whose kernels were there took 33.4 to 41.4 s as a host's first, and 21.5 to 35.4 beside those or later (``wall_s``
-of the five runs of the committed baseline, a1e4f48). Recipes and other libraries' rows on its kernels are taken to be
+of the five runs of the baseline of a1e4f48). Recipes and other libraries' rows on its kernels are taken to be
 like that. GPTQ and AWQ calibrate: 165 to 181 s in all in three rows and 118 in one, of which 155 to 165 and 110
 quantize (docs/runs/h200-rows-2026-11-22d.json). hqq searches its zero points; under ``regional`` that is in its 15 s
 above.

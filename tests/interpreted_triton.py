@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from triton.runtime import interpreter
 
 from lowbit.kernels import WEIGHT_FORMATS, dispatch, ops, quantize, triton_linear, weights
 
@@ -41,15 +43,58 @@ def relative(y, x, packed):
 
 
 @pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Memory that a kernel does not write is not a number."""
-    empty = torch.empty
+def written(monkeypatch):
+    """Memory that a kernel does not write is not a number; the tensors made for its output."""
+    empty, made = torch.empty, []
 
     def filled(*shape, **options):
-        made = empty(*shape, **options)
-        return made.fill_(float("nan")) if made.is_floating_point() else made
+        made.append(empty(*shape, **options))
+        return made[-1].fill_(float("nan")) if made[-1].is_floating_point() else made[-1]
 
     monkeypatch.setattr(triton_linear.torch, "empty", filled)
+    return made
+
+
+class Guarded:
+    """Triton's interpreter, but that an address outside of ``tensors`` fails: what lies there is read by no kernel."""
+
+    def __init__(self, inner, tensors):
+        self.inner, self.tensors = inner, tensors
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def check(self, pointers, mask, size):
+        at = pointers[np.broadcast_to(mask, pointers.shape).astype(bool)]
+        inside = np.zeros(at.shape, bool)
+        for tensor in self.tensors():
+            start = tensor.data_ptr()
+            inside |= (at >= start) & (at + size <= start + tensor.nbytes)
+        assert inside.all(), f"{(~inside).sum()} of {at.size} addresses are outside"
+
+    def load(self, pointers, mask, other, dtype):
+        self.check(pointers, mask, np.dtype(dtype).itemsize)
+        return self.inner.load(pointers, mask, other, dtype)
+
+    def store(self, pointers, values, mask):
+        self.check(pointers, mask, values.dtype.itemsize)
+        return self.inner.store(pointers, values, mask)
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8_e4m3", "int4_g128", "int3_g128", "nvfp4", "ternary", "int4_zp"])
+@pytest.mark.parametrize("k", [256, 1280, 2176, 4096], ids="K {}".format)
+def test_one_step_along_k_or_several_read_what_is_there_and_nothing_else(monkeypatch, written, name, k):
+    """2048 columns are a step: a part of one, one and a part, two whole ones; the last program has one row of two."""
+    n, m = (11, 3) if k < 4096 else (7, 1)
+    packed = stored(n, k, name) if name in STORED else quantize(matrix(n, k), name)
+    x = vectors(m, k, torch.float16)
+    guarded = Guarded(interpreter._interpreter, lambda: (x, *packed.tensors().values(), *written))
+    monkeypatch.setattr(interpreter, "_interpreter", guarded)
+    for kernel in (triton_linear.gemv, triton_linear.gemm):
+        written.clear()
+        assert relative(kernel(x, packed, torch.float32), x, packed) < 1e-6
+    written.clear()
+    assert torch.equal(triton_linear.unpack(None, packed, torch.float32), weights.dequantize(packed))
 
 
 @pytest.mark.parametrize("name", [*PACKED, *STORED])
@@ -95,7 +140,7 @@ def test_parts_of_k_are_summed_in_order(name):
 
 
 def test_a_k_that_no_tile_divides():
-    for name, k in (("int8", 250), ("ternary", 264), ("nvfp4", 272)):
+    for name, k in (("int8", 250), ("ternary", 264), ("nvfp4", 272), ("int8", 2049), ("ternary", 2056)):
         packed = quantize(matrix(6, k), name)
         x = vectors(1, k, torch.float16)
         assert relative(triton_linear.gemv(x, packed, torch.float32), x, packed) < 1e-6

@@ -15,6 +15,7 @@ from live_bytes import LiveBytes
 
 from lowbit.kernels import WEIGHT_FORMATS, dispatch, quantize, triton_linear, weights
 from lowbit.kernels.dispatch import Problem
+from lowbit.kernels.weights import Packed
 
 PACKED = [name for name in WEIGHT_FORMATS if name != "bf16"]
 TRITON = pytest.mark.skipif(
@@ -141,7 +142,7 @@ def test_codes_go_in_as_words_of_eight():
 
 def sources():
     """(format, kernel, SM, vectors): every kernel for the oldest, two formats for every other."""
-    for name in PACKED:
+    for name in (*PACKED, "int4_zp", "int8_zp"):  # the last two: one zero per row
         for sm in (80, 89, 90, 120) if name in ("int8", "int4_g128") else (80,):
             for kernel, vectors in (("gemv", 1), ("gemv", 4), ("gemm", triton_linear.DOT_COLUMNS)):
                 yield name, kernel, sm, vectors
@@ -154,13 +155,16 @@ def compiled(name: str, kernel: str, sm: int, vectors: int):
 
     from lowbit.kernels import triton_gemv, triton_source
 
-    row, dot = WEIGHT_FORMATS[name], kernel == "gemm"
+    row, dot = weights.find(name), kernel == "gemm"
     cut = triton_linear.tiles(row, 4096, 4096, dot)
     function = triton_source.gemm if dot else triton_gemv.gemv
     pointers = {torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int16: "*i16"}
-    parts = triton_linear.arguments(quantize(torch.ones(16, 256), name))
+    one = torch.ones(16, 1)
+    stored = Packed(name, 16, 256, torch.zeros(16, row.row_bytes(256), dtype=torch.uint8), one, one)
+    parts = triton_linear.arguments(quantize(torch.ones(16, 256), name) if name in PACKED else stored)
     types = {"x": "*bf16", "out": "*fp32", **dict.fromkeys(("m", "n", "k", "groups", "per_split", "magic"), "i32")}
-    fixed = triton_linear.constants(row) | {"BN": cut.rows, "BK": cut.columns, "MP": vectors, "WHOLE": True, "EACH": 2}
+    fixed = triton_linear.constants(row) | {"BN": cut.rows, "BK": cut.columns, "MP": vectors}
+    fixed |= {"EACH": triton_linear.EACH, "WHOLE": vectors == 1}  # of more, a K that the tile does not divide
     for part, tensor in zip(("codes", "scale", "zero", "tensor_scale"), parts, strict=True):
         if tensor is None:
             fixed[part] = None
@@ -180,7 +184,7 @@ def compiled(name: str, kernel: str, sm: int, vectors: int):
 def test_every_kernel_compiles_for_every_gpu_and_keeps_to_its_registers(
     name, kernel, sm, vectors, tmp_path, monkeypatch
 ):
-    """A compilation takes about a second: 60 of them."""
+    """A compilation takes about a second: 66 of them."""
     import triton
 
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -198,7 +202,7 @@ def test_every_kernel_compiles_for_every_gpu_and_keeps_to_its_registers(
 
 @TRITON
 def test_what_the_kernels_compute_in_the_interpreter():
-    """In a process of its own, because Triton decides at its import whether it interprets; a minute, for 13 formats."""
+    """In a process of its own, because Triton decides at its import whether it interprets; a minute, for 22 formats."""
     import triton
 
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):

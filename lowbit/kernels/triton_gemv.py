@@ -1,8 +1,8 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment"
-"""The Triton kernel for 1 to 4 vectors: dequantized in registers, multiplied and added in fp32.
+"""The Triton kernel for few vectors, up to 4 a program: dequantized in registers, multiplied and added in fp32.
 
-A thread reads EACH words of 8 codes from each of BN rows, and the x that belongs to them, 16 bytes per word, as it lies
-in memory: nothing is exchanged between threads before the end. What a word gives is added up in its thread and
+A thread reads EACH words of 8 codes from each of BN rows, and the x that belongs to them, 8 numbers per word, as it
+lies in memory: nothing is exchanged between threads before the end. What a word gives is added up in its thread and
 multiplied by its group's scale once; so a code costs one logic operation and two multiply-adds.
 """
 
