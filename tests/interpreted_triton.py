@@ -21,8 +21,11 @@ def matrix(n, k):
     return weight
 
 
-def stored(n, k, name):
-    """What a checkpoint holds: any codes, a scale and, of integers, a zero for every group or row."""
+def packed_as(name, n, k):
+    """A matrix in this format; of STORED what a checkpoint holds: any codes, a scale and, of integers, a zero for every
+    group or row."""
+    if name in PACKED:
+        return quantize(matrix(n, k), name)
     row, generator = weights.find(name), torch.Generator().manual_seed(0)
     codes = torch.randint(0, 120, (n, row.row_bytes(k)), dtype=torch.uint8, generator=generator)  # e4m3: no NaN
     scale = torch.rand(n, row.groups(k), generator=generator) + 0.5
@@ -86,7 +89,7 @@ class Guarded:
 def test_one_step_along_k_or_several_read_what_is_there_and_nothing_else(monkeypatch, written, name, k):
     """2048 columns are a step: a part of one, one and a part, two whole ones; the last program has one row of two."""
     n, m = (11, 3) if k < 4096 else (7, 1)
-    packed = stored(n, k, name) if name in STORED else quantize(matrix(n, k), name)
+    packed = packed_as(name, n, k)
     x = vectors(m, k, torch.float16)
     guarded = Guarded(interpreter._interpreter, lambda: (x, *packed.tensors().values(), *written))
     monkeypatch.setattr(interpreter, "_interpreter", guarded)
@@ -99,8 +102,7 @@ def test_one_step_along_k_or_several_read_what_is_there_and_nothing_else(monkeyp
 
 @pytest.mark.parametrize("name", [*PACKED, *STORED])
 def test_products_are_those_with_the_dequantized_weight(name):
-    n, k = 10, 384  # no multiples of a tile's rows and columns
-    packed = quantize(matrix(n, k), name) if name in PACKED else stored(n, k, name)
+    packed = packed_as(name, 10, 384)  # no multiple of a tile's rows or columns
     for kernel, m, dtype in (
         (triton_linear.gemv, 1, torch.bfloat16),
         (triton_linear.gemv, 2, torch.float16),
@@ -114,7 +116,7 @@ def test_products_are_those_with_the_dequantized_weight(name):
 
 @pytest.mark.parametrize("name", [*PACKED, *STORED])
 def test_unpacking_is_the_definition_bit_by_bit(name):
-    packed = quantize(matrix(10, 384), name) if name in PACKED else stored(10, 384, name)
+    packed = packed_as(name, 10, 384)
     for dtype in (torch.float16, torch.float32):  # the interpreter rounds to bf16 by cutting off
         assert torch.equal(triton_linear.unpack(None, packed, dtype), weights.dequantize(packed).to(dtype))
 

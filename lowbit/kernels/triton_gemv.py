@@ -76,11 +76,13 @@ def gemv(
 ):
     """MP vectors of x [m, k] times BN rows of the weight -> out [splits, m, n]: program (rows, part of K, vectors).
 
-    WHOLE: BK divides k. GROUP 0: a row is one group, whose scale alone comes last. 8 * EACH codes lie in one group.
+    WHOLE: BK divides k. 8 * EACH codes lie in one group. GROUP 0: a row is one, whose scale, if it has no zero, comes
+    last.
     """
     row0, b0 = tl.program_id(0) * BN, tl.program_id(2) * MP
     first = tl.program_id(1) * per_split
     THREADS: tl.constexpr = BK // (8 * EACH)
+    SCALED: tl.constexpr = GROUP > 0 or zero is not None
     totals = (tl.zeros((THREADS,), tl.float32),) * (BN * MP)
     for block in range(first, tl.minimum(first + per_split, tl.cdiv(k, BK))):
         words = block * (BK // 8) + tl.arange(0, THREADS) * EACH
@@ -91,7 +93,7 @@ def gemv(
             row = tl.minimum(row0 + r, n - 1)
             for j in tl.static_range(EACH):
                 found += (_codes(codes, row, words + j, None if WHOLE else (words + j) * 8 < k, k, BITS),)
-            if GROUP > 0 or zero is not None:
+            if SCALED:
                 group = words * 8 // GROUP if GROUP > 0 else words * 0
                 scales += (scale_of(load((scale + row.to(tl.int64) * groups) + group, keep), SCALE),)
                 if zero is not None:
@@ -121,7 +123,7 @@ def gemv(
                 parts = more
             for b in tl.static_range(MP):
                 total = totals[r * MP + b]
-                total += parts[b] * scales[r] if GROUP > 0 or zero is not None else parts[b]
+                total += parts[b] * scales[r] if SCALED else parts[b]
                 if zero is not None:
                     total += sums[b] * zeros[r]
                 added += (total,)
@@ -129,7 +131,7 @@ def gemv(
     y = tl.sum(_side_by_side(totals, BN * MP), 0)
     rows = row0 + tl.arange(0, BN * MP) // MP
     vectors = b0 + tl.arange(0, BN * MP) % MP
-    if GROUP == 0 and zero is None:
+    if not SCALED:
         y *= load(scale + rows, rows < n)
     if tensor_scale is not None:
         y *= tl.load(tensor_scale)

@@ -23,9 +23,11 @@ NEEDED_SM = (8, 0)
 """bf16 and asynchronous copies; Triton itself starts at SM75."""
 MOST_ROWS = 8
 """Vectors of a product that reads packed weights; for more, tensor cores want them in 16 bits."""
+VECTORS = 4
+"""The most of one program of the GEMV; for more it reads the weight again."""
 GEMV_ROWS = {8: 2, 3: MOST_ROWS}
-"""Bits of a code -> vectors that the GEMV takes, 4 for the others: where it was the faster of the two on an H200, of
-int4_g128, int8, int3, nvfp4 and ternary at 1, 2, 4 and 8 (ternary at 4: 31.9 and 26.9 µs, the GEMM 31.1 and 29.0)."""
+"""Bits of a code -> vectors that the GEMV takes, VECTORS for the others: where it was the faster of the two on an H200,
+of int4_g128, int8, int3, nvfp4 and ternary at 1, 2, 4 and 8 (ternary at 4: 31.9, 26.9 µs; the GEMM 31.1, 29.0)."""
 DOT_COLUMNS = 8
 """Vectors of a product by tensor cores; what is not there is zero."""
 DOT_DTYPES = (torch.float16, torch.bfloat16)
@@ -92,7 +94,7 @@ def _gemv(asked: Problem) -> bool:
     if asked.dtype not in DOT_DTYPES:
         most = MOST_ROWS  # tensor cores would round fp32 to TF32
     else:
-        most = GEMV_ROWS.get(find(asked.format).bits, 4)
+        most = GEMV_ROWS.get(find(asked.format).bits, VECTORS)
     return 1 <= asked.rows <= most and _here(asked)
 
 
@@ -153,13 +155,13 @@ def _summed(parts: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def gemv(x: Tensor, packed: Packed, dtype: torch.dtype) -> Tensor:
-    """x [rows, k] -> [rows, n] in ``dtype``, in fp32 until then; the weight is read once per 4 rows."""
+    """x [rows, k] -> [rows, n] in ``dtype``, in fp32 until then; the weight is read once per VECTORS rows."""
     from lowbit.kernels import triton_gemv, triton_source
 
     x, m, n, row = x.contiguous(), x.shape[0], packed.n, packed.row
     cut = tiles(row, n, packed.k, False)
     out, per_split = _partial(x, n, cut, dtype)
-    vectors = min(4, 1 << (m - 1).bit_length())
+    vectors = min(VECTORS, 1 << (m - 1).bit_length())
     triton_gemv.gemv[(_pieces(n, cut.rows), cut.splits, _pieces(m, vectors))](
         *(x, *arguments(packed), out),
         *(m, n, packed.k, row.groups(packed.k), per_split, triton_source.MAGIC.value),

@@ -111,7 +111,6 @@ def _values(
     n,
     k0,
     k,
-    magic,
     BITS: tl.constexpr,
     KIND: tl.constexpr,
     OFFSET: tl.constexpr,
@@ -126,12 +125,12 @@ def _values(
     if BITS == 8:
         at = k0 + tl.arange(0, BK)[None, :]
         byte = load(codes + rows.to(tl.int64)[:, None] * k + at, there & (at < k)).to(tl.int32)
-        values = from_bytes(byte, magic, KIND, OFFSET, STEP)
+        values = from_bytes(byte, MAGIC, KIND, OFFSET, STEP)
     else:
         words = k // 8
         at = k0 // 8 + tl.arange(0, BK // 8)[None, :]
         word = load_words(codes, rows.to(tl.int64)[:, None] * words + at, there & (at < words), BITS)
-        values = eight(word, magic, BITS, KIND, OFFSET, STEP)
+        values = eight(word, MAGIC, BITS, KIND, OFFSET, STEP)
     return values
 
 
@@ -195,31 +194,29 @@ def gemm(
     """x [m, k], m <= MP, times BN rows of the weight -> out [splits, m, n]: program (rows, part of K).
 
     Tensor cores multiply the codes' values, which x's dtype holds exactly; a group's scale, and its zero times the sum
-    of its x, come to its partial sum in fp32. BK is a group; GROUP 0: a row is one.
+    of its x, come to its partial sum in fp32. BK is a group. GROUP 0: a row is one, whose scale,
+    if it has no zero, comes last.
     """
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     batch = tl.arange(0, MP)
     first = tl.program_id(1) * per_split
     total = tl.zeros((BN, MP), tl.float32)
-    whole = tl.zeros((MP,), tl.float32)
+    SCALED: tl.constexpr = GROUP > 0 or zero is not None
     for block in range(first, tl.minimum(first + per_split, tl.cdiv(k, BK))):
         k0 = block * BK
         ks = k0 + tl.arange(0, BK)
         xs = tl.load(x + batch[None, :] * k + ks[:, None], mask=(batch < m)[None, :] & (ks < k)[:, None], other=0)
-        w = _values(codes, rows, n, k0, k, MAGIC, BITS, KIND, OFFSET, STEP, BK).to(xs.dtype)
-        if GROUP > 0:
-            total += tl.dot(w, xs) * _scales(scale, rows, n, block, groups, 1, SCALE)
+        w = _values(codes, rows, n, k0, k, BITS, KIND, OFFSET, STEP, BK).to(xs.dtype)
+        if SCALED:
+            group = block if GROUP > 0 else 0
+            total += tl.dot(w, xs) * _scales(scale, rows, n, group, groups, 1, SCALE)
             if zero is not None:
                 sums = tl.sum(xs.to(tl.float32), 0)
-                total += _scales(zero, rows, n, block, groups, 1, PLAIN) * sums[None, :]
+                total += _scales(zero, rows, n, group, groups, 1, PLAIN) * sums[None, :]
         else:
             total = tl.dot(w, xs, total)
-            if zero is not None:
-                whole += tl.sum(xs.to(tl.float32), 0)
-    if GROUP == 0:
+    if not SCALED:
         total *= _scales(scale, rows, n, 0, 1, 1, PLAIN)
-        if zero is not None:
-            total += _scales(zero, rows, n, 0, 1, 1, PLAIN) * whole[None, :]
     if tensor_scale is not None:
         total *= tl.load(tensor_scale)
     at = (tl.program_id(1) * m + batch).to(tl.int64)[None, :] * n + rows[:, None]
@@ -249,7 +246,7 @@ def unpack(
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     k0 = tl.program_id(1) * BK
     ks = k0 + tl.arange(0, BK)
-    w = _values(codes, rows, n, k0, k, MAGIC, BITS, KIND, OFFSET, STEP, BK)
+    w = _values(codes, rows, n, k0, k, BITS, KIND, OFFSET, STEP, BK)
     if GROUP > 0:
         w = _dequantized(w, scale, zero, tensor_scale, rows, n, k0, groups, SCALE, GROUP)
     else:
